@@ -1,0 +1,198 @@
+"""Settings are checked before anything is downloaded, built or written.
+
+Plain Python: this file must load fast, and knows neither torch nor Hydra.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fcn.errors import ConfigError, FCNError
+
+Test = Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(low: int) -> Test:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+
+def _between(low: float, high: float) -> Test:
+    return lambda v: _number(v) and low <= v <= high
+
+
+def _below(low: float, high: float) -> Test:
+    return lambda v: _number(v) and low <= v < high
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _one_of(*choices: Any) -> Test:
+    return lambda v: any(type(v) is type(c) and v == c for c in choices)
+
+
+def _optional(test: Test) -> Test:
+    return lambda v: v is None or test(v)
+
+
+def _pair(test: Test) -> Test:
+    return lambda v: isinstance(v, list) and len(v) == 2 and all(map(test, v))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _duration(value: Any) -> bool:
+    if isinstance(value, dict):
+        return True
+    return isinstance(value, str) and re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None
+
+
+TRUTH = (lambda v: isinstance(v, bool), "true or false")
+COUNT = (_whole(1), "a whole number from 1 up")
+COUNT_OR_NONE = (_optional(_whole(1)), "null or a whole number from 1 up")
+WHOLE = (_whole(0), "a whole number from 0 up")
+POSITIVE = (_positive, "a number above 0")
+NOT_NEGATIVE = (_between(0, math.inf), "a number from 0 up")
+FRACTION = (_between(0, 1), "a number from 0 to 1")
+TEXT_OR_NONE = (_optional(_text), "null or a text")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+
+RULES: dict[str, tuple[Test, str]] = {
+    "name": (
+        lambda v: _text(v) and v not in (".", "..") and not re.search(r"[/\\\0]", v),
+        "a folder's name, without / or \\",
+    ),
+    "seed": (_between(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
+    "resume": TEXT_OR_NONE,
+    "data.root": TEXT_OR_NONE,
+    "data.download": TRUTH,
+    "data.batch_size": COUNT,
+    "data.eval_batch_size": COUNT,
+    "data.num_workers": (_optional(_whole(0)), "null or a whole number from 0 up"),
+    "data.limit": COUNT_OR_NONE,
+    "data.crop_size": (
+        lambda v: v is None or _whole(1)(v) or _pair(_whole(1))(v),
+        "null, a number of pixels, or [height, width]",
+    ),
+    "data.scale": (
+        lambda v: v is None or (_pair(_positive)(v) and v[0] <= v[1]),
+        "null or [smallest, largest], both above 0",
+    ),
+    "data.flip": FRACTION,
+    "data.jitter": (_optional(_between(0, 1)), "null or a number from 0 to 1"),
+    "model.stride": (_one_of(32, 16, 8), "32, 16 or 8"),
+    "model.backbone": (_one_of("vgg11", "vgg13", "vgg16", "vgg19"), "vgg11, vgg13, vgg16 or vgg19"),
+    "model.weights": TEXT_OR_NONE,
+    "model.num_classes": (_optional(_whole(2)), "null or a whole number from 2 up"),
+    "model.head_width": COUNT,
+    "model.head_kernel": (lambda v: _whole(1)(v) and v % 2 == 1, "an odd number from 1 up"),
+    "model.dropout": (_below(0, 1), "at least 0 and below 1"),
+    "model.pooling": (_one_of("max", "avg"), "max or avg"),
+    "model.fusion": (_one_of("score", "feature"), "score or feature"),
+    "model.skip_scales": (_pair(_positive), "two numbers above 0, for pool4 and pool3"),
+    "model.learn_upsampling": TRUTH,
+    "model.freeze_stages": (_one_of(*range(6)), "0 to 5"),
+    "model.head_lr_multiplier": POSITIVE,
+    "model.bias_lr_multiplier": POSITIVE,
+    "optimizer.lr": POSITIVE,
+    "optimizer.momentum": (_below(0, 1), "at least 0 and below 1"),
+    "optimizer.betas": (_pair(_below(0, 1)), "two numbers, at least 0 and below 1"),
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.nesterov": TRUTH,
+    "scheduler.power": POSITIVE,
+    "scheduler.final": FRACTION,
+    "scheduler.warmup_steps": WHOLE,
+    "trainer.max_steps": (lambda v: v == -1 or _whole(1)(v), "-1 or a whole number from 1 up"),
+    "trainer.max_epochs": COUNT_OR_NONE,
+    "trainer.max_time": (_optional(_duration), "null or DD:HH:MM:SS"),
+    "trainer.val_check_interval": COUNT,
+    "trainer.log_every_n_steps": COUNT,
+    "trainer.accumulate_grad_batches": COUNT,
+    "trainer.gradient_clip_val": (_optional(_positive), "null or a number above 0"),
+    "trainer.precision": (_one_of(*PRECISIONS), ", ".join(PRECISIONS)),
+    "trainer.accelerator": (_text, "auto, cpu, gpu, mps or another of Lightning's"),
+    "trainer.devices": (lambda v: v == "auto" or v == -1 or _whole(1)(v) or isinstance(v, list), "a count, a list or auto"),
+    "callbacks.half_life": POSITIVE,
+    "callbacks.window": COUNT,
+    "callbacks.checkpoint_every_n_steps": COUNT,
+    "callbacks.panel_images": WHOLE,
+}  # fmt: skip
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Refuse values that cannot work, each for itself.
+
+    Args:
+        config: resolved, as plain Python.
+
+    Raises:
+        ConfigError: names the first such key, its value, and what it must be.
+    """
+    for key, (test, wanted) in RULES.items():
+        group, _, name = key.rpartition(".")
+        section = config.get(group) or {} if group else config
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{group}={section!r} is no group of settings: see conf/{group}/")
+        if name in section and not test(section[name]):
+            raise ConfigError(f"{key}={_shown(section[name])}: must be {wanted}")
+
+
+def check_training(config: Mapping[str, Any]) -> None:
+    """As `check_values`, and refuse settings that do not go together in a training run."""
+    check_values(config)
+    trainer = config.get("trainer") or {}
+    ends = (trainer.get("max_steps", -1) != -1, trainer.get("max_epochs"), trainer.get("max_time"))
+    if not any(ends):
+        raise ConfigError("training would never end: set trainer.max_steps, max_epochs or max_time")
+    scheduler = (config.get("scheduler") or {}).get("_target_", "").rpartition(".")[2]
+    if scheduler in ("poly", "cosine") and not any(ends[:2]):
+        raise ConfigError(
+            f"scheduler={scheduler} decays over all steps: set trainer.max_steps or max_epochs too"
+        )
+    model = config.get("model") or {}
+    if model.get("fusion") == "feature" and not model.get("learn_upsampling"):
+        raise ConfigError("model.fusion=feature needs model.learn_upsampling=true")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def short_messages(*mendable: type[Exception]) -> Iterator[None]:
+    """End the script with a line or two, not a traceback, where the user can mend what is wrong.
+
+    Args:
+        mendable: exception types beside `FCNError`: those of the configuration library.
+    """
+    try:
+        yield
+    except (FCNError, *mendable) as error:
+        known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
+        if known is not None:
+            message = str(known)
+        else:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            message = " ".join(lines[:1] + [x for x in lines[1:] if x.startswith("Key ")])
+            message += "\n`--cfg job` shows every setting, `--help` the groups."
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,49 @@
+"""Data sets for semantic segmentation: one file each, with its classes, palette, source, reader.
+
+They share no base class and no registry: a data set is whatever satisfies `SegmentationDataset`,
+and `conf/data/*.yaml` names it by its import path.
+"""
+
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+from torchvision import tv_tensors
+
+VOID = 255  # the label of pixels that count nowhere: not in a loss, not in a metric
+
+
+class Sample(TypedDict):
+    """One image with its labels, as a data set gives it and a transform takes it."""
+
+    image: tv_tensors.Image  # (3, H, W) uint8, RGB
+    mask: tv_tensors.Mask  # (H, W) uint8: class index, or VOID
+    id: str  # names the sample in messages, panels and predicted files
+
+
+class SegmentationDataset(Protocol):
+    """What the data module asks of a data set.
+
+    `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these.
+    `ids` has one name for each sample, in order. What is wrong with the data raises `DataError`
+    with the file's name, in the constructor where that is cheap; nothing is skipped silently.
+    """
+
+    def __init__(
+        self, *, split: str, root: str | Path | None = None, download: bool = False
+    ) -> None: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]: ...
+
+    @property
+    def void(self) -> int: ...
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...

@@ -1,0 +1,29 @@
+"""Errors that a user can mend. The scripts show these as their message, without a traceback."""
+
+
+class FCNError(Exception):
+    """An error that the user can mend: shown as its message, without a traceback."""
+
+
+class DataError(FCNError):
+    """Data on disk, or a download, is not what it must be; the message names the file and why."""
+
+
+def reason(e: BaseException) -> str:
+    """What went wrong in the fewest words, for the end of a message that says where."""
+    cause = getattr(e, "reason", None)  # urllib's URLError wraps the real one
+    if isinstance(cause, BaseException):
+        return reason(cause)
+    return (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
+
+
+class WeightsError(FCNError):
+    """Pretrained weights cannot be found, are unsafe to open, or do not fit the network."""
+
+
+class ConfigError(FCNError, ValueError):
+    """A setting cannot work; the message names the key, its value and what it must be."""
+
+
+class TrainingError(FCNError):
+    """Training cannot go on; the message says at which step and what to try."""

@@ -1,0 +1,158 @@
+"""The LightningModule: an FCN with its loss, metrics, optimizer groups and schedule.
+
+    module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
+    logits = module.network(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from fcn.metrics import Scores, segmentation_scores
+from fcn.network import FCN
+
+
+class SegmentationModule(pl.LightningModule):
+    """Trains and evaluates one `FCN`.
+
+    Args:
+        num_classes: K, background included; None: as many as `class_names`.
+        class_names: of the K classes; numbers where None.
+        palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
+        void: the label that counts nowhere.
+        optimizer: makes the optimizer from parameter groups; its keyword `lr` is the base rate.
+        scheduler: makes a schedule from (optimizer, total_steps=...), or None.
+        head_lr_multiplier: on the rate of head and decoder layers without loaded values.
+        bias_lr_multiplier: on the rate of biases, which never decay; 2 in the paper.
+        network: further arguments of `fcn.network.FCN`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        void: int = 255,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., LRScheduler] | None = None,
+        head_lr_multiplier: float = 1.0,
+        bias_lr_multiplier: float = 2.0,
+        **network: Any,
+    ) -> None:
+        super().__init__()
+        if num_classes is None:
+            num_classes = len(class_names) if class_names is not None else 21
+        if class_names is None:
+            class_names = [str(k) for k in range(num_classes)]
+        if len(class_names) != num_classes:
+            raise ValueError(f"num_classes is {num_classes}, but there are {len(class_names)} names")
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+        self.hparams.update(num_classes=num_classes, class_names=list(class_names))
+        self.class_names = list(class_names)
+        self.void = void
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.head_lr_multiplier = head_lr_multiplier
+        self.bias_lr_multiplier = bias_lr_multiplier
+
+        self.network = FCN(num_classes, **network)
+        self.confusion = MulticlassConfusionMatrix(
+            num_classes, ignore_index=void, validate_args=False
+        )  # the data set has checked its labels
+        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self.scores: Scores | None = None  # of the last validation
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images (N, 3, H, W), uint8 or float in [0, 1] -> logits (N, K, H, W)."""
+        return self.network(image)
+
+    def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy in float32, mean over the pixels that are not void; 0 if all are void."""
+        total = F.cross_entropy(logits.float(), mask.long(), ignore_index=self.void, reduction="sum")
+        return total / (mask != self.void).sum().clamp(min=1)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W)."""
+        return self.loss(self(batch["image"]), batch["mask"])
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Counts one batch; gives `prediction`, class indices (N, H, W) uint8, to callbacks."""
+        mask = batch["mask"]
+        logits = self(batch["image"])
+        prediction = logits.argmax(1)  # (N, K, H, W) -> (N, H, W)
+        self.confusion.update(prediction, mask)
+        self.val_loss.update(self.loss(logits, mask), (mask != self.void).sum())
+        return {"prediction": prediction.to(torch.uint8)}
+
+    def on_validation_epoch_start(self) -> None:
+        self.confusion.reset()
+        self.val_loss.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole split, at the number of optimizer steps taken."""
+        self.scores = segmentation_scores(self.confusion.compute())
+        named = {f"val/{name}": self.scores[name] for name in ("miou", "pixel_acc", "mean_acc", "fwiou")}
+        named |= {f"val/iou/{c}": v for c, v in zip(self.class_names, self.scores["iou"], strict=True)}
+        named["val/loss"] = self.val_loss.compute().item()
+        self.log_dict(named, logger=False)  # for checkpoints and the progress bar, as float32
+        for logger in self.loggers:
+            logger.log_metrics(named, step=self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Groups: loaded or fresh, weight or bias; `train/lr` is the rate without multipliers."""
+        if self.make_optimizer is None:
+            raise ValueError("SegmentationModule(optimizer=...) is needed for training")
+        lr = self.make_optimizer.keywords["lr"]  # type: ignore[attr-defined]  # functools.partial
+        fresh = set(self.network.fresh_layers)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            layer, _, kind = name.rpartition(".")
+            if parameter.requires_grad:
+                groups.setdefault((layer in fresh, kind == "bias"), []).append(parameter)
+        multipliers = {
+            key: (self.head_lr_multiplier if key[0] else 1) * (self.bias_lr_multiplier if key[1] else 1)
+            for key in groups
+        }
+        optimizer = self.make_optimizer(
+            [
+                {"params": parameters, "lr": lr * multipliers[key], "lr_multiplier": multipliers[key]}
+                | ({"weight_decay": 0.0} if key[1] else {})
+                for key, parameters in groups.items()
+            ]
+        )
+        if self.make_scheduler is None:
+            return optimizer
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the file stand alone: its own values are the weights, none are fetched again."""
+        checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"], weights=None)
+        checkpoint["fresh_layers"] = self.network.fresh_layers
+        checkpoint["normalization"] = {
+            "mean": self.network.mean.flatten().tolist(),
+            "std": self.network.std.flatten().tolist(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.network.fresh_layers = checkpoint["fresh_layers"]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Self:
+        """As Lightning's, on the CPU and without running code that the file may hold."""
+        return super().load_from_checkpoint(
+            checkpoint_path, *args, **{"map_location": "cpu", "weights_only": True} | kwargs
+        )

@@ -1,0 +1,209 @@
+"""FCN-32s, FCN-16s and FCN-8s on a torchvision VGG, as one class.
+
+Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
+
+    FCN(num_classes=21, stride=8)(torch.zeros(1, 3, 375, 500, dtype=torch.uint8)).shape
+    # torch.Size([1, 21, 375, 500])
+"""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
+SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}  # coarse to fine
+POOL_CHANNELS = {"pool3": 256, "pool4": 512}
+
+
+class FCN(nn.Module):
+    """A VGG turned into a segmentation network: encoder, head, and a decoder that adds skips.
+
+    Args:
+        num_classes: K, background included. Void is no class.
+        stride: of the finest prediction: 32, 16 or 8 pixels (FCN-32s, FCN-16s, FCN-8s).
+        backbone: a torchvision VGG without batch norm.
+        weights: what `fcn.weights.load_weights` takes, or None for a random start.
+        head_width: channels of conv6 and conv7; only 4096 can take VGG's own classifier.
+        head_kernel: size of conv6, odd; only 7 can take VGG's own classifier.
+        dropout: after conv6 and conv7, while training.
+        pooling: "max" as in VGG, or "avg" as in the tutorial this work starts from.
+        fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
+            scores to the pools' own channels, adds the pools themselves and predicts last.
+        skip_scales: factors on (pool4, pool3) before they are added. The paper's at-once
+            training uses (0.01, 0.0001).
+        learn_upsampling: False keeps every upsampling bilinear.
+        freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        fcn.errors.WeightsError: the weights cannot be found or do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        stride: int = 8,
+        backbone: str = "vgg19",
+        weights: str | None = None,
+        *,
+        head_width: int = 4096,
+        head_kernel: int = 7,
+        dropout: float = 0.5,
+        pooling: str = "max",
+        fusion: str = "score",
+        skip_scales: tuple[float, float] = (1.0, 1.0),
+        learn_upsampling: bool = True,
+        freeze_stages: int = 0,
+    ) -> None:
+        super().__init__()
+        _one_of("stride", stride, tuple(SKIPS))
+        _one_of("backbone", backbone, BACKBONES)
+        _one_of("pooling", pooling, ("max", "avg"))
+        _one_of("fusion", fusion, ("score", "feature"))
+        _one_of("freeze_stages", freeze_stages, tuple(range(6)))
+        if head_kernel % 2 == 0:
+            raise ValueError(f"head_kernel must be odd, so that conv6 keeps size; got {head_kernel}")
+        if fusion == "feature" and not learn_upsampling:
+            raise ValueError("fusion='feature' changes channels while upsampling: it must learn it")
+
+        self.backbone, self.stride, self.fusion = backbone, stride, fusion
+        self.stages = vgg_stages(backbone, pooling)
+        self.conv6 = nn.Conv2d(512, head_width, head_kernel, padding=head_kernel // 2)
+        self.conv7 = nn.Conv2d(head_width, head_width, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Conv2d(head_width, num_classes, 1)
+
+        self.skip_scales = dict(zip(("pool4", "pool3"), skip_scales, strict=True))
+        self.skips = nn.ModuleDict()  # what is added at a pool: its scores, or the pool itself
+        self.upsample = nn.ModuleDict()  # x2 to each pool, then all the way to the image
+        channels = num_classes
+        for pool in SKIPS[stride]:
+            wide = POOL_CHANNELS[pool]
+            scored = fusion == "score"
+            self.skips[pool] = nn.Conv2d(wide, num_classes, 1) if scored else nn.Identity()
+            self.upsample[f"to_{pool}"] = _upsampling(channels, channels if scored else wide, 2)
+            channels = channels if scored else wide
+        self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride)
+
+        # Non-persistent: constants of torchvision's VGGs, nothing that is learned.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
+
+        self.reset_parameters()
+        # Layers of head and decoder without loaded values; `head_lr_multiplier` is for them.
+        self.fresh_layers = head_layers(self)
+        if weights is not None:
+            from fcn.weights import load_weights
+
+            self.fresh_layers = load_weights(self, weights)
+        self.stages[:freeze_stages].requires_grad_(False)
+        self.upsample.requires_grad_(learn_upsampling)
+
+    def reset_parameters(self) -> None:
+        """Random VGG and head (He et al. 2015), scores at zero, upsampling bilinear."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        for module in self.upsample.values():
+            init_upsampling_(module)
+        last_layers: list[nn.Module] = [self.score, *self.skips.values()]
+        if self.fusion == "feature" and len(self.skips) > 0:
+            last_layers = [self.upsample[f"to_image_{self.stride}"]]  # `score` is a feature here
+        for module in last_layers:
+            nn.init.zeros_(module.weight)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Class scores for every pixel.
+
+        Args:
+            image: (N, 3, H, W), RGB, uint8 or float in [0, 1]; any H and W from 1 up.
+
+        Returns:
+            Logits (N, K, H, W).
+        """
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"expected images (N, 3, H, W); got {tuple(image.shape)}")
+        height, width = image.shape[-2:]
+        x = self.normalize(image)
+        x = F.pad(x, (0, -width % 32, 0, -height % 32))  # to whole 32-pixel cells, H' x W'
+
+        pools = {}
+        for number, stage in enumerate(self.stages, start=1):
+            pools[f"pool{number}"] = x = stage(x)  # (N, C, H'/2^number, W'/2^number)
+
+        x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
+        x = self.dropout(F.relu(self.conv7(x)))
+        x = self.score(x)  # (N, K, H'/32, W'/32)
+
+        for pool, skip in self.skips.items():
+            x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ...) then /8
+            x = x + skip(self.skip_scales[pool] * pools[pool])
+        x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W')
+        return x[..., :height, :width]
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Images, uint8 or float in [0, 1], to zero mean and unit variance of ImageNet."""
+        if image.dtype == torch.uint8:
+            image = image.to(self.mean.dtype) / 255
+        return (image - self.mean) / self.std
+
+
+def vgg_stages(backbone: str, pooling: str = "max") -> nn.ModuleList:
+    """The five stages of a torchvision VGG's `features`, each ending with its pool."""
+    with torch.device("meta"):  # skips the classifier's 123 M random values
+        features = torchvision.models.get_model(backbone, weights=None).features
+    stages, stage = nn.ModuleList(), nn.Sequential()
+    for layer in features.to_empty(device="cpu"):
+        is_pool = isinstance(layer, nn.MaxPool2d)
+        stage.append(nn.AvgPool2d(2, 2) if is_pool and pooling == "avg" else layer)
+        if is_pool:
+            stages.append(stage)
+            stage = nn.Sequential()
+    return stages
+
+
+def head_layers(network: FCN) -> list[str]:
+    """Names of all layers with parameters behind the VGG stages."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not name.startswith("stages.")
+    ]
+
+
+def init_upsampling_(layer: nn.ConvTranspose2d) -> None:
+    """Bilinear interpolation: channel by channel, or between random mixtures of channels."""
+    size, factor = layer.kernel_size[0], layer.stride[0]
+    position = torch.arange(size, dtype=torch.float64)
+    line = 1 - (position - (size - 1) / 2).abs() / factor  # (2s,), a triangle
+    kernel = torch.outer(line, line).to(layer.weight)  # (2s, 2s)
+    if layer.in_channels == layer.out_channels:
+        mix = torch.eye(layer.in_channels)
+    else:
+        mix = torch.randn(layer.in_channels, layer.out_channels) / layer.in_channels**0.5
+    with torch.no_grad():
+        layer.weight.copy_(mix[:, :, None, None].to(kernel) * kernel)  # (C_in, C_out, 2s, 2s)
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+def _upsampling(in_channels: int, out_channels: int, factor: int) -> nn.ConvTranspose2d:
+    """Exactly `factor` times as large, centred: kernel 2s, stride s, padding s/2."""
+    return nn.ConvTranspose2d(
+        in_channels,
+        out_channels,
+        2 * factor,
+        stride=factor,
+        padding=factor // 2,
+        bias=in_channels != out_channels,  # scores have theirs from the layer before
+    )
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -1,0 +1,202 @@
+"""Pretrained values for an FCN: ImageNet VGGs, and our own checkpoints of the same or coarser stride.
+
+    FCN(stride=8, weights="IMAGENET1K_V1")                        # torchvision's, downloaded once
+    FCN(stride=8, weights="vgg19.safetensors")                    # torchvision's names, from a file
+    FCN(stride=8, weights="runs/fcn16s/.../checkpoints/best.ckpt")  # 16s starts 8s
+
+A layer is loaded, named in a warning, or named in an error: none is skipped in silence.
+"""
+
+import logging
+import pickle
+import re
+from collections.abc import Iterable
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from fcn.errors import WeightsError, reason
+from fcn.network import FCN, SKIPS, head_layers
+
+log = logging.getLogger(__name__)
+
+FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
+StateDict = dict[str, Tensor]
+
+
+def load_weights(network: FCN, source: str | Path) -> list[str]:
+    """Load `source` into `network`.
+
+    Args:
+        source: the name of a torchvision weight set for this VGG, or the path of a .pth or
+            .safetensors file with torchvision's names, or of a checkpoint of ours.
+
+    Returns:
+        The layers of head and decoder that keep their fresh start.
+
+    Raises:
+        WeightsError: nothing is found at `source`, or what is there does not fit; nothing has
+            been loaded then.
+    """
+    state = read_weights(network.backbone, source)
+    own = network.state_dict()
+    warning = ""
+    if any(name.startswith("features.") for name in state):
+        state, warning = from_torchvision(network, state)
+        may_miss, may_drop = [n for n in own if not n.startswith("stages.")], []
+    else:
+        may_miss, may_drop = _new_in_finer_stride(network, state)
+
+    both = [name for name in own if name in state]
+    problems = {
+        "missing": [n for n in own if n not in state and n not in may_miss],
+        "unexpected": [n for n in state if n not in own and n not in may_drop],
+        "wrong shape": [
+            f"{n} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+            for n in both
+            if state[n].shape != own[n].shape
+        ],
+        "NaN or Inf": [n for n in both if not state[n].isfinite().all()],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
+        raise WeightsError(
+            f"{source} does not fit a {network.backbone} FCN-{network.stride}s with "
+            f"fusion={network.fusion}. {listed}. "
+            "Do backbone, fusion, number of classes and widths agree, and is its stride no finer?"
+        )
+    with torch.no_grad():
+        for name in both:
+            own[name].copy_(state[name])  # float16 becomes float32
+    if warning:
+        log.warning("%s: %s", source, warning)
+    missing = {name.rpartition(".")[0] for name in own if name not in state}
+    return [layer for layer in head_layers(network) if layer in missing]
+
+
+def read_weights(backbone: str, source: str | Path) -> StateDict:
+    """The tensors at `source`, under the names they have there (ours without `network.`)."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    weights = get_model_weights(backbone).__members__.get(str(source))
+    if weights is None:
+        if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
+            raise WeightsError(f"model.weights={source}: no such file")
+        names = ", ".join(w.name for w in get_model_weights(backbone))
+        raise WeightsError(
+            f"model.weights={source}: neither a file nor a name that torchvision has for "
+            f"{backbone} ({names}); null is a random start"
+        )
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        state = weights.get_state_dict(
+            progress=True, check_hash=True, weights_only=True, map_location="cpu"
+        )
+    except Exception as error:  # a damaged file raises anything
+        if cached.exists():
+            raise WeightsError(
+                f"{cached} is damaged ({_brief(error)}): delete it, and it is downloaded again"
+            ) from error
+        if not isinstance(error, OSError | HTTPException | RuntimeError):
+            raise
+        raise WeightsError(
+            f"cannot download {weights.url} ({_brief(error)}). Put the file at {cached}, or give "
+            "a path: model.weights=FILE.pth, or null for a random start. "
+            "`experiment=quickstart` needs no download."
+        ) from error
+    return _input_of_v1(state) if _takes_bytes(weights) else state
+
+
+def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
+    """A torchvision VGG's tensors under our names: `features.*`, and the classifier if it fits.
+
+    The classifier's first two linear layers become conv6 (7x7) and conv7 (1x1), as in the paper;
+    its third, for the 1000 classes of ImageNet, has no use. What has no place here keeps its name.
+
+    Returns:
+        The tensors, and a warning that names those of conv6 and conv7 that start at random: their
+        linear layer is absent, not finite (torchvision's `*_FEATURES`) or of another width.
+    """
+    layers = [f"{i}.{j}" for i, s in enumerate(network.stages) for j in range(len(s))]
+    ours = {f"features.{n}": f"stages.{layer}" for n, layer in enumerate(layers)}
+    own = network.state_dict()
+    renamed, random = {}, {}
+    for linear, layer in (("classifier.0", "conv6"), ("classifier.3", "conv7")):
+        weight, bias = state.get(f"{linear}.weight"), state.get(f"{linear}.bias")
+        shape = own[f"{layer}.weight"].shape  # (C_out, C_in, k, k)
+        if weight is None or bias is None:
+            random[layer] = f"the weights have no {linear}"
+        elif not (weight.isfinite().all() and bias.isfinite().all()):
+            random[layer] = f"{linear} is not finite"
+        elif weight.shape != (shape[0], shape[1:].numel()) or bias.shape != shape[:1]:
+            random[layer] = f"{linear} is {tuple(weight.shape)}, {layer} is {tuple(shape)}"
+        else:  # (C_out, C_in * k * k) -> (C_out, C_in, k, k): torchvision flattens (C, 7, 7)
+            renamed |= {f"{layer}.weight": weight.view(shape), f"{layer}.bias": bias}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        new_name = f"{ours.get(layer)}.{kind}"
+        if layer not in ("classifier.0", "classifier.3", "classifier.6"):
+            renamed[new_name if new_name in own else name] = value
+    verb = "starts" if len(random) == 1 else "start"
+    warning = f"{' and '.join(random)} {verb} at random: {'; '.join(random.values())}"
+    return renamed, warning if random else ""
+
+
+def _takes_bytes(weights: object) -> bool:
+    """Whether a VGG was trained on 0 to 255 less the mean, as vgg16's IMAGENET1K_FEATURES."""
+    return getattr(weights, "name", "") == "IMAGENET1K_FEATURES"
+
+
+def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
+    """What a checkpoint of a coarser stride may lack, and what of it has no place (32s -> 16s)."""
+    strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
+    if len(strides) != 1 or strides[0] <= network.stride:
+        return [], []
+    new_pools = SKIPS[network.stride][len(SKIPS[strides[0]]) :]
+    new_layers = [f"upsample.to_image_{network.stride}"]
+    new_layers += [f"{part}{pool}" for pool in new_pools for part in ("skips.", "upsample.to_")]
+    may_miss = [n for n in network.state_dict() if n.rpartition(".")[0] in new_layers]
+    return may_miss, [n for n in state if n.startswith(f"upsample.to_image_{strides[0]}.")]
+
+
+def _read_file(path: Path) -> StateDict:
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of any kind make torch raise errors of any kind
+        raise WeightsError(f"{path} cannot be read as weights: {_brief(error)}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # of a Lightning checkpoint
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
+        raise WeightsError(f"{path} holds no state dict (a table of tensors by name)")
+    return {name.removeprefix("network."): value for name, value in content.items()}
+
+
+def _brief(error: BaseException) -> str:
+    """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
+    if isinstance(error, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            return "not written by torch.save, or damaged"
+        return f"it holds {code[1]}, no plain value, and to load that could run code"
+    if isinstance(error, OSError):
+        return reason(error)
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return text if " " in text else f"damaged ({type(error).__name__})"
+
+
+def _listed(names: Iterable[str], most: int = 40) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,77 @@
+"""Fixtures: a tiny VOC tree in the true on-disk layout, and the real pairs where they lie near."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcn.datasets.voc2012 import voc_palette
+
+# id: (width, height, label, grey); the first six are train, the rest val
+TINY_VOC = {
+    "2007_000032": (96, 64, 1, False),
+    "2007_000039": (64, 96, 7, False),
+    "2007_000063": (80, 80, 12, False),
+    "2008_000068": (72, 96, 15, True),
+    "2009_000121": (96, 72, 8, False),
+    "2010_000170": (50, 37, 20, False),
+    "2007_000033": (96, 64, 1, False),
+    "2007_000042": (64, 80, 7, False),
+    "2007_000061": (90, 70, 12, True),
+    "2011_000129": (33, 65, 15, False),
+}
+
+
+def write_tiny_voc(root: Path) -> Path:
+    """Writes 6 train and 4 val pairs: a disc with a void border on a textured ground, in a colour
+    of its class so that a few steps of training can learn it."""
+    folder = root / "VOCdevkit" / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    palette = voc_palette()
+    for seed, (name, (width, height, label, grey)) in enumerate(TINY_VOC.items()):
+        rng = np.random.default_rng(seed)
+        ys, xs = np.mgrid[:height, :width]
+        distance = np.hypot(ys - height * 0.45, xs - width * 0.55) - min(height, width) * 0.3
+        image = 120 + 30 * np.sin(xs / rng.uniform(2, 6))[..., None] + rng.normal(0, 8, 3)
+        image = np.where(distance[..., None] < 0, np.array(palette[label]) * 0.6 + 60, image)
+        image = (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
+        photo = Image.fromarray(image).convert("L" if grey else "RGB")
+        photo.save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
+        mask = np.where(distance < -1.5, label, np.where(distance < 1.5, 255, 0)).astype(np.uint8)
+        write_mask(folder / "SegmentationClass" / f"{name}.png", mask)
+    ids = list(TINY_VOC)
+    for split, part in (("train", ids[:6]), ("val", ids[6:]), ("trainval", sorted(ids))):
+        text = "".join(f"{name}\n" for name in part)
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(text)
+    return root
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Writes (H, W) uint8 labels as VOC does: a palette PNG."""
+    picture = Image.fromarray(mask)
+    picture.putpalette([channel for colour in voc_palette() for channel in colour])
+    picture.save(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root (one for all tests: do not write there) with 6 train and 4 val pairs."""
+    return write_tiny_voc(tmp_path_factory.mktemp("tiny_voc"))
+
+
+@pytest.fixture
+def own_voc(tiny_voc: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_voc` for a test to damage."""
+    return Path(shutil.copytree(tiny_voc, tmp_path / "own_voc"))
+
+
+@pytest.fixture(scope="session")
+def real_voc_root() -> Path:
+    """The data root with real VOC pairs that lies beside the project on our machines."""
+    root = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (root / "VOCdevkit" / "VOC2012").is_dir():
+        pytest.skip(f"real VOC pairs not found at {root}")
+    return root

@@ -1,0 +1,260 @@
+"""Downloads, from a server in a thread on this machine, and unpacking; nothing leaves it."""
+
+import hashlib
+import io
+import multiprocessing
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from fcn.datasets import download
+from fcn.datasets.download import fetch, unpack
+from fcn.errors import DataError
+
+DATA = bytes(range(256)) * 2000
+MD5 = hashlib.md5(DATA).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves DATA in the ways servers do; `log` has each request's path and Range header."""
+
+    log: list[tuple[str, str | None]]
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        path, wanted = self.path.strip("/"), self.headers.get("Range")
+        self.server.log.append((path, wanted))
+        if path == "gone":
+            return self.send_error(404)
+        body, start, kind = DATA, 0, "application/x-tar"
+        if path == "html":
+            body, kind = b"<html>moved</html>", "text/html; charset=utf-8"
+        elif path == "wrong":
+            body = DATA[::-1]
+        elif wanted and path != "norange":
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) - start))
+        if start:
+            first = start + 5 if path == "shifted" else start
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        self.wfile.write(body[start : start + 1000] if path == "cut" else body[start:])
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.log = []
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def dest(tmp_path: Path) -> Path:
+    return tmp_path / "root" / "a.tar"  # its folder is made
+
+
+def part(dest: Path) -> Path:
+    dest.parent.mkdir(exist_ok=True)
+    return dest.with_name("a.tar.part")
+
+
+def test_fetch(server: Server, dest: Path) -> None:
+    fetch([server.url("file")], md5=MD5, dest=dest)
+    assert dest.read_bytes() == DATA
+    assert not part(dest).exists()
+    fetch([server.url("file")], md5=MD5, dest=dest)  # is there: no second request
+    assert server.log == [("file", None)]
+
+
+@pytest.mark.parametrize("path", ["file", "norange"])
+def test_resume(server: Server, dest: Path, path: str) -> None:
+    part(dest).write_bytes(DATA[:1234])
+    fetch([server.url(path)], md5=MD5, dest=dest)
+    assert server.log == [(path, "bytes=1234-")]
+    assert dest.read_bytes() == DATA
+
+
+def test_resume_of_a_complete_part(server: Server, dest: Path) -> None:
+    part(dest).write_bytes(DATA)
+    fetch([server.url("file")], md5=MD5, dest=dest)  # answered with 416
+    assert dest.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"junk" * len(DATA)], ids=["short", "too long"])
+def test_resume_of_a_wrong_part(server: Server, dest: Path, junk: bytes) -> None:
+    part(dest).write_bytes(junk)
+    fetch([server.url("file")], md5=MD5, dest=dest)
+    assert [wanted for _, wanted in server.log] == [f"bytes={len(junk)}-", None]
+    assert dest.read_bytes() == DATA
+
+
+def test_next_mirror(server: Server, dest: Path) -> None:
+    with Server(("127.0.0.1", 0), Handler) as closed:
+        dead = closed.url("file")
+    mirrors = [dead, *(server.url(p) for p in ("gone", "html", "wrong", "cut", "shifted", "file"))]
+    fetch(mirrors, md5=MD5, dest=dest)
+    assert dest.read_bytes() == DATA
+    # The wrong bytes are thrown away, the cut ones are used.
+    assert [w for _, w in server.log] == [None, None, None, None, "bytes=1000-", "bytes=1000-"]
+
+
+def test_all_mirrors_fail(server: Server, dest: Path) -> None:
+    paths = {"gone": "HTTP 404", "html": "web page", "wrong": "wrong md5", "cut": "1,000 of"}
+    with pytest.raises(DataError) as error:
+        fetch([server.url(p) for p in paths], md5=MD5, dest=dest)
+    message = str(error.value)
+    for path, why in paths.items():
+        assert re.search(rf"{re.escape(server.url(path))}\s+.*{why}", message)
+    for text in (MD5, str(dest), "experiment=quickstart"):
+        assert text in message
+    assert not dest.exists()
+    assert part(dest).read_bytes() == DATA[:1000]
+
+
+def test_stalled_server(dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    silent = Server(("127.0.0.1", 0), Handler)  # accepts, answers nothing
+    with silent, pytest.raises(DataError, match="timed out"):
+        fetch([silent.url("file")], md5=MD5, dest=dest)
+
+
+def test_wrong_archive_in_place(server: Server, dest: Path) -> None:
+    part(dest)
+    dest.write_bytes(b"half of it")
+    with pytest.raises(DataError, match=rf"{re.escape(str(dest))}.*expected {MD5}"):
+        fetch([server.url("file")], md5=MD5, dest=dest)
+    assert dest.read_bytes() == b"half of it"
+    assert not server.log
+
+
+def test_unwritable(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("a file")
+    with pytest.raises(DataError, match="root"):
+        fetch([server.url("file")], md5=MD5, dest=tmp_path / "root" / "a.tar")
+
+
+def write_tar(path: Path, *extra: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name in ("kit/tree/a.txt", "kit/tree/b/c.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = len(DATA)
+            tar.addfile(info, io.BytesIO(DATA))
+        for info in extra:
+            tar.addfile(info)
+    return path
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def test_unpack(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "a.tar")
+    (tmp_path / "kit" / "other").mkdir(parents=True)  # what is there stays
+    (tmp_path / ".unpack-a.tar-killed" / "kit").mkdir(parents=True)
+    target = unpack(archive, into=tmp_path, member_root="kit/tree")
+    assert target == tmp_path / "kit" / "tree"
+    assert (target / "b" / "c.txt").read_bytes() == DATA
+    assert (tmp_path / "kit" / "other").is_dir()
+    assert not list(tmp_path.glob(".unpack-*"))
+    archive.unlink()
+    unpack(archive, into=tmp_path, member_root="kit/tree")  # is there: not needed
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_unpack_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    archive = write_tar(tmp_path / "a.tar")
+    seen: list[str] = []
+
+    def stop(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        seen.append(member.name)
+        if len(seen) == 2:
+            raise kind("stop")
+        return member
+
+    monkeypatch.setattr(download, "_plain", stop)
+    with pytest.raises(DataError if kind is OSError else kind):
+        unpack(archive, into=tmp_path, member_root="kit/tree")
+    assert not (tmp_path / "kit").exists()
+    assert not list(tmp_path.glob(".unpack-*"))
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        entry("/tmp/fcn-evil.txt"),
+        entry("../evil.txt"),
+        entry("kit/tree/../../../evil.txt"),
+        entry("kit/link", tarfile.SYMTYPE, "/etc"),
+        entry("kit/link", tarfile.SYMTYPE, "tree/a.txt"),
+        entry("kit/hard", tarfile.LNKTYPE, "kit/tree/a.txt"),
+        entry("kit/device", tarfile.CHRTYPE),
+        entry("kit/pipe", tarfile.FIFOTYPE),
+    ],
+    ids=lambda info: f"{info.name}-{info.type.decode()}",
+)
+def test_hostile_archive(tmp_path: Path, hostile: tarfile.TarInfo) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = write_tar(root / "a.tar", hostile)
+    with pytest.raises(DataError, match=re.escape(hostile.name)):
+        unpack(archive, into=root, member_root="kit/tree")
+    assert [p.name for p in root.iterdir() if not p.name.endswith(".lock")] == ["a.tar"]
+    assert list(tmp_path.iterdir()) == [root]
+    assert not Path("/tmp/fcn-evil.txt").exists()
+
+
+def test_broken_archive(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "a.tar")
+    with pytest.raises(DataError, match="holds no folder other"):
+        unpack(archive, into=tmp_path, member_root="other")
+    archive.write_bytes(archive.read_bytes()[:100_000])
+    with pytest.raises(DataError, match=re.escape(str(archive))):
+        unpack(archive, into=tmp_path, member_root="kit/tree")
+    assert not (tmp_path / "kit").exists()
+
+
+def _fetch_and_unpack(url: str, md5: str, root: Path) -> None:
+    fetch([url], md5=md5, dest=root / "a.tar")
+    unpack(root / "a.tar", into=root, member_root="kit/tree")
+
+
+def test_processes_at_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = write_tar(tmp_path / "source.tar").read_bytes()
+    monkeypatch.setitem(globals(), "DATA", body)
+    arguments = (server.url("file"), hashlib.md5(body).hexdigest(), tmp_path / "root")
+    fork = multiprocessing.get_context("fork")
+    work: Callable[..., None] = _fetch_and_unpack
+    processes = [fork.Process(target=work, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(server.log) == 1
+    assert (tmp_path / "root" / "kit" / "tree" / "a.txt").is_file()
+    assert not list((tmp_path / "root").glob(".unpack-*"))

@@ -1,0 +1,127 @@
+"""Shapes: the same everywhere, balanced, with VOC's kind of mask, and decided by shape alone."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import tv_tensors
+
+from fcn.datasets import Sample, SegmentationDataset
+from fcn.datasets.shapes import Shapes
+from fcn.errors import DataError
+
+SOLID, THIN = ("disc", "square", "triangle", "star"), ("ring", "cross", "ladder")
+
+
+def digest(sample: Sample) -> str:
+    return hashlib.sha256(
+        bytes(sample["image"].numpy()) + bytes(sample["mask"].numpy())
+    ).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def masks() -> Tensor:
+    data = Shapes(split="train")
+    return torch.stack([data[i]["mask"].as_subclass(Tensor) for i in range(300)])  # (300, 96, 96)
+
+
+def test_sample() -> None:
+    data: SegmentationDataset = Shapes(split="val", root="nowhere", download=True, size=64)
+    assert len(data) == len(data.ids) == len(set(data.ids)) == 200
+    assert len(data.classes) == len(data.palette) == 8
+    sample = data[3]
+    assert sample["id"] == data.ids[3] == data[3 - 200]["id"]
+    assert isinstance(sample["image"], tv_tensors.Image)
+    assert isinstance(sample["mask"], tv_tensors.Mask)
+    assert sample["image"].dtype == sample["mask"].dtype == torch.uint8
+    assert sample["image"].shape == (3, 64, 64)
+    assert sample["mask"].shape == (64, 64)
+    assert digest(sample) == digest(data[3 - 200])
+    with pytest.raises(IndexError):
+        data[200]
+    assert len(Shapes(split="train", train_length=7, val_length=3)) == 7
+
+
+def test_same_in_a_fresh_process() -> None:
+    torch.manual_seed(5)  # global random numbers have no say
+    here = [digest(Shapes(split="val", seed=9)[i]) for i in (11, 0)]
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import numpy; numpy.random.seed(1)\n"
+        "from test_shapes import Shapes, digest\n"
+        "data = Shapes(split='val', seed=9, val_length=50)\n"
+        "for i in range(12): last = digest(data[i])\n"
+        "print(last, digest(data[0]))"
+    )
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", code, str(tests), str(tests.parent)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert there == here
+
+
+def test_samples_differ() -> None:
+    # Splits, indices and seeds each make a difference.
+    sets = (Shapes(split="train"), Shapes(split="val"), Shapes(split="train", seed=1))
+    digests = {digest(data[i]) for data in sets for i in range(60)}
+    assert len(digests) == 180
+
+
+def test_classes_are_balanced(masks: Tensor) -> None:
+    assert masks.unique().tolist() == [*range(8), 255]
+    pictures = torch.tensor([(masks == k).any(-1).any(-1).float().mean() for k in range(1, 8)])
+    assert pictures.min() > 0.3
+    assert pictures.max() < 0.5
+    pixels = torch.tensor([(masks == k).float().mean() for k in range(1, 8)])
+    assert pixels.min() > 0.01
+
+
+def test_void_lies_between_labels(masks: Tensor) -> None:
+    for a, b in ((masks[:, 1:], masks[:, :-1]), (masks[:, :, 1:], masks[:, :, :-1])):
+        assert not ((a != b) & (a != 255) & (b != 255)).any()
+    assert 0.03 < (masks == 255).float().mean() < 0.12  # thin
+
+
+def test_thin_parts(masks: Tensor) -> None:
+    for name in (*SOLID, *THIN):
+        labels = (masks == Shapes.classes.index(name)).float()  # (300, 96, 96)
+        core = 1 - F.max_pool2d(1 - labels, 7, stride=1)  # where 7 × 7 pixels have the label
+        if name in THIN:
+            assert core.sum() < 0.01 * labels.sum()
+        else:
+            assert core.sum() > 0.2 * labels.sum()
+
+
+def test_colour_does_not_give_the_class_away() -> None:
+    data = Shapes(split="train")
+    sums, counts = torch.zeros(8, 3), torch.zeros(8)
+    for i in range(600):
+        sample = data[i]
+        for k in range(1, 8):
+            pixels = sample["image"][:, sample["mask"] == k].float()  # (3, pixels)
+            if pixels.shape[1]:
+                sums[k] += pixels.mean(1)
+                counts[k] += 1
+    colours = dict(zip(data.classes, sums / counts[:, None], strict=True))
+
+    def apart(a: str, b: str) -> float:
+        return (colours[a] - colours[b]).norm().item()
+
+    for pair in (("disc", "ring"), ("square", "cross"), ("square", "ladder")):
+        assert apart(*pair) < 20, pair
+    for pair in (("disc", "square"), ("ring", "triangle"), ("star", "cross")):
+        assert apart(*pair) > 60, pair
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(DataError, match=r"'test'.*train, val"):
+        Shapes(split="test")
+    wrong: list[dict[str, Any]]
+    wrong = [{"size": 20}, {"train_length": 0}, {"val_length": -1}, {"seed": -1}]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match=r"must"):
+            Shapes(split="train", **arguments)

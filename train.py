@@ -1,0 +1,302 @@
+"""Train a fully convolutional network (Long, Shelhamer, Darrell, CVPR 2015).
+
+    python train.py experiment=quickstart              minutes on a CPU, no download
+    python train.py model=fcn8s data.batch_size=2      PASCAL VOC2012 and ImageNet weights
+    python train.py -m model=fcn32s,fcn16s,fcn8s optimizer.lr=1e-3,1e-4     a sweep
+    python train.py resume=runs/fcn8s/2026-01-31_12-00-00                   goes on with a run
+
+`--help` lists the groups, `--cfg job` every setting. Results: fcn/runs.py.
+"""
+
+import math
+import os
+import secrets
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fcn.config import check_training, short_messages
+from fcn.errors import ConfigError
+
+# torch and Lightning are imported where they are needed: `--help` and `--cfg job` are instant.
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import Logger
+
+    from fcn.datamodule import SegmentationDataModule
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """One run, or one job of a sweep."""
+    with short_messages(HydraException, OmegaConfBaseException):
+        run_job(cfg)
+
+
+def run_job(cfg: DictConfig) -> None:
+    """Choose the run folder, train there, and keep the sweep's table."""
+    hydra_cfg = HydraConfig.get()
+    overrides = list(hydra_cfg.overrides.task)
+    sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
+    if cfg.resume:
+        run = Path(cfg.resume)
+        cfg = resumed_config(run, overrides)
+    elif sweep is not None:
+        run = sweep / hydra_cfg.sweep.subdir
+        with_group = OmegaConf.select(cfg, "logger._target_") and not cfg.logger.group
+        if with_group:
+            cfg.logger.group = f"sweep_{sweep.name}"
+    elif hydra_cfg.run.dir != ".":
+        run = Path(hydra_cfg.run.dir)
+    else:
+        run = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    from fcn.callbacks import Stopped
+
+    try:
+        train(cfg, run, overrides)
+    except Stopped as stop:
+        sys.exit(stop.exit_code)
+    finally:
+        if sweep is not None:
+            from fcn.runs import write_sweep_table
+
+            write_sweep_table(sweep)
+
+
+def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
+    """The run's own configuration, with what is given beside `resume=`, such as a later end."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
+    cfg = OmegaConf.load(run / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
+    changes = [o for o in overrides if not o.startswith("resume=")]
+    for change in changes:
+        key, _, value = change.partition("=")
+        if OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)) or key == "experiment":
+            raise ConfigError(f"{change}: a resumed run keeps its groups; change single settings")
+    cfg.merge_with_dotlist(changes)
+    cfg.resume = str(run)
+    return cfg
+
+
+def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Train as `cfg` says, in the folder `run`.
+
+    Args:
+        cfg: composed from conf/train.yaml. With `resume` set, `run` has been trained before.
+        run: the run folder; if a run has taken it already, a numbered neighbour.
+        overrides: what was changed on the command line, to be written down.
+
+    Returns:
+        What is in summary.json.
+
+    Raises:
+        fcn.errors.FCNError: settings, data or weights are wrong, or the loss diverged.
+        fcn.callbacks.Stopped: SIGINT or SIGTERM; the run can be resumed.
+    """
+    OmegaConf.resolve(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    check_training(config)
+
+    import pytorch_lightning as pl
+
+    from fcn.callbacks import Stopped
+    from fcn.devices import quiet_lightning
+    from fcn.runs import create_run_folder, last_checkpoint, peak_memory, write_json
+
+    quiet_lightning()
+    resuming = bool(cfg.resume)
+    checkpoint = last_checkpoint(run) if resuming else None
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ConfigError(f"resume={run}: there is no {checkpoint} to go on from")
+    datamodule = instantiate(cfg.data, _convert_="all")
+    if cfg.model.num_classes not in (None, len(datamodule.classes)):
+        raise ConfigError(
+            f"model.num_classes={cfg.model.num_classes}, but the data has {len(datamodule.classes)} "
+            "classes (background is one, void is none)"
+        )
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    module = instantiate(
+        cfg.model,
+        weights=None if resuming else cfg.model.weights,  # a checkpoint has them all
+        class_names=list(datamodule.classes),
+        palette=[list(colour) for colour in datamodule.palette],
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        _convert_="all",
+    )
+
+    if not resuming:
+        run = create_run_folder(run)
+        if OmegaConf.select(cfg, "logger._target_"):
+            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
+        OmegaConf.save(cfg, run / "config.yaml")
+        OmegaConf.save(OmegaConf.create(overrides or []), run / "overrides.yaml")
+    trainer = build_trainer(cfg, run, datamodule, resume_from=checkpoint)
+    print(
+        f"run folder: {run}\n{len(datamodule.ids(datamodule.train_data))} images to train on, "
+        f"{len(datamodule.ids(datamodule.val_data))} to validate on; "
+        f"{trainer.strategy.root_device}, {trainer.precision}",
+        flush=True,
+    )
+
+    started, status, exit_code = time.perf_counter(), "finished", 0
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Stopped as stop:
+        status, exit_code = "stopped", stop.exit_code
+        print(f"\nstopped by {stop}; go on with: python train.py resume={run}", flush=True)
+        raise
+    except BaseException:
+        exit_code = 1
+        raise
+    finally:
+        finish_wandb(trainer, exit_code)
+        if exit_code != 1:
+            seconds = time.perf_counter() - started
+            summary = summarise(trainer, run, status, seconds, peak_memory())
+            write_json(run / "summary.json", summary)
+    return summary
+
+
+def build_trainer(
+    cfg: DictConfig, run: Path, datamodule: "SegmentationDataModule", resume_from: Path | None
+) -> "pl.Trainer":
+    """The Trainer with its callbacks and loggers, all writing below `run`."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from fcn.callbacks import Curves, LastCheckpoint, LossStatistics, Panels, ProgressBar, ScoreTable
+    from fcn.csv_logger import MetricsCSV
+    from fcn.devices import best_precision
+
+    csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
+    config = OmegaConf.to_container(cfg)
+    callbacks = [
+        LossStatistics(half_life=cfg.callbacks.half_life, window=cfg.callbacks.window),
+        Panels(images=cfg.callbacks.panel_images, folder=run / "panels"),
+        Curves(csv=csv),
+        ScoreTable(),
+        ModelCheckpoint(
+            run / "checkpoints",
+            filename="best",
+            monitor="val/miou",
+            mode="max",
+            enable_version_counter=False,
+        ),
+        LastCheckpoint(
+            every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
+            run=run,
+            seed=cfg.seed,
+            config=config,
+        ),
+    ]
+    if cfg.trainer.enable_progress_bar:
+        callbacks.insert(0, ProgressBar())
+    accumulate = cfg.trainer.accumulate_grad_batches
+    settings: dict[str, Any] = {"max_epochs": -1, "check_val_every_n_epoch": None}
+    if cfg.trainer.max_epochs is not None:
+        images = cfg.trainer.max_epochs * len(datamodule.ids(datamodule.train_data))
+        settings["max_steps"] = math.ceil(images / (datamodule.batch_size * accumulate))
+    if cfg.trainer.precision == "auto":
+        settings["precision"] = best_precision(cfg.trainer.accelerator)
+    return instantiate(
+        cfg.trainer,
+        _convert_="all",
+        **settings,
+        val_check_interval=cfg.trainer.val_check_interval * accumulate,  # Lightning counts batches
+        logger=[csv, *wandb_loggers(cfg, run)],
+        callbacks=callbacks,
+        default_root_dir=run,
+        num_sanity_val_steps=0,
+    )
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """The optimizer step at which a checkpoint was made."""
+    import torch
+
+    if checkpoint is None:
+        return 0
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def wandb_loggers(cfg: DictConfig, run: Path) -> list["Logger"]:
+    """The W&B logger, online if there is a key; none with logger=none."""
+    if not OmegaConf.select(cfg, "logger._target_"):
+        return []
+    import wandb
+
+    options: dict[str, Any] = {
+        "save_dir": run,
+        "config": OmegaConf.to_container(cfg),
+        "settings": wandb.Settings(quiet=True),
+    }
+    if "WANDB_MODE" not in os.environ:
+        if not wandb.login(prompt=False):
+            options["mode"] = "offline"
+            print(f"W&B: not logged in, logging offline; upload with: wandb sync {run}/wandb/*run-*")
+    logger = instantiate(cfg.logger, _convert_="all", _partial_=True)(**options)
+    for metric, summary in (("train/loss_smooth", "min"), ("val/loss", "min"), ("val/miou", "max")):
+        logger.experiment.define_metric(
+            metric, summary=summary, step_metric="trainer/global_step", step_sync=True
+        )
+    return [logger]
+
+
+def finish_wandb(trainer: "pl.Trainer", exit_code: int) -> None:
+    """End the W&B run, so that a sweep's next job starts its own."""
+    from pytorch_lightning.loggers import WandbLogger
+
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=exit_code)
+
+
+def summarise(
+    trainer: "pl.Trainer", run: Path, status: str, seconds: float, memory: int
+) -> dict[str, Any]:
+    """What summary.json holds, from metrics.csv: so it is the same for a run that was resumed."""
+    from fcn.csv_logger import read_column, read_metrics
+    from fcn.runs import git_revision, versions
+
+    rows = read_metrics(run / "metrics.csv")
+    validated = [row for row in rows if row.get("val/miou")]
+    last = {k: float(v) for k, v in (validated[-1] if validated else {}).items() if k[:4] == "val/" and v}
+    steps, mious = read_column(rows, "val/miou")
+    best = max(range(len(mious)), key=mious.__getitem__, default=None)
+    _, speeds = read_column(rows, "train/images_per_second")
+    _, smooth = read_column(rows, "train/loss_smooth")
+    return {
+        "status": status,
+        "steps": trainer.global_step,
+        **last,
+        "best/val/miou": None if best is None else mious[best],
+        "best/step": None if best is None else steps[best],
+        "train/loss_smooth": smooth[-1] if smooth else None,
+        "seconds": round(seconds, 1),
+        "images_per_second": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
+        "peak_memory_bytes": memory,
+        "precision": str(trainer.precision),
+        "device": str(trainer.strategy.root_device),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # short_messages reports instead of Hydra
+    with short_messages(HydraException, OmegaConfBaseException):
+        main()
