@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fcn.config import check_values, short_messages
 from fcn.errors import ConfigError
 
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate as the command line says."""
@@ -67,7 +68,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     datamodule.prepare_data()
     data = datamodule.open(cfg.split)
 
-    per_image = ImageScores(datamodule.ids(data))
+    per_image = ImageScores(data.ids)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=1,
@@ -82,7 +83,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - started
 
     assert module.scores is not None
-    scores = dict(module.scores)
+    scores = module.scores
     output = Path(cfg.output) if cfg.output else default_output(path)
     output.mkdir(parents=True, exist_ok=True)
     metrics = {
@@ -104,7 +105,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     write_confusion(output / "confusion.csv", module.confusion.compute(), module.class_names)
     per_image.write(output / "images.csv")
     print_scores(scores, module.class_names)
-    print(f"{len(per_image.rows)} images, {metrics['images_per_second']:.2f} a second; see {output}")
+    print(
+        f"{len(per_image.rows)} images, {metrics['images_per_second']:.2f} a second; see {output}"
+    )
     return metrics
 
 
@@ -118,7 +121,7 @@ def offer_checkpoint_data(arguments: list[str]) -> None:
     """Make `data=checkpoint`, the default: the data settings that are in `ckpt=`."""
     path = next((a.removeprefix("ckpt=") for a in arguments if a.startswith("ckpt=")), None)
     data: dict[str, Any] = {"_target_": "fcn.datamodule.SegmentationDataModule"}
-    if path:
+    if path and not any(a.startswith("data=") for a in arguments):
         from fcn.evaluation import checkpoint_data  # imports torch: not for --help
 
         data = checkpoint_data(Path(path))

@@ -26,19 +26,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fcn.config import check_training, short_messages
-from fcn.errors import ConfigError
+from fcn.errors import ConfigError, FCNError, Stopped
 
 # torch and Lightning are imported where they are needed: `--help` and `--cfg job` are instant.
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning.loggers import Logger
 
-    from fcn.datamodule import SegmentationDataModule
-
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """One run, or one job of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        run_job(cfg)  # Hydra keeps an error until the other jobs are done
+        return
     with short_messages(HydraException, OmegaConfBaseException):
         run_job(cfg)
 
@@ -60,12 +61,14 @@ def run_job(cfg: DictConfig) -> None:
         run = Path(hydra_cfg.run.dir)
     else:
         run = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    from fcn.callbacks import Stopped
-
     try:
         train(cfg, run, overrides)
     except Stopped as stop:
         sys.exit(stop.exit_code)
+    except FCNError as error:
+        if sweep is not None:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         if sweep is not None:
             from fcn.runs import write_sweep_table
@@ -82,7 +85,7 @@ def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, True)
     changes = [o for o in overrides if not o.startswith("resume=")]
     for change in changes:
-        key, _, value = change.partition("=")
+        key = change.partition("=")[0]
         if OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)) or key == "experiment":
             raise ConfigError(f"{change}: a resumed run keeps its groups; change single settings")
     cfg.merge_with_dotlist(changes)
@@ -103,7 +106,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
     Raises:
         fcn.errors.FCNError: settings, data or weights are wrong, or the loss diverged.
-        fcn.callbacks.Stopped: SIGINT or SIGTERM; the run can be resumed.
+        fcn.errors.Stopped: SIGINT or SIGTERM; the run can be resumed.
     """
     OmegaConf.resolve(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
@@ -111,7 +114,6 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
     import pytorch_lightning as pl
 
-    from fcn.callbacks import Stopped
     from fcn.devices import quiet_lightning
     from fcn.runs import create_run_folder, last_checkpoint, peak_memory, write_json
 
@@ -123,12 +125,13 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     datamodule = instantiate(cfg.data, _convert_="all")
     if cfg.model.num_classes not in (None, len(datamodule.classes)):
         raise ConfigError(
-            f"model.num_classes={cfg.model.num_classes}, but the data has {len(datamodule.classes)} "
-            "classes (background is one, void is none)"
+            f"model.num_classes={cfg.model.num_classes}, but the data has "
+            f"{len(datamodule.classes)} classes (background is one, void is none)"
         )
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule.prepare_data()
     datamodule.setup("fit")
+    settle(cfg, images=len(datamodule.train_data))
     module = instantiate(
         cfg.model,
         weights=None if resuming else cfg.model.weights,  # a checkpoint has them all
@@ -145,10 +148,10 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
         OmegaConf.save(cfg, run / "config.yaml")
         OmegaConf.save(OmegaConf.create(overrides or []), run / "overrides.yaml")
-    trainer = build_trainer(cfg, run, datamodule, resume_from=checkpoint)
+    trainer = build_trainer(cfg, run, resume_from=checkpoint)
     print(
-        f"run folder: {run}\n{len(datamodule.ids(datamodule.train_data))} images to train on, "
-        f"{len(datamodule.ids(datamodule.val_data))} to validate on; "
+        f"run folder: {run}\n{len(datamodule.train_data)} images to train on, "
+        f"{len(datamodule.val_data)} to validate on; "
         f"{trainer.strategy.root_device}, {trainer.precision}",
         flush=True,
     )
@@ -172,30 +175,42 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     return summary
 
 
-def build_trainer(
-    cfg: DictConfig, run: Path, datamodule: "SegmentationDataModule", resume_from: Path | None
-) -> "pl.Trainer":
-    """The Trainer with its callbacks and loggers, all writing below `run`."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    from fcn.callbacks import Curves, LastCheckpoint, LossStatistics, Panels, ProgressBar, ScoreTable
-    from fcn.csv_logger import MetricsCSV
+def settle(cfg: DictConfig, images: int) -> None:
+    """Replace what depends on machine and data, `auto` and epochs, by what it means here."""
     from fcn.devices import best_precision
 
+    if cfg.trainer.max_epochs is not None:
+        batch = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+        cfg.trainer.max_steps = math.ceil(cfg.trainer.max_epochs * images / batch)
+        cfg.trainer.max_epochs = None
+    if cfg.trainer.precision == "auto":
+        cfg.trainer.precision = best_precision(cfg.trainer.accelerator)
+    if OmegaConf.select(cfg, "optimizer.fused") == "auto":
+        cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
+
+
+def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.Trainer":
+    """The Trainer with its callbacks and loggers, all writing below `run`."""
+    from fcn.callbacks import (
+        AtomicCheckpointIO,
+        BestCheckpoint,
+        Curves,
+        LastCheckpoint,
+        LossStatistics,
+        Panels,
+        ProgressBar,
+        ScoreTable,
+    )
+    from fcn.csv_logger import MetricsCSV
+
     csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
-    config = OmegaConf.to_container(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     callbacks = [
         LossStatistics(half_life=cfg.callbacks.half_life, window=cfg.callbacks.window),
         Panels(images=cfg.callbacks.panel_images, folder=run / "panels"),
         Curves(csv=csv),
         ScoreTable(),
-        ModelCheckpoint(
-            run / "checkpoints",
-            filename="best",
-            monitor="val/miou",
-            mode="max",
-            enable_version_counter=False,
-        ),
+        BestCheckpoint(run=run),
         LastCheckpoint(
             every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
             run=run,
@@ -205,20 +220,17 @@ def build_trainer(
     ]
     if cfg.trainer.enable_progress_bar:
         callbacks.insert(0, ProgressBar())
-    accumulate = cfg.trainer.accumulate_grad_batches
-    settings: dict[str, Any] = {"max_epochs": -1, "check_val_every_n_epoch": None}
-    if cfg.trainer.max_epochs is not None:
-        images = cfg.trainer.max_epochs * len(datamodule.ids(datamodule.train_data))
-        settings["max_steps"] = math.ceil(images / (datamodule.batch_size * accumulate))
-    if cfg.trainer.precision == "auto":
-        settings["precision"] = best_precision(cfg.trainer.accelerator)
+    # The loader never ends, so Lightning sees one epoch; it counts batches, we count steps.
+    batches = cfg.trainer.val_check_interval * cfg.trainer.accumulate_grad_batches
     return instantiate(
         cfg.trainer,
         _convert_="all",
-        **settings,
-        val_check_interval=cfg.trainer.val_check_interval * accumulate,  # Lightning counts batches
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=batches,
         logger=[csv, *wandb_loggers(cfg, run)],
         callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
         default_root_dir=run,
         num_sanity_val_steps=0,
     )
@@ -237,6 +249,8 @@ def wandb_loggers(cfg: DictConfig, run: Path) -> list["Logger"]:
     """The W&B logger, online if there is a key; none with logger=none."""
     if not OmegaConf.select(cfg, "logger._target_"):
         return []
+    # W&B's service logs to ~/.cache otherwise; a sweep has one service, so its first run has them
+    os.environ.setdefault("WANDB_CACHE_DIR", str(run.absolute() / "wandb" / "cache"))
     import wandb
 
     options: dict[str, Any] = {
@@ -244,10 +258,9 @@ def wandb_loggers(cfg: DictConfig, run: Path) -> list["Logger"]:
         "config": OmegaConf.to_container(cfg),
         "settings": wandb.Settings(quiet=True),
     }
-    if "WANDB_MODE" not in os.environ:
-        if not wandb.login(prompt=False):
-            options["mode"] = "offline"
-            print(f"W&B: not logged in, logging offline; upload with: wandb sync {run}/wandb/*run-*")
+    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
+        options["mode"] = "offline"
+        print(f"W&B: not logged in, so offline; upload with: wandb sync {run}/wandb/*run-*")
     logger = instantiate(cfg.logger, _convert_="all", _partial_=True)(**options)
     for metric, summary in (("train/loss_smooth", "min"), ("val/loss", "min"), ("val/miou", "max")):
         logger.experiment.define_metric(
@@ -274,7 +287,11 @@ def summarise(
 
     rows = read_metrics(run / "metrics.csv")
     validated = [row for row in rows if row.get("val/miou")]
-    last = {k: float(v) for k, v in (validated[-1] if validated else {}).items() if k[:4] == "val/" and v}
+    last = {
+        k: float(v)
+        for k, v in (validated[-1] if validated else {}).items()
+        if k[:4] == "val/" and v
+    }
     steps, mious = read_column(rows, "val/miou")
     best = max(range(len(mious)), key=mious.__getitem__, default=None)
     _, speeds = read_column(rows, "train/images_per_second")

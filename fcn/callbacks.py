@@ -1,6 +1,7 @@
 """What happens around training steps: statistics, checkpoints, pictures, a progress bar."""
 
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fcn.csv_logger import MetricsCSV, read_metrics
 from fcn.datamodule import random_generator
-from fcn.errors import TrainingError
+from fcn.errors import Stopped, TrainingError
+from fcn.module import SegmentationModule
 from fcn.runs import best_checkpoint, last_checkpoint, versions
 from fcn.visualize import draw_curves, panel
 
@@ -31,7 +34,8 @@ class LossStatistics(Callback):
     A batch of one to three images gives a loss that jumps by its own size: people read
     `train/loss_smooth`. Logged for each optimizer step: `train/loss` (mean over the accumulated
     batches), `train/loss_smooth`, `train/loss_mean` and `train/loss_std` (over a window of steps),
-    `train/grad_norm` (before clipping), `train/lr` (without multipliers), `train/images_per_second`.
+    `train/grad_norm` (before clipping), `train/lr` (without multipliers) and
+    `train/images_per_second`.
 
     Args:
         half_life: steps after which a loss counts half in the smoothed loss, an exponential mean
@@ -50,7 +54,12 @@ class LossStatistics(Callback):
         self.steps: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm: unread yet
         self.images, self.since = 0, 0.0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+
     def state_dict(self) -> dict[str, Any]:
+        if self.steps:  # a checkpoint has all losses, and is not made of a diverged network
+            self.read(self.trainer)
         return {"total": self.total, "weight": self.weight, "window": list(self.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -71,7 +80,9 @@ class LossStatistics(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.lr = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["lr_multiplier"]
 
@@ -87,9 +98,11 @@ class LossStatistics(Callback):
         self.images += len(batch["image"]) * trainer.world_size
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.steps.append((trainer.global_step, torch.stack(self.batch_losses).sum(), self.grad_norm))
+        self.steps.append(
+            (trainer.global_step, torch.stack(self.batch_losses).sum(), self.grad_norm)
+        )
         self.batch_losses = []
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.read(trainer)
             self.report(trainer, pl_module)
 
@@ -147,7 +160,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.run, self.seed, self.config = every_n_steps, run, seed, config
         self.validation_due = False
         self.stop_signal: signal.Signals | None = None
-        self.handlers: dict[signal.Signals, Any] = {}
+        self.handlers: dict[signal.Signals, Any] = {}  # that were there before
 
     def state_dict(self) -> dict[str, Any]:
         return {"validation_due": self.validation_due}
@@ -160,12 +173,22 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["versions"] = versions()
-        checkpoint["precision"] = str(trainer.precision)  # evaluation must compute as validation did
+        checkpoint["precision"] = str(
+            trainer.precision
+        )  # evaluation must compute as validation did
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self._on_signal)
-        if self.validation_due:  # as Lightning's training loop does it; it would leave it out
+        self._validate_if_due(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validate_if_due(trainer)  # no step was left, so that training has not started
+
+    def _validate_if_due(self, trainer: pl.Trainer) -> None:
+        """As Lightning's training loop does it, which leaves it out when a run is resumed."""
+        if self.validation_due:
+            self.validation_due = False
             val_loop = trainer.fit_loop.epoch_loop.val_loop
             val_loop.restarting = False
             trainer.validating = True
@@ -179,10 +202,18 @@ class LastCheckpoint(Checkpoint):
         torch.manual_seed(int(seed))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # gradients are under way, and no checkpoint holds them
+            # Gradients are under way, and no checkpoint holds them. When time is up
+            # (trainer.max_time), Lightning says so again after the next batch.
+            trainer.should_stop = False
+            return
         if trainer.global_step >= trainer.max_steps != -1:
             trainer.should_stop = True  # Lightning then validates once more
         interval = trainer.val_check_batch
@@ -194,11 +225,24 @@ class LastCheckpoint(Checkpoint):
         self._stop_if_asked(trainer)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._stop_if_asked(trainer)  # nothing is lost: last.ckpt was made just before
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._give_back_signals()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._give_back_signals()  # Lightning leaves teardown out then
+
+    def _give_back_signals(self) -> None:
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
@@ -212,13 +256,47 @@ class LastCheckpoint(Checkpoint):
             raise Stopped(self.stop_signal, trainer.global_step)
 
 
-class Stopped(Exception):
-    """The run was asked to stop by a signal; last.ckpt has its state."""
+class BestCheckpoint(ModelCheckpoint):
+    """best.ckpt: the one with the highest val/miou, also after the run folder has moved.
 
-    def __init__(self, number: signal.Signals, step: int) -> None:
-        super().__init__(f"{number.name} at step {step}")
-        self.exit_code = 128 + number
-        self.step = step
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, *, run: Path) -> None:
+        path = best_checkpoint(run)
+        super().__init__(
+            path.parent,
+            filename=path.stem,
+            monitor="val/miou",
+            mode="max",
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        old, new = str(state_dict["dirpath"]), str(self.dirpath)
+        moved = {k: v.replace(old, new) for k, v in state_dict.items() if isinstance(v, str)}
+        best = {k.replace(old, new): v for k, v in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best})
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint is whole or the one before it, whenever the process is killed.
+
+    Lightning's own goes through memory and the system's temporary folder, often another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 class Panels(Callback):
@@ -255,6 +333,8 @@ class Panels(Callback):
         if not self.rows or trainer.sanity_checking or not trainer.is_global_zero:
             return
         self.folder.mkdir(exist_ok=True)
+        assert isinstance(pl_module, SegmentationModule)
+        assert pl_module.scores is not None
         picture = panel(
             self.rows,
             class_names=pl_module.hparams["class_names"],
@@ -292,7 +372,7 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if pl_module.scores is not None:
+        if isinstance(pl_module, SegmentationModule) and pl_module.scores is not None:
             metrics["val mIoU"] = pl_module.scores["miou"]
         return metrics
 
@@ -310,7 +390,8 @@ class ScoreTable(Callback):
             flush=True,
         )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, SegmentationModule)
         if trainer.is_global_zero and pl_module.scores is not None:
             print_scores(pl_module.scores, pl_module.class_names)
 

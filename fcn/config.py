@@ -23,6 +23,10 @@ def _whole(low: int) -> Test:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
 
 
+def _whole_between(low: int, high: int) -> Test:
+    return lambda v: _whole(low)(v) and v <= high
+
+
 def _between(low: float, high: float) -> Test:
     return lambda v: _number(v) and low <= v <= high
 
@@ -52,9 +56,10 @@ def _text(value: Any) -> bool:
 
 
 def _duration(value: Any) -> bool:
-    if isinstance(value, dict):
-        return True
-    return isinstance(value, str) and re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None
+    if isinstance(value, dict):  # of hours, minutes, ...
+        return any(value.values())
+    is_time = isinstance(value, str) and re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value)
+    return bool(is_time) and value.strip("0:") != ""
 
 
 TRUTH = (lambda v: isinstance(v, bool), "true or false")
@@ -65,6 +70,8 @@ POSITIVE = (_positive, "a number above 0")
 NOT_NEGATIVE = (_between(0, math.inf), "a number from 0 up")
 FRACTION = (_between(0, 1), "a number from 0 to 1")
 TEXT_OR_NONE = (_optional(_text), "null or a text")
+SEED = (_whole_between(0, 2**32 - 1), "a whole number from 0 to 4294967295")
+SPLIT = (_text, "the name of a split, such as train")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
 RULES: dict[str, tuple[Test, str]] = {
@@ -72,10 +79,12 @@ RULES: dict[str, tuple[Test, str]] = {
         lambda v: _text(v) and v not in (".", "..") and not re.search(r"[/\\\0]", v),
         "a folder's name, without / or \\",
     ),
-    "seed": (_between(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
+    "seed": SEED,
     "resume": TEXT_OR_NONE,
     "data.root": TEXT_OR_NONE,
     "data.download": TRUTH,
+    "data.train_split": SPLIT,
+    "data.val_split": SPLIT,
     "data.batch_size": COUNT,
     "data.eval_batch_size": COUNT,
     "data.num_workers": (_optional(_whole(0)), "null or a whole number from 0 up"),
@@ -90,6 +99,7 @@ RULES: dict[str, tuple[Test, str]] = {
     ),
     "data.flip": FRACTION,
     "data.jitter": (_optional(_between(0, 1)), "null or a number from 0 to 1"),
+    "data.seed": SEED,
     "model.stride": (_one_of(32, 16, 8), "32, 16 or 8"),
     "model.backbone": (_one_of("vgg11", "vgg13", "vgg16", "vgg19"), "vgg11, vgg13, vgg16 or vgg19"),
     "model.weights": TEXT_OR_NONE,
@@ -99,9 +109,12 @@ RULES: dict[str, tuple[Test, str]] = {
     "model.dropout": (_below(0, 1), "at least 0 and below 1"),
     "model.pooling": (_one_of("max", "avg"), "max or avg"),
     "model.fusion": (_one_of("score", "feature"), "score or feature"),
-    "model.skip_scales": (_pair(_positive), "two numbers above 0, for pool4 and pool3"),
+    "model.pool_scales": (
+        lambda v: isinstance(v, list) and len(v) == 3 and all(map(_positive, v)),
+        "three numbers above 0, for pool5, pool4 and pool3",
+    ),
     "model.learn_upsampling": TRUTH,
-    "model.freeze_stages": (_one_of(*range(6)), "0 to 5"),
+    "model.freeze_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
     "model.head_lr_multiplier": POSITIVE,
     "model.bias_lr_multiplier": POSITIVE,
     "optimizer.lr": POSITIVE,
@@ -109,19 +122,32 @@ RULES: dict[str, tuple[Test, str]] = {
     "optimizer.betas": (_pair(_below(0, 1)), "two numbers, at least 0 and below 1"),
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.nesterov": TRUTH,
+    "optimizer.fused": (_one_of("auto", True, False, None), "auto, true, false or null"),
     "scheduler.power": POSITIVE,
     "scheduler.final": FRACTION,
     "scheduler.warmup_steps": WHOLE,
     "trainer.max_steps": (lambda v: v == -1 or _whole(1)(v), "-1 or a whole number from 1 up"),
     "trainer.max_epochs": COUNT_OR_NONE,
-    "trainer.max_time": (_optional(_duration), "null or DD:HH:MM:SS"),
+    "trainer.max_time": (_optional(_duration), "null or a time DD:HH:MM:SS"),
     "trainer.val_check_interval": COUNT,
     "trainer.log_every_n_steps": COUNT,
     "trainer.accumulate_grad_batches": COUNT,
     "trainer.gradient_clip_val": (_optional(_positive), "null or a number above 0"),
     "trainer.precision": (_one_of(*PRECISIONS), ", ".join(PRECISIONS)),
     "trainer.accelerator": (_text, "auto, cpu, gpu, mps or another of Lightning's"),
-    "trainer.devices": (lambda v: v == "auto" or v == -1 or _whole(1)(v) or isinstance(v, list), "a count, a list or auto"),
+    "trainer.devices": (
+        lambda v: v in ("auto", -1) or _whole(1)(v) or (isinstance(v, list) and v != []),
+        "a count, a list or auto",
+    ),
+    "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "warn", "true, false or warn"),
+    "trainer.benchmark": (_optional(lambda v: isinstance(v, bool)), "null, true or false"),
+    "trainer.limit_val_batches": (
+        lambda v: v is None or _whole(1)(v) or (isinstance(v, float) and 0 < v <= 1),
+        "null, a whole number from 1 up, or a fraction above 0.0",
+    ),
+    "trainer.profiler": TEXT_OR_NONE,
+    "trainer.enable_progress_bar": TRUTH,
+    "trainer.enable_model_summary": TRUTH,
     "callbacks.half_life": POSITIVE,
     "callbacks.window": COUNT,
     "callbacks.checkpoint_every_n_steps": COUNT,
@@ -165,7 +191,9 @@ def check_training(config: Mapping[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @contextmanager
@@ -175,21 +203,31 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
     Args:
         mendable: exception types beside `FCNError`: those of the configuration library.
     """
+    expected: tuple[type[Exception], ...] = (FCNError, *mendable)
     try:
         yield
-    except (FCNError, *mendable) as error:
+    except expected as error:
         known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-        if known is not None:
-            message = str(known)
-        else:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            message = " ".join(lines[:1] + [x for x in lines[1:] if x.startswith("Key ")])
-            message += "\n`--cfg job` shows every setting, `--help` the groups."
+        message = str(known) if known is not None else _of_hydra(str(error))
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _of_hydra(text: str) -> str:
+    """The two lines that matter of a message of Hydra's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0].replace("Could not override", "There is no setting")
+    options: list[str] = []
+    for number, line in enumerate(lines):
+        if line.startswith("Available options"):
+            end = next((i for i, x in enumerate(lines) if x.startswith("Config search path")), None)
+            options = [x for x in lines[number + 1 : end] if not x.startswith("_")]
+    if options:
+        return f"{first}\nAvailable: {', '.join(options)}"
+    return f"{first}\n`--cfg job` shows every setting, `--help` the groups."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -23,7 +23,7 @@ class SegmentationDataModule(pl.LightningDataModule):
     """Training batches as an endless stream; evaluation batches in order, each image once.
 
     Args:
-        dataset: makes a data set from (split, root, download), such as `fcn.datasets.voc2012.VOC2012`.
+        dataset: makes one from (split, root, download), such as `fcn.datasets.voc2012.VOC2012`.
         root: folder that holds or receives the data.
         download: fetch the data if it is missing.
         train_split, val_split: names of splits.
@@ -63,7 +63,9 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         if num_workers is None:
-            num_workers = min(8, len(os.sched_getaffinity(0)) - 1)
+            able = hasattr(os, "sched_getaffinity")  # Linux
+            cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+            num_workers = min(8, cores - 1)
         self.num_workers = num_workers
         self.limit, self.seed = limit, seed
         self.augment = train_transform(crop_size=crop_size, scale=scale, flip=flip, jitter=jitter)
@@ -73,12 +75,16 @@ class SegmentationDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, known before any data is there."""
-        return getattr(self.make_dataset, "func", self.make_dataset).classes  # of a partial
+        return self._dataset_class.classes
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """A colour (R, G, B) for each class."""
-        return getattr(self.make_dataset, "func", self.make_dataset).palette
+        return self._dataset_class.palette
+
+    @property
+    def _dataset_class(self) -> Any:
+        return getattr(self.make_dataset, "func", self.make_dataset)  # of a partial
 
     def prepare_data(self) -> None:
         """Fetch what is missing; Lightning calls this in one process only."""
@@ -92,12 +98,11 @@ class SegmentationDataModule(pl.LightningDataModule):
             self.val_data = self.open(self.val_split)
 
     def open(self, split: str) -> SegmentationDataset:
-        """One split as it is on disk."""
-        return self.make_dataset(split=split, root=self.root, download=False)
-
-    def ids(self, data: SegmentationDataset) -> list[str]:
-        """Names of the images that are used."""
-        return data.ids[: self.limit]
+        """One split as it is on disk, or its first `limit` images."""
+        data = self.make_dataset(split=split, root=self.root, download=False)
+        if self.limit is not None:
+            del data.ids[self.limit :]
+        return data
 
     def train_dataloader(self) -> DataLoader:
         """From where the trainer stands, on and on: it ends by steps or time, not by epochs."""
@@ -107,7 +112,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             rank, world = trainer.global_rank, trainer.world_size
             start = trainer.global_step * trainer.accumulate_grad_batches * self.batch_size * world
         stream = ShuffledStream(
-            len(self.ids(self.train_data)), seed=self.seed, start=start, rank=rank, world=world
+            len(self.train_data), seed=self.seed, start=start, rank=rank, world=world
         )
         data = Transformed(self.train_data, self.augment, seed=self.seed)
         return self._loader(data, batch_size=self.batch_size, sampler=stream)
@@ -119,9 +124,9 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def eval_dataloader(self, data: SegmentationDataset) -> DataLoader:
         """Any split, in order, nothing changed, the last partial batch kept."""
-        order = range(len(self.ids(data)))
-        data = Transformed(data, eval_transform())
-        return self._loader(data, batch_size=self.eval_batch_size, sampler=order)
+        unchanged = Transformed(data, eval_transform())
+        order = range(len(data))
+        return self._loader(unchanged, batch_size=self.eval_batch_size, sampler=order)
 
     def _loader(self, data: Dataset, **options: Any) -> DataLoader:
         return DataLoader(
@@ -150,7 +155,7 @@ class ShuffledStream(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         position = self.start + self.rank
-        current, order = -1, np.empty(0)
+        current, order = -1, np.empty(0, np.int64)
         while True:
             epoch, place = divmod(position, self.size)
             if epoch != current:
@@ -160,7 +165,7 @@ class ShuffledStream(Sampler[tuple[int, int]]):
 
 
 class Transformed(Dataset[Sample]):
-    """A data set with a transform; with a `seed`, keys are (epoch, index) and fix the randomness."""
+    """A data set with a transform; with a `seed`, a key (epoch, index) fixes the randomness."""
 
     def __init__(
         self, data: SegmentationDataset, transform: Transform, *, seed: int | None = None

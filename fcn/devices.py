@@ -12,9 +12,11 @@ def best_precision(accelerator: str = "auto") -> str:
     On CPUs without bfloat16 instructions autocast is slower than float32.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        )
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
     return "32-true"
 
@@ -26,3 +28,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # one or two workers are enough here: an image is read and cropped in milliseconds
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # of course it does, when a run is resumed
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

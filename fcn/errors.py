@@ -1,8 +1,15 @@
 """Errors that a user can mend. The scripts show these as their message, without a traceback."""
 
+from signal import Signals
+
 
 class FCNError(Exception):
     """An error that the user can mend: shown as its message, without a traceback."""
+
+    def __str__(self) -> str:
+        # A loader's process hands an error on as the text of its traceback: keep what it said.
+        name = f"{type(self).__module__}.{type(self).__qualname__}: "
+        return super().__str__().rpartition(name)[2].strip()
 
 
 class DataError(FCNError):
@@ -27,3 +34,12 @@ class ConfigError(FCNError, ValueError):
 
 class TrainingError(FCNError):
     """Training cannot go on; the message says at which step and what to try."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal; last.ckpt has its state."""
+
+    def __init__(self, number: Signals, step: int) -> None:
+        super().__init__(f"{number.name} at step {step}")
+        self.exit_code = 128 + number
+        self.step = step

@@ -2,7 +2,10 @@
 
 import csv
 import pickle
+import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fcn.errors import WeightsError
 from fcn.metrics import segmentation_scores
+from fcn.module import SegmentationModule
 from fcn.runs import atomic_write
 
 CONTENTS = {"state_dict", "hyper_parameters", "config", "precision", "global_step"}
@@ -50,18 +54,40 @@ def checkpoint_data(path: Path) -> dict[str, Any]:
         WeightsError: as `read_checkpoint`; also if the settings name code that is not ours, since
             Hydra would call it.
     """
-    data = read_checkpoint(path)["config"]["data"]
-    for target in _targets(data):
-        if not target.startswith("fcn."):
-            raise WeightsError(f"ckpt={path} wants to call {target}; choose the data with data=...")
+    config = read_checkpoint(path)["config"]
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        raise WeightsError(f"ckpt={path} has no data settings; choose the data with data=...")
+    _check_harmless(path, data)
     return data
 
 
-def _targets(value: Any) -> list[str]:
+def _check_harmless(path: Path, value: Any) -> None:
+    """Refuse what Hydra or OmegaConf would call while they turn settings into a data module."""
     if isinstance(value, dict):
-        own = [str(value["_target_"])] if "_target_" in value else []
-        return own + [target for v in value.values() for target in _targets(v)]
-    return [t for v in value for t in _targets(v)] if isinstance(value, list) else []
+        for key, inner in value.items():
+            if key == "_target_" and not _is_ours(inner):
+                raise WeightsError(
+                    f"ckpt={path} wants to call {inner}; choose the data with data=..."
+                )
+            _check_harmless(path, key)
+            _check_harmless(path, inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_harmless(path, inner)
+    elif isinstance(value, str) and "${" in value:  # a run's settings are resolved when saved
+        raise WeightsError(f"ckpt={path} wants to run {value}; choose the data with data=...")
+
+
+def _is_ours(target: Any) -> bool:
+    """Whether this names our data module, or a class that a file of fcn/datasets/ defines."""
+    module, _, name = str(target).rpartition(".")
+    if str(target) == "fcn.datamodule.SegmentationDataModule":
+        return True
+    if not re.fullmatch(r"fcn\.datasets\.\w+", module) or find_spec(module) is None:
+        return False
+    found = getattr(import_module(module), name, None)
+    return isinstance(found, type) and found.__module__ == module
 
 
 class ImageScores(Callback):
@@ -84,6 +110,7 @@ class ImageScores(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        assert isinstance(pl_module, SegmentationModule)
         for mask, prediction in zip(batch["mask"], outputs["prediction"], strict=True):
             confusion = multiclass_confusion_matrix(
                 prediction,

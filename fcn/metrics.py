@@ -30,7 +30,7 @@ def segmentation_scores(confusion: Tensor) -> Scores:
     Args:
         confusion: (K, K) pixel counts; rows are labels, columns are predictions; void not counted.
     """
-    n = confusion.to(torch.float64)
+    n = confusion.cpu().to(torch.float64)  # Apple's GPUs have no float64
     correct = n.diag()  # (K,) n_ii
     labelled = n.sum(1)  # (K,) t_i
     union = labelled + n.sum(0) - correct  # (K,)

@@ -1,7 +1,7 @@
 """The LightningModule: an FCN with its loss, metrics, optimizer groups and schedule.
 
-    module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
-    logits = module.network(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
+logits = module.network(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +56,10 @@ class SegmentationModule(pl.LightningModule):
         if class_names is None:
             class_names = [str(k) for k in range(num_classes)]
         if len(class_names) != num_classes:
-            raise ValueError(f"num_classes is {num_classes}, but there are {len(class_names)} names")
-        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+            raise ValueError(
+                f"num_classes is {num_classes}, but there are {len(class_names)} names"
+            )
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
         self.class_names = list(class_names)
         self.void = void
@@ -78,7 +80,9 @@ class SegmentationModule(pl.LightningModule):
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy in float32, mean over the pixels that are not void; 0 if all are void."""
-        total = F.cross_entropy(logits.float(), mask.long(), ignore_index=self.void, reduction="sum")
+        total = F.cross_entropy(
+            logits.float(), mask.long(), ignore_index=self.void, reduction="sum"
+        )
         return total / (mask != self.void).sum().clamp(min=1)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -101,8 +105,12 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split, at the number of optimizer steps taken."""
         self.scores = segmentation_scores(self.confusion.compute())
-        named = {f"val/{name}": self.scores[name] for name in ("miou", "pixel_acc", "mean_acc", "fwiou")}
-        named |= {f"val/iou/{c}": v for c, v in zip(self.class_names, self.scores["iou"], strict=True)}
+        named = {
+            f"val/{name}": self.scores[name] for name in ("miou", "pixel_acc", "mean_acc", "fwiou")
+        }
+        named |= {
+            f"val/iou/{c}": v for c, v in zip(self.class_names, self.scores["iou"], strict=True)
+        }
         named["val/loss"] = self.val_loss.compute().item()
         self.log_dict(named, logger=False)  # for checkpoints and the progress bar, as float32
         for logger in self.loggers:
@@ -120,21 +128,29 @@ class SegmentationModule(pl.LightningModule):
             if parameter.requires_grad:
                 groups.setdefault((layer in fresh, kind == "bias"), []).append(parameter)
         multipliers = {
-            key: (self.head_lr_multiplier if key[0] else 1) * (self.bias_lr_multiplier if key[1] else 1)
+            key: (self.head_lr_multiplier if key[0] else 1)
+            * (self.bias_lr_multiplier if key[1] else 1)
             for key in groups
         }
         optimizer = self.make_optimizer(
             [
-                {"params": parameters, "lr": lr * multipliers[key], "lr_multiplier": multipliers[key]}
+                {
+                    "params": parameters,
+                    "lr": lr * multipliers[key],
+                    "lr_multiplier": multipliers[key],
+                }
                 | ({"weight_decay": 0.0} if key[1] else {})
                 for key, parameters in groups.items()
             ]
         )
         if self.make_scheduler is None:
             return optimizer
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        total_steps = self.trainer.estimated_stepping_batches  # inf: it ends by time
         scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file stand alone: its own values are the weights, none are fetched again."""
@@ -149,10 +165,9 @@ class SegmentationModule(pl.LightningModule):
         self.network.fresh_layers = checkpoint["fresh_layers"]
 
     @classmethod
-    def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, **kwargs: Any
     ) -> Self:
-        """As Lightning's, on the CPU and without running code that the file may hold."""
-        return super().load_from_checkpoint(
-            checkpoint_path, *args, **{"map_location": "cpu", "weights_only": True} | kwargs
-        )
+        """As Lightning's, but on the CPU, and without running code that the file may hold."""
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True} | kwargs
+        return super().load_from_checkpoint(checkpoint_path, **options)

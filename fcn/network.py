@@ -6,6 +6,8 @@ Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation
     # torch.Size([1, 21, 375, 500])
 """
 
+from pathlib import Path
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
 SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}  # coarse to fine
 POOL_CHANNELS = {"pool3": 256, "pool4": 512}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's VGGs, RGB in [0, 1]
 
 
 class FCN(nn.Module):
@@ -30,9 +33,10 @@ class FCN(nn.Module):
         pooling: "max" as in VGG, or "avg" as in the tutorial this work starts from.
         fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
             scores to the pools' own channels, adds the pools themselves and predicts last.
-        skip_scales: factors on (pool4, pool3) before they are added. The paper's at-once
-            training uses (0.01, 0.0001).
-        learn_upsampling: False keeps every upsampling bilinear.
+        pool_scales: factors on (pool5, pool4, pool3) before the head and the skips read them. The
+            paper's at-once training uses (1, 0.01, 0.0001): an ImageNet VGG's pools grow towards
+            the image, and the largest would learn fastest.
+        learn_upsampling: False keeps every upsampling as it starts: bilinear, or as loaded.
         freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
 
     Raises:
@@ -48,14 +52,14 @@ class FCN(nn.Module):
         num_classes: int = 21,
         stride: int = 8,
         backbone: str = "vgg19",
-        weights: str | None = None,
+        weights: str | Path | None = None,
         *,
         head_width: int = 4096,
         head_kernel: int = 7,
         dropout: float = 0.5,
         pooling: str = "max",
         fusion: str = "score",
-        skip_scales: tuple[float, float] = (1.0, 1.0),
+        pool_scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
         learn_upsampling: bool = True,
         freeze_stages: int = 0,
     ) -> None:
@@ -65,8 +69,15 @@ class FCN(nn.Module):
         _one_of("pooling", pooling, ("max", "avg"))
         _one_of("fusion", fusion, ("score", "feature"))
         _one_of("freeze_stages", freeze_stages, tuple(range(6)))
-        if head_kernel % 2 == 0:
-            raise ValueError(f"head_kernel must be odd, so that conv6 keeps size; got {head_kernel}")
+        for name, value in (("num_classes", num_classes), ("head_width", head_width)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if head_kernel < 1 or head_kernel % 2 == 0:
+            raise ValueError(f"head_kernel must be odd: conv6 keeps size; got {head_kernel}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
+        if len(pool_scales) != 3:
+            raise ValueError(f"pool_scales must be for (pool5, pool4, pool3); got {pool_scales}")
         if fusion == "feature" and not learn_upsampling:
             raise ValueError("fusion='feature' changes channels while upsampling: it must learn it")
 
@@ -77,7 +88,7 @@ class FCN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
-        self.skip_scales = dict(zip(("pool4", "pool3"), skip_scales, strict=True))
+        self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
         self.skips = nn.ModuleDict()  # what is added at a pool: its scores, or the pool itself
         self.upsample = nn.ModuleDict()  # x2 to each pool, then all the way to the image
         channels = num_classes
@@ -89,9 +100,9 @@ class FCN(nn.Module):
             channels = channels if scored else wide
         self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride)
 
-        # Non-persistent: constants of torchvision's VGGs, nothing that is learned.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
+        # Non-persistent: constants, nothing that is learned.
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
         self.reset_parameters()
         # Layers of head and decoder without loaded values; `head_lr_multiplier` is for them.
@@ -104,18 +115,28 @@ class FCN(nn.Module):
         self.upsample.requires_grad_(learn_upsampling)
 
     def reset_parameters(self) -> None:
-        """Random VGG and head (He et al. 2015), scores at zero, upsampling bilinear."""
+        """Random VGG and head, scores at zero, upsampling bilinear.
+
+        He et al. 2015, and where a VGG convolution keeps its channels, the identity plus half of
+        that, after DiracNets (Zagoruyko and Komodakis 2017): without it 19 layers that have
+        neither batch norm nor loaded values stay on a plateau for hundreds of steps.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-        for module in self.upsample.values():
-            init_upsampling_(module)
-        last_layers: list[nn.Module] = [self.score, *self.skips.values()]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.ConvTranspose2d):
+                init_upsampling_(module)
+        for module in self.stages.modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels == module.out_channels:
+                identity = nn.init.dirac_(torch.empty_like(module.weight))
+                module.weight.data.mul_(0.5).add_(identity)
+        scores = ["score", *(f"skips.{pool}" for pool in self.skips)]
         if self.fusion == "feature" and len(self.skips) > 0:
-            last_layers = [self.upsample[f"to_image_{self.stride}"]]  # `score` is a feature here
-        for module in last_layers:
-            nn.init.zeros_(module.weight)
+            scores = [f"upsample.to_image_{self.stride}"]  # what gives scores; `score` is a feature
+        for layer in scores:
+            nn.init.zeros_(self.get_parameter(f"{layer}.weight"))
 
     def forward(self, image: Tensor) -> Tensor:
         """Class scores for every pixel.
@@ -130,19 +151,20 @@ class FCN(nn.Module):
             raise ValueError(f"expected images (N, 3, H, W); got {tuple(image.shape)}")
         height, width = image.shape[-2:]
         x = self.normalize(image)
-        x = F.pad(x, (0, -width % 32, 0, -height % 32))  # to whole 32-pixel cells, H' x W'
+        x = F.pad(x, (0, -width % 32, 0, -height % 32))  # (N, 3, H', W'): whole 32-pixel cells
 
         pools = {}
         for number, stage in enumerate(self.stages, start=1):
             pools[f"pool{number}"] = x = stage(x)  # (N, C, H'/2^number, W'/2^number)
 
+        x = self.pool_scales["pool5"] * x
         x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
         x = self.dropout(F.relu(self.conv7(x)))
         x = self.score(x)  # (N, K, H'/32, W'/32)
 
         for pool, skip in self.skips.items():
-            x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ...) then /8
-            x = x + skip(self.skip_scales[pool] * pools[pool])
+            x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
+            x = x + skip(self.pool_scales[pool] * pools[pool])
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W')
         return x[..., :height, :width]
 
@@ -150,7 +172,9 @@ class FCN(nn.Module):
         """Images, uint8 or float in [0, 1], to zero mean and unit variance of ImageNet."""
         if image.dtype == torch.uint8:
             image = image.to(self.mean.dtype) / 255
-        return (image - self.mean) / self.std
+        elif not image.is_floating_point():
+            raise ValueError(f"expected images of uint8, or float in [0, 1]; got {image.dtype}")
+        return (image.to(self.mean.dtype) - self.mean) / self.std
 
 
 def vgg_stages(backbone: str, pooling: str = "max") -> nn.ModuleList:

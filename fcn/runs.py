@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from omegaconf import OmegaConf
 
 from fcn.errors import ConfigError
 
@@ -42,10 +43,11 @@ def create_run_folder(folder: Path) -> Path:
     for number in range(1, 1000):
         candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         try:
-            candidate.mkdir()
+            candidate.mkdir(exist_ok=True)  # Hydra has made the one of a sweep's job
+            if any(candidate.iterdir()):
+                continue
+            last_checkpoint(candidate).parent.mkdir()  # only one process can: the folder is its own
         except FileExistsError:
-            if candidate.is_dir() and not any(candidate.iterdir()):
-                return candidate
             continue
         return candidate
     raise ConfigError(f"no free name for a run folder near {folder}")
@@ -119,13 +121,9 @@ def write_sweep_table(sweep: Path) -> None:
         summary = {}
         if (run / "summary.json").is_file():
             summary = json.loads((run / "summary.json").read_text())
-        overrides = [
-            line.removeprefix("- ").strip().strip("'\"")
-            for line in (run / "overrides.yaml").read_text().splitlines()
-            if "=" in line
-        ]
+        overrides = OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"), resolve=False)
         row = {"run": run.name, "status": summary.get("status", "unfinished")}
-        row |= dict(override.split("=", 1) for override in overrides)
+        row |= dict(text.split("=", 1) for text in map(str, overrides or ()) if "=" in text)
         plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
         rows.append(row | {k: v for k, v in plain.items() if not k.startswith("val/iou/")})
     columns = list(dict.fromkeys(column for row in rows for column in row))

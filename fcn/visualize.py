@@ -1,22 +1,20 @@
 """Pictures: masks in colour, panels of image | label | prediction, and training curves."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-matplotlib.use("Agg")  # files only: there may be no screen
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from fcn.csv_logger import Row, read_column  # noqa: E402
+from fcn.csv_logger import Row, read_column
 
 Palette = Sequence[Sequence[int]]
 VOID_COLOUR = (224, 224, 192)  # VOC's own
+INK, FAINT = (30, 30, 30), (150, 150, 150)
 
 
 def colourise(mask: Tensor, palette: Palette, void: int = 255) -> Tensor:
@@ -24,11 +22,12 @@ def colourise(mask: Tensor, palette: Palette, void: int = 255) -> Tensor:
     colours = torch.zeros(256, 3, dtype=torch.uint8)
     colours[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     colours[void] = torch.tensor(VOID_COLOUR, dtype=torch.uint8)
-    return colours[mask.long()].permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return colours[mask.cpu().long()].permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -> Tensor:
     """The colours of a mask (H, W) over an image (3, H, W) uint8; background (0) stays clear."""
+    image, mask = image.cpu(), mask.cpu()
     blend = (1 - alpha) * image + alpha * colourise(mask, palette)
     return torch.where(mask == 0, image, blend.round().to(torch.uint8))
 
@@ -48,62 +47,88 @@ def panel(
         rows: (image (3, H, W) uint8, label (H, W), prediction (H, W)), of any sizes.
         width: of a column, in pixels; images keep their shape.
     """
-    font = ImageFont.load_default(13)
-    gap, head = 6, 22
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    gap, line = 10, 22
+    lefts = [gap + column * (width + gap) for column in range(3)]
     heights = [max(1, round(width * image.shape[1] / image.shape[2])) for image, _, _ in rows]
     seen = sorted({int(k) for _, *masks in rows for m in masks for k in m.unique()} - {void})
-    per_line = max(1, (3 * (width + gap)) // 130)
-    legend = 20 * -(-(len(seen) + 1) // per_line) + gap
-    size = (3 * width + 4 * gap, 2 * head + sum(h + gap for h in heights) + legend)
-    canvas = Image.new("RGB", size, "white")
+    entries = [(class_names[k], tuple(palette[k])) for k in seen] + [("void", VOID_COLOUR)]
+    entry = max(90, 24 + round(max(font.getlength(name) for name, _ in entries)) + gap)
+    per_line = max(1, (3 * (width + gap)) // entry)
+    top = gap + (line + 2 if title else 0)  # of the columns' names
+    below = top + line + sum(height + gap for height in heights)  # top of the legend
+    canvas = Image.new(
+        "RGB", (gap + 3 * (width + gap), below + line * -(-len(entries) // per_line) + gap), "white"
+    )
     draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 4), title, "black", font)
-    for column, text in enumerate(("image", "label", "prediction")):
-        draw.text((gap + column * (width + gap), head + 2), text, "black", font)
+    draw.text((gap, gap - 2), title, INK, bold)
+    for left, text in zip(lefts, ("image", "label", "prediction"), strict=True):
+        draw.text((left, top), text, INK, font)
 
-    top = 2 * head
+    top += line
     for (image, label, prediction), height in zip(rows, heights, strict=True):
         pictures = (image, colourise(label, palette, void), colourise(prediction, palette, void))
-        for column, picture in enumerate(pictures):
+        for column, (left, picture) in enumerate(zip(lefts, pictures, strict=True)):
             smooth = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
-            tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((width, height), smooth)
-            canvas.paste(tile, (gap + column * (width + gap), top))
+            pixels = picture.cpu().permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+            canvas.paste(Image.fromarray(pixels).resize((width, height), smooth), (left, top))
         top += height + gap
 
-    entries = [(class_names[k], tuple(palette[k])) for k in seen] + [("void", VOID_COLOUR)]
     for number, (name, colour) in enumerate(entries):
-        x, y = gap + 130 * (number % per_line), top + 20 * (number // per_line)
-        draw.rectangle((x, y + 2, x + 14, y + 16), colour, "black")
-        draw.text((x + 20, y + 2), name, "black", font)
+        x, y = gap + entry * (number % per_line), below + line * (number // per_line)
+        draw.rectangle((x, y + 2, x + 15, y + 17), colour, FAINT)
+        draw.text((x + 22, y + 10), name, INK, font, anchor="lm")
     return canvas
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Loss over optimizer steps above, scores of validation below, from rows of metrics.csv."""
-    figure, (losses, scores) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     rows = list(rows)
-    losses.plot(*read_column(rows, "train/loss"), color="C0", lw=0.5, alpha=0.35, label="loss, raw")
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    losses, scores = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    raw_steps, raw = read_column(rows, "train/loss")
     steps, mean = read_column(rows, "train/loss_mean")
     _, spread = read_column(rows, "train/loss_std")
-    low, high = np.subtract(mean, spread), np.add(mean, spread)
-    losses.fill_between(steps, low, high, color="C0", alpha=0.12, lw=0, label="mean ± std, windowed")
-    losses.plot(*read_column(rows, "train/loss_smooth"), color="C0", lw=2.2, label="loss, smoothed")
-    losses.plot(*read_column(rows, "val/loss"), "o-", color="C3", ms=4, label="val loss")
-    _, raw = read_column(rows, "train/loss")
+    smooth_steps, smooth = read_column(rows, "train/loss_smooth")
+    val_steps, val = read_column(rows, "val/loss")
+    losses.plot(raw_steps, raw, color="C0", lw=0.5, alpha=0.45, label="raw, each step")
+    if len(mean) == len(spread):
+        low, high = np.subtract(mean, spread), np.add(mean, spread)
+        losses.fill_between(
+            steps, low, high, color="C0", alpha=0.13, lw=0, label="mean ± std of a window"
+        )
+    losses.plot(smooth_steps, smooth, color="C0", lw=2.4, label="smoothed")
+    losses.plot(val_steps, val, "o-", color="C3", lw=1.6, ms=4, label="validation")
     if raw:  # one wild batch shall not flatten the rest
-        losses.set_ylim(0, 1.05 * max(np.quantile(raw, 0.99), *mean[-1:]))
-    losses.set_ylabel("cross-entropy")
-    losses.legend(loc="upper right")
+        highest = [v for v in (np.quantile(raw, 0.99), *smooth, *val) if 0 < v < math.inf]
+        losses.set_ylim(0, 1.05 * max(highest, default=1.0))
+    losses.set(title="loss (cross-entropy)")
+
     for name, label, colour in (
         ("val/miou", "mean IoU", "C2"),
         ("val/pixel_acc", "pixel accuracy", "C7"),
     ):
-        scores.plot(*read_column(rows, name), "o-", color=colour, ms=4, label=label)
-    scores.set(ylim=(0, 1), ylabel="validation", xlabel="optimizer step")
-    scores.legend(loc="upper left")
+        at, values = read_column(rows, name)
+        scores.plot(at, values, "o-", color=colour, lw=1.6, ms=4, label=label)
+        if values:
+            best = int(np.argmax(values))
+            scores.annotate(
+                f"{values[best]:.3f}",
+                (at[best], values[best]),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+            )
+    scores.set(ylim=(0, 1.08), xlabel="optimizer step", title="validation scores")
+    scores.set_yticks(np.arange(0, 1.01, 0.2))
+    losses.legend(loc="upper right", frameon=False)
+    scores.legend(loc="upper left", frameon=False)
     for axes in (losses, scores):
+        axes.title.set(fontsize=11, horizontalalignment="left", x=0)
         axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=110, format="png")
     part.replace(path)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""Pretrained values for an FCN: ImageNet VGGs, and our own checkpoints of the same or coarser stride.
+"""Pretrained values for an FCN: ImageNet VGGs, and our checkpoints of the same or coarser stride.
 
     FCN(stride=8, weights="IMAGENET1K_V1")                        # torchvision's, downloaded once
     FCN(stride=8, weights="vgg19.safetensors")                    # torchvision's names, from a file
@@ -10,9 +10,10 @@ A layer is loaded, named in a warning, or named in an error: none is skipped in 
 import logging
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from fcn.errors import WeightsError, reason
-from fcn.network import FCN, SKIPS, head_layers
+from fcn.network import FCN, MEAN, SKIPS, STD, head_layers
 
 log = logging.getLogger(__name__)
 
@@ -45,22 +46,32 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     state = read_weights(network.backbone, source)
     own = network.state_dict()
     warning = ""
+    theirs: dict[str, str] = {}  # names as the file has them, for messages
+    may_drop: list[str] = []
     if any(name.startswith("features.") for name in state):
+        theirs = torchvision_layers(network)
         state, warning = from_torchvision(network, state)
-        may_miss, may_drop = [n for n in own if not n.startswith("stages.")], []
+        may_miss = [n for n in own if not n.startswith("stages.")]
     else:
         may_miss, may_drop = _new_in_finer_stride(network, state)
 
+    def shown(name: str) -> str:
+        layer, _, kind = name.rpartition(".")
+        return f"{theirs.get(layer, layer)}.{kind}"
+
     both = [name for name in own if name in state]
+    loaded = {_layer(name) for name in both}
     problems = {
-        "missing": [n for n in own if n not in state and n not in may_miss],
+        "missing": [
+            shown(n) for n in own if n not in state and (n not in may_miss or _layer(n) in loaded)
+        ],
         "unexpected": [n for n in state if n not in own and n not in may_drop],
         "wrong shape": [
-            f"{n} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+            f"{shown(n)} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
             for n in both
             if state[n].shape != own[n].shape
         ],
-        "NaN or Inf": [n for n in both if not state[n].isfinite().all()],
+        "NaN or Inf": [shown(n) for n in both if not state[n].isfinite().all()],
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
@@ -74,8 +85,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
             own[name].copy_(state[name])  # float16 becomes float32
     if warning:
         log.warning("%s: %s", source, warning)
-    missing = {name.rpartition(".")[0] for name in own if name not in state}
-    return [layer for layer in head_layers(network) if layer in missing]
+    return [layer for layer in head_layers(network) if layer not in loaded]
 
 
 def read_weights(backbone: str, source: str | Path) -> StateDict:
@@ -100,7 +110,7 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     except Exception as error:  # a damaged file raises anything
         if cached.exists():
             raise WeightsError(
-                f"{cached} is damaged ({_brief(error)}): delete it, and it is downloaded again"
+                f"{cached} cannot be read: {_brief(error)}. Delete it, and it is downloaded again"
             ) from error
         if not isinstance(error, OSError | HTTPException | RuntimeError):
             raise
@@ -109,7 +119,32 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
             "a path: model.weights=FILE.pth, or null for a random start. "
             "`experiment=quickstart` needs no download."
         ) from error
-    return _input_of_v1(state) if _takes_bytes(weights) else state
+    transforms = weights.transforms()
+    return fold_normalization(state, transforms.mean, transforms.std)
+
+
+def fold_normalization(state: StateDict, mean: Sequence[float], std: Sequence[float]) -> StateDict:
+    """The same VGG for our normalisation instead of (mean, std): its first convolution changes.
+
+    torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has another one than all the rest. Equal but
+    for the zeros around the image, which stand for a mean that is less than one grey level away.
+    """
+    if tuple(mean) == MEAN and tuple(std) == STD:
+        return state
+    weight = state["features.0.weight"]  # (C, 3, 3, 3)
+    shift = (torch.tensor(MEAN) - torch.tensor(mean)) / torch.tensor(std)
+    factor = torch.tensor(STD) / torch.tensor(std)
+    bias = state["features.0.bias"] + weight.sum((2, 3)) @ shift
+    weight = weight * factor.view(1, 3, 1, 1)
+    return state | {"features.0.weight": weight, "features.0.bias": bias}
+
+
+def torchvision_layers(network: FCN) -> dict[str, str]:
+    """Our layers that torchvision's VGG has too, with its names: it counts all stages through."""
+    stages = [list(stage.children()) for stage in network.stages]
+    layers = [f"stages.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
+    names = {layer: f"features.{number}" for number, layer in enumerate(layers)}
+    return names | {"conv6": "classifier.0", "conv7": "classifier.3"}
 
 
 def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
@@ -122,34 +157,31 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
         The tensors, and a warning that names those of conv6 and conv7 that start at random: their
         linear layer is absent, not finite (torchvision's `*_FEATURES`) or of another width.
     """
-    layers = [f"{i}.{j}" for i, s in enumerate(network.stages) for j in range(len(s))]
-    ours = {f"features.{n}": f"stages.{layer}" for n, layer in enumerate(layers)}
+    ours = {theirs: layer for layer, theirs in torchvision_layers(network).items()}
     own = network.state_dict()
-    renamed, random = {}, {}
-    for linear, layer in (("classifier.0", "conv6"), ("classifier.3", "conv7")):
-        weight, bias = state.get(f"{linear}.weight"), state.get(f"{linear}.bias")
+    state = {n: v for n, v in state.items() if _layer(n) != "classifier.6"}
+    random = []
+    for layer in ("conv6", "conv7"):
+        linear = torchvision_layers(network)[layer]
+        weight, bias = state.pop(f"{linear}.weight", None), state.pop(f"{linear}.bias", None)
         shape = own[f"{layer}.weight"].shape  # (C_out, C_in, k, k)
         if weight is None or bias is None:
-            random[layer] = f"the weights have no {linear}"
+            random.append((layer, f"no {linear}"))
         elif not (weight.isfinite().all() and bias.isfinite().all()):
-            random[layer] = f"{linear} is not finite"
+            random.append((layer, f"{linear} is not finite"))
         elif weight.shape != (shape[0], shape[1:].numel()) or bias.shape != shape[:1]:
-            random[layer] = f"{linear} is {tuple(weight.shape)}, {layer} is {tuple(shape)}"
+            random.append((layer, f"{linear} is {tuple(weight.shape)}, {layer} {tuple(shape)}"))
         else:  # (C_out, C_in * k * k) -> (C_out, C_in, k, k): torchvision flattens (C, 7, 7)
-            renamed |= {f"{layer}.weight": weight.view(shape), f"{layer}.bias": bias}
+            state |= {f"{linear}.weight": weight.view(shape), f"{linear}.bias": bias}
+    renamed = {}
     for name, value in state.items():
-        layer, _, kind = name.rpartition(".")
-        new_name = f"{ours.get(layer)}.{kind}"
-        if layer not in ("classifier.0", "classifier.3", "classifier.6"):
-            renamed[new_name if new_name in own else name] = value
-    verb = "starts" if len(random) == 1 else "start"
-    warning = f"{' and '.join(random)} {verb} at random: {'; '.join(random.values())}"
-    return renamed, warning if random else ""
-
-
-def _takes_bytes(weights: object) -> bool:
-    """Whether a VGG was trained on 0 to 255 less the mean, as vgg16's IMAGENET1K_FEATURES."""
-    return getattr(weights, "name", "") == "IMAGENET1K_FEATURES"
+        new_name = name.replace(_layer(name), ours.get(_layer(name), ""), 1)
+        renamed[new_name if new_name in own else name] = value
+    if not random:
+        return renamed, ""
+    layers = " and ".join(layer for layer, _ in random)
+    reasons = ", ".join(why for _, why in random)
+    return renamed, f"{layers} start{'s' if len(random) == 1 else ''} at random ({reasons})"
 
 
 def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
@@ -160,11 +192,12 @@ def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], lis
     new_pools = SKIPS[network.stride][len(SKIPS[strides[0]]) :]
     new_layers = [f"upsample.to_image_{network.stride}"]
     new_layers += [f"{part}{pool}" for pool in new_pools for part in ("skips.", "upsample.to_")]
-    may_miss = [n for n in network.state_dict() if n.rpartition(".")[0] in new_layers]
+    may_miss = [n for n in network.state_dict() if _layer(n) in new_layers]
     return may_miss, [n for n in state if n.startswith(f"upsample.to_image_{strides[0]}.")]
 
 
 def _read_file(path: Path) -> StateDict:
+    content: Any
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -183,6 +216,10 @@ def _read_file(path: Path) -> StateDict:
     return {name.removeprefix("network."): value for name, value in content.items()}
 
 
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _brief(error: BaseException) -> str:
     """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
     if isinstance(error, pickle.UnpicklingError):
@@ -196,7 +233,6 @@ def _brief(error: BaseException) -> str:
     return text if " " in text else f"damaged ({type(error).__name__})"
 
 
-def _listed(names: Iterable[str], most: int = 40) -> str:
-    names = list(names)
+def _listed(names: Sequence[str], most: int = 40) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,13 +1,46 @@
-"""Fixtures: a tiny VOC tree in the true on-disk layout, and the real pairs where they lie near."""
+"""Fixtures: a tiny VOC tree in the true on-disk layout, the real pairs where they lie near, and
+training runs of a second or two inside the test's own process."""
 
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from PIL import Image
 
 from fcn.datasets.voc2012 import voc_palette
+from train import train
+
+PROJECT = Path(__file__).resolve().parents[1]
+TINY = (
+    "name=tiny",
+    "data=shapes",
+    "data.dataset.size=48",
+    "data.dataset.train_length=10",
+    "data.dataset.val_length=3",
+    "data.crop_size=32",
+    "data.num_workers=0",
+    "model=fcn32s",
+    "model.weights=null",
+    "model.backbone=vgg11",
+    "model.head_width=8",
+    "model.head_kernel=3",
+    "optimizer.lr=1e-3",
+    "logger=none",
+    "trainer.precision=32-true",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.enable_progress_bar=false",
+    "callbacks.panel_images=2",
+)
 
 # id: (width, height, label, grey); the first six are train, the rest val
 TINY_VOC = {
@@ -75,3 +108,44 @@ def real_voc_root() -> Path:
     if not (root / "VOCdevkit" / "VOC2012").is_dir():
         pytest.skip(f"real VOC pairs not found at {root}")
     return root
+
+
+def compose_config(name: str, *overrides: str) -> DictConfig:
+    """conf/<name>.yaml with overrides, as the command line would compose it."""
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def train_tiny(run: Path, *overrides: str) -> dict[str, Any]:
+    """A few steps of training in `run`; what summary.json holds."""
+    return train(compose_config("train", *TINY, *overrides), run, list(overrides))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended (do not write there): 4 steps of 2 batches, fp32."""
+    run = tmp_path_factory.mktemp("finished") / "runs" / "tiny"
+    train_tiny(run, *FINISHED)
+    return run
+
+
+FINISHED = (
+    "scheduler=poly",
+    "model.head_lr_multiplier=5",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.log_every_n_steps=1",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """What a training run changes in its process is as it was after each test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = os.environ.copy()
+    random = torch.get_rng_state()
+    yield
+    torch.set_rng_state(random)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""metrics.csv: one row a step, also when columns come late and runs are killed and resumed."""
+
+from pathlib import Path
+
+import pytest
+
+from fcn.csv_logger import MetricsCSV, read_column, read_metrics
+
+
+def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
+    csv = MetricsCSV(tmp_path / "metrics.csv")
+    csv.log_metrics({"train/loss": 0.1, "epoch": 0}, step=1)
+    csv.log_metrics({"train/loss": 1 / 3}, step=2)
+    csv.log_metrics({"val/miou": 0.5, "val/iou/a": float("nan")}, step=2)
+    csv.log_metrics({"train/loss": 0.3}, step=3)
+    assert csv.path.read_text().splitlines() == [
+        "step,train/loss,val/miou,val/iou/a",
+        "1,0.1,,",
+        "2,0.3333333333333333,0.5,nan",
+        "3,0.3,,",
+    ]
+    rows = read_metrics(csv.path)
+    assert read_column(rows, "train/loss") == ([1, 2, 3], [0.1, 1 / 3, 0.3])
+    assert read_column(rows, "val/miou") == ([2], [0.5])
+    assert read_column(rows, "val/iou/a") == ([], [])
+    assert read_column(rows, "other") == ([], [])
+
+
+def test_resumed_from_an_earlier_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path)
+    for step in range(1, 6):
+        first.log_metrics({"train/loss": step}, step=step)
+    with path.open("a") as file:
+        file.write("6,6.")  # killed while it wrote
+
+    second = MetricsCSV(path, resume_step=3)
+    assert [row["step"] for row in read_metrics(path)] == ["1", "2", "3"]
+    second.log_metrics({"val/miou": 0.5}, step=3)  # of the step that the run goes on from
+    second.log_metrics({"train/loss": 4.5}, step=4)
+    assert path.read_text().splitlines() == [
+        "step,train/loss,val/miou",
+        "1,1.0,",
+        "2,2.0,",
+        "3,3.0,0.5",
+        "4,4.5,",
+    ]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path).log_metrics({"train/loss": 1}, step=1)
+    MetricsCSV(path)
+    assert read_metrics(path) == []
+
+
+def test_half_a_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\n1,0.5\n2,0.2")  # 0.25, cut short: a wrong number
+    assert read_metrics(path) == [{"step": "1", "train/loss": "0.5"}]
+
+
+def test_killed_while_it_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = MetricsCSV(tmp_path / "metrics.csv")
+    csv.log_metrics({"train/loss": 1}, step=1)
+    before = csv.path.read_text()
+
+    def killed(*_: object) -> None:
+        assert csv.path.read_text() == before  # the new file lies beside it, whole
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcn.runs.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        csv.log_metrics({"val/miou": 1}, step=1)
+    assert csv.path.read_text() == before
+    assert list(tmp_path.iterdir()) == [csv.path]

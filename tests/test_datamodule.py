@@ -1,0 +1,186 @@
+"""Loaders: which image comes when is a pure function of (seed, position)."""
+
+import os
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fcn.config import short_messages
+from fcn.datamodule import SegmentationDataModule, ShuffledStream
+from fcn.datasets.shapes import Shapes
+from fcn.datasets.voc2012 import VOC2012
+from fcn.errors import DataError
+
+
+def shapes(**options: Any) -> SegmentationDataModule:
+    dataset = partial(Shapes, size=48, train_length=7, val_length=5)
+    options = {"batch_size": 3, "num_workers": 0, "seed": 1} | options
+    datamodule = SegmentationDataModule(dataset=dataset, **options)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
+
+
+def take(datamodule: SegmentationDataModule, batches: int) -> list[dict[str, Any]]:
+    return list(islice(datamodule.train_dataloader(), batches))
+
+
+def equal(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> bool:
+    return len(one) == len(two) and all(
+        a["id"] == b["id"]
+        and torch.equal(a["image"], b["image"])
+        and torch.equal(a["mask"], b["mask"])
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_stream_is_a_permutation_in_each_epoch() -> None:
+    positions = list(islice(ShuffledStream(50, seed=3), 150))
+    epochs = [positions[i : i + 50] for i in (0, 50, 100)]
+    for number, epoch in enumerate(epochs):
+        assert [e for e, _ in epoch] == [number] * 50
+        assert sorted(index for _, index in epoch) == list(range(50))
+    orders = [[index for _, index in epoch] for epoch in epochs]
+    other_seed = [index for _, index in islice(ShuffledStream(50, seed=4), 50)]
+    distinct = {tuple(order) for order in (*orders, other_seed, list(range(50)))}
+    assert len(distinct) == 5
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 100])
+def test_stream_goes_on_from_a_position(start: int) -> None:
+    whole = list(islice(ShuffledStream(7, seed=0), start + 20))
+    assert list(islice(ShuffledStream(7, seed=0, start=start), 20)) == whole[start:]
+
+
+def test_processes_share_the_stream() -> None:
+    whole = list(islice(ShuffledStream(7, seed=0, start=4), 30))
+    for rank in range(2):
+        part = list(islice(ShuffledStream(7, seed=0, start=4, rank=rank, world=2), 15))
+        assert part == whole[rank::2]
+
+
+def test_stream_of_nothing() -> None:
+    with pytest.raises(DataError, match="no images"):
+        ShuffledStream(0, seed=0)
+
+
+def test_samples_do_not_depend_on_workers_or_global_randomness() -> None:
+    augment: dict[str, Any] = {"crop_size": 32, "scale": [0.7, 1.4], "jitter": 0.2}
+    expected = take(shapes(**augment), 4)
+    assert all(batch["image"].shape == (3, 3, 32, 32) for batch in expected)
+    torch.manual_seed(123)
+    np.random.seed(123)  # noqa: NPY002
+    assert equal(take(shapes(**augment), 4), expected)
+    for workers in (1, 2):
+        assert equal(take(shapes(**augment, num_workers=workers), 4), expected)
+    assert not equal(take(shapes(**augment, seed=2), 4), expected)
+
+
+def test_augmentation_differs_from_epoch_to_epoch() -> None:
+    batches = take(shapes(batch_size=7, crop_size=32), 2)
+    pictures = [dict(zip(b["id"], b["image"], strict=True)) for b in batches]
+    assert pictures[0].keys() == pictures[1].keys()
+    assert any(not torch.equal(pictures[0][name], pictures[1][name]) for name in pictures[0])
+
+
+def test_loading_leaves_global_randomness_alone() -> None:
+    datamodule = shapes(crop_size=32, scale=[0.5, 2.0], jitter=0.5)
+    batches = iter(datamodule.train_dataloader())
+    state, numpys = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    next(batches)
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpys[1])  # type: ignore[arg-type]  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (8, [5])])
+def test_validation_has_each_image_once(batch_size: int, sizes: list[int]) -> None:
+    datamodule = shapes(eval_batch_size=batch_size, crop_size=16, jitter=1.0, flip=1.0)
+    batches = list(datamodule.val_dataloader())
+    assert [len(batch["image"]) for batch in batches] == sizes
+    data = Shapes(split="val", size=48, val_length=5)
+    assert [name for batch in batches for name in batch["id"]] == data.ids
+    images = [image for batch in batches for image in batch["image"]]
+    masks = [mask for batch in batches for mask in batch["mask"]]
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        assert image.dtype == mask.dtype == torch.uint8
+        assert torch.equal(image, data[index]["image"])
+        assert torch.equal(mask, data[index]["mask"])
+
+
+def test_limit() -> None:
+    datamodule = shapes(limit=2, batch_size=4)
+    (batch,) = take(datamodule, 1)
+    assert set(batch["id"]) == {"train_000000", "train_000001"}
+    assert [b["id"] for b in datamodule.val_dataloader()] == [["val_000000"], ["val_000001"]]
+    more = shapes(limit=100)
+    assert len(more.open("val")) == 5
+
+
+def test_classes_are_known_before_the_data_is_there() -> None:
+    datamodule = SegmentationDataModule(dataset=partial(VOC2012), root="nowhere")
+    assert len(datamodule.classes) == len(datamodule.palette) == 21
+    with pytest.raises(DataError, match="nowhere"):
+        datamodule.prepare_data()
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert shapes(num_workers=None).num_workers == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert shapes(num_workers=None).num_workers == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert shapes(num_workers=None).num_workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image(own_voc: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "2007_000033"
+    broken = own_voc / "VOCdevkit" / "VOC2012" / "JPEGImages" / f"{name}.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    datamodule = SegmentationDataModule(dataset=VOC2012, root=own_voc, num_workers=workers)
+    datamodule.setup("validate")
+    with pytest.raises(DataError) as caught:
+        list(datamodule.val_dataloader())
+    assert str(broken) in str(caught.value)
+    with pytest.raises(SystemExit) as exit_, short_messages():  # as train.py reports it
+        list(datamodule.val_dataloader())
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {broken}")
+    assert len(message.splitlines()) == 1
+
+
+def test_pictures_of_several_sizes_are_padded_with_void(tiny_voc: Path) -> None:
+    datamodule = SegmentationDataModule(
+        dataset=VOC2012, root=tiny_voc, batch_size=6, num_workers=0, flip=0.0
+    )
+    datamodule.setup("fit")
+    (batch,) = take(datamodule, 1)
+    assert batch["image"].shape == (6, 3, 96, 96)
+    data = VOC2012(split="train", root=tiny_voc)
+    for name, image, mask in zip(batch["id"], batch["image"], batch["mask"], strict=True):
+        sample = data[data.ids.index(name)]
+        height, width = sample["mask"].shape
+        assert torch.equal(image[:, :height, :width], sample["image"])
+        assert torch.equal(mask[:height, :width], sample["mask"])
+        assert (mask[height:] == 255).all()
+        assert (mask[:, width:] == 255).all()
+
+
+def test_real_pairs(real_voc_root: Path) -> None:
+    datamodule = SegmentationDataModule(
+        dataset=VOC2012, root=real_voc_root, crop_size=160, scale=[0.5, 1.5], num_workers=0, limit=8
+    )
+    datamodule.setup("fit")
+    (batch,) = take(datamodule, 1)
+    assert batch["image"].shape == (2, 3, 160, 160)
+    (first, *_) = list(datamodule.val_dataloader())
+    assert first["image"].shape[2:] == first["mask"].shape[1:]
+    assert set(first["mask"].unique().tolist()) <= {*range(21), 255}

@@ -1,0 +1,220 @@
+"""The LightningModule: loss, scores, optimizer groups, and checkpoints that stand alone."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import FINISHED, compose_config
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from fcn.csv_logger import read_column, read_metrics
+from fcn.datasets.shapes import Shapes
+from fcn.module import SegmentationModule
+from fcn.network import FCN
+from fcn.runs import best_checkpoint, last_checkpoint
+
+K = 3
+SMALL: dict[str, Any] = {"backbone": "vgg11", "head_width": 8, "head_kernel": 3}
+
+
+def small(**options: Any) -> SegmentationModule:
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return SegmentationModule(num_classes=K, optimizer=sgd, **SMALL, **options)
+
+
+@pytest.fixture(scope="module")
+def module() -> SegmentationModule:
+    """For tests that leave it as it is: FCN-8s whose scores are not zero as at the start."""
+    torch.manual_seed(0)
+    module = small()
+    torch.nn.init.normal_(module.network.score.weight)
+    return module
+
+
+def batch(*sizes: int, void: float = 0.2, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(256, (len(sizes), 3, 40, 36), dtype=torch.uint8, generator=generator)
+    mask = torch.randint(K, (len(sizes), 40, 36), dtype=torch.uint8, generator=generator)
+    mask[torch.rand(mask.shape, generator=generator) < void] = 255
+    return {"image": image, "mask": mask}
+
+
+def test_loss_is_torchs_mean_without_void(module: SegmentationModule) -> None:
+    logits = 5 * torch.randn(2, K, 9, 7)
+    mask = torch.randint(K, (2, 9, 7)).to(torch.uint8)
+    mask[0, :5] = 255  # so that a mean of each image's mean would differ
+    expected = F.cross_entropy(logits, mask.long(), ignore_index=255)
+    torch.testing.assert_close(module.loss(logits, mask), expected)
+    half = logits.bfloat16()
+    torch.testing.assert_close(
+        module.loss(half, mask), F.cross_entropy(half.float(), mask.long(), ignore_index=255)
+    )
+
+
+def test_loss_of_void_only_is_zero(module: SegmentationModule) -> None:
+    only_void = batch(1, 2, void=1.1)
+    loss = module.training_step(only_void, 0)
+    assert loss.item() == 0
+    parameters = [p for p in module.network.parameters() if p.requires_grad]
+    for gradient in torch.autograd.grad(loss, parameters):
+        assert (gradient == 0).all()  # NaN is not 0
+
+
+def test_loss_is_float32_under_autocast(module: SegmentationModule) -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = module(batch(1)["image"])
+        loss = module.loss(logits, batch(1)["mask"])
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(logits.float(), batch(1)["mask"].long(), ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+
+
+def groups(module: SegmentationModule) -> dict[str, dict[str, Any]]:
+    """The optimizer's settings for each parameter by name; each is in one group only."""
+    module.make_scheduler = None
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    names = {id(p): name for name, p in module.network.named_parameters()}
+    found: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = group
+    return found
+
+
+def test_optimizer_groups() -> None:
+    module = small(head_lr_multiplier=10.0, freeze_stages=2)
+    module.network.fresh_layers = ["score", "upsample.to_image_8"]  # as if the rest were loaded
+    found = groups(module)
+    trainable = {name for name, p in module.network.named_parameters() if p.requires_grad}
+    assert found.keys() == trainable
+    assert not any(name.startswith(("stages.0.", "stages.1.")) for name in found)
+    assert any(name.startswith("stages.2.") for name in found)
+    for name, group in found.items():
+        layer, _, kind = name.rpartition(".")
+        head = 10 if layer in ("score", "upsample.to_image_8") else 1
+        rate, decay = (2, 0) if kind == "bias" else (1, 5e-4)
+        assert group["lr"] == pytest.approx(0.1 * head * rate), name
+        assert group["weight_decay"] == decay, name
+        assert group["momentum"] == 0.9
+
+
+def test_upsampling_that_is_not_learned_is_not_optimized() -> None:
+    found = groups(small(learn_upsampling=False, bias_lr_multiplier=1.0))
+    assert not any(name.startswith("upsample.") for name in found)
+    assert {group["lr"] for group in found.values()} == {0.1}
+
+
+def test_schedule_counts_optimizer_steps(finished_run: Path) -> None:
+    assert "scheduler=poly" in FINISHED
+    assert "trainer.accumulate_grad_batches=2" in FINISHED
+    steps, rates = read_column(read_metrics(finished_run / "metrics.csv"), "train/lr")
+    assert steps == [1, 2, 3, 4]
+    assert rates == pytest.approx([1e-3 * (1 - k / 4) ** 0.9 for k in range(4)])
+
+
+def test_scores_are_of_the_whole_split(module: SegmentationModule) -> None:
+    batches = [batch(1, 2), batch(1, void=0.9, seed=1), batch(1, 2, 3, void=1.1, seed=2), batch(1)]
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    for _ in range(2):  # the second does not add to the first
+        trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    assert module.scores is not None
+
+    module.eval()
+    with torch.no_grad():
+        logits = torch.cat([module(b["image"]) for b in batches])
+    masks = torch.cat([b["mask"] for b in batches])
+    label, guess = masks.numpy(), logits.argmax(1).numpy()
+    seen = label != 255
+    assert len(np.unique(guess[seen])) > 1
+    iou, accuracy, share = [], [], []
+    for k in range(K):
+        both = ((label == k) & (guess == k) & seen).sum()
+        iou.append(both / (((label == k) | (guess == k)) & seen).sum())
+        accuracy.append(both / (label == k).sum())
+        share.append((label == k).sum() / seen.sum())
+    scores = module.scores
+    assert scores["iou"] == pytest.approx(iou)
+    assert scores["miou"] == pytest.approx(np.mean(iou))
+    assert scores["mean_acc"] == pytest.approx(np.mean(accuracy))
+    assert scores["fwiou"] == pytest.approx(np.dot(share, iou))
+    assert scores["pixel_acc"] == pytest.approx((label == guess)[seen].mean())
+    expected = F.cross_entropy(logits.double(), masks.long(), ignore_index=255)
+    assert module.val_loss.compute().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_arguments_that_contradict() -> None:
+    with pytest.raises(ValueError, match="num_classes is 3, but there are 2 names"):
+        SegmentationModule(num_classes=3, class_names=["a", "b"], **SMALL)
+    with pytest.raises(ValueError, match="optimizer"):
+        SegmentationModule(num_classes=K, **SMALL).configure_optimizers()
+
+
+def assert_plain(value: Any) -> None:
+    """Only what YAML can hold; no subclass of it either."""
+    if type(value) is dict:
+        for key, inner in value.items():
+            assert_plain(key)
+            assert_plain(inner)
+    elif type(value) in (list, tuple):
+        for inner in value:
+            assert_plain(inner)
+    else:
+        assert type(value) in (str, int, float, bool, type(None)), value
+
+
+def test_checkpoint_holds_all_that_rebuilds_the_network(finished_run: Path) -> None:
+    for path in (last_checkpoint(finished_run), best_checkpoint(finished_run)):
+        checkpoint = torch.load(path, weights_only=True)
+        hyper = checkpoint["hyper_parameters"]
+        for part in ("hyper_parameters", "config", "versions", "normalization", "fresh_layers"):
+            assert_plain(checkpoint[part])
+        assert hyper["class_names"] == list(Shapes.classes)
+        assert hyper["palette"] == [list(colour) for colour in Shapes.palette]
+        assert hyper["stride"] == 32
+        assert hyper["weights"] is None
+        assert checkpoint["normalization"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+        assert checkpoint["normalization"]["std"] == pytest.approx([0.229, 0.224, 0.225])
+        assert checkpoint["versions"]["torch"] == torch.__version__.partition("+")[0]
+        assert checkpoint["config"]["data"]["dataset"]["size"] == 48
+        assert checkpoint["config"]["seed"] == 0
+        assert checkpoint["precision"] == "32-true"
+    assert torch.load(last_checkpoint(finished_run), weights_only=True)["global_step"] == 4
+
+
+def test_checkpoint_rebuilds_the_network(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a checkpoint needs no other weights")
+
+    monkeypatch.setattr("fcn.weights.load_weights", refuse)
+    path = last_checkpoint(finished_run)
+    loaded = SegmentationModule.load_from_checkpoint(path)
+    assert loaded.class_names == list(Shapes.classes)
+    assert next(loaded.parameters()).device.type == "cpu"
+
+    cfg = compose_config("train")
+    assert cfg.model.weights == "IMAGENET1K_V1"  # what a user's run would have asked for
+    network = FCN(len(Shapes.classes), stride=32, **SMALL).eval()
+    state = torch.load(path, weights_only=True)["state_dict"]
+    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    image = batch(1)["image"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(image), network(image))
+        assert network(image).abs().sum() > 0
+
+
+def test_optimizer_groups_of_a_loaded_checkpoint(finished_run: Path) -> None:
+    loaded = SegmentationModule.load_from_checkpoint(last_checkpoint(finished_run))
+    loaded.make_optimizer = partial(torch.optim.SGD, lr=0.1)
+    found = groups(loaded)
+    assert found["score.weight"]["lr"] == pytest.approx(0.5)  # still fresh: five times the rate
+    assert found["stages.0.0.weight"]["lr"] == pytest.approx(0.1)

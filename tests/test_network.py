@@ -1,0 +1,330 @@
+"""The network against torchvision's VGGs, and what every variant of it must do."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fcn.network import BACKBONES, FCN, SKIPS, init_upsampling_
+from fcn.weights import from_torchvision
+
+VARIANTS = list(itertools.product((32, 16, 8), ("score", "feature")))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def small(**changes: object) -> FCN:
+    options = {"num_classes": 5, "backbone": "vgg11", "head_width": 8, "head_kernel": 3} | changes
+    return FCN(**options).eval()  # type: ignore[arg-type]
+
+
+def randomise_scores(network: FCN) -> FCN:
+    """Scores start at zero: without this, logits would be zero and would prove nothing."""
+    for name, parameter in network.named_parameters():
+        if name.endswith("weight") and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize(("stride", "fusion"), VARIANTS)
+def test_logits_have_the_size_of_the_image(stride: int, fusion: str) -> None:
+    network = small(stride=stride, fusion=fusion)
+    with torch.inference_mode():
+        for size in ((1, 1), (1, 70), (31, 33), (64, 96), (65, 97)):
+            image = torch.zeros(2, 3, *size, dtype=torch.uint8)
+            assert network(image).shape == (2, 5, *size)
+
+
+def test_contract_of_the_constructor() -> None:
+    parameters = inspect.signature(FCN).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert list(defaults.items())[:4] == [
+        ("num_classes", 21),
+        ("stride", 8),
+        ("backbone", "vgg19"),
+        ("weights", None),
+    ]
+    expected = {
+        "head_width": 4096,
+        "head_kernel": 7,
+        "dropout": 0.5,
+        "pooling": "max",
+        "fusion": "score",
+        "pool_scales": (1.0, 1.0, 1.0),
+        "learn_upsampling": True,
+        "freeze_stages": 0,
+    }
+    assert expected.items() <= defaults.items()
+    network = small(head_width=12, dropout=0.25)
+    assert network.conv7.weight.shape == (12, 12, 1, 1)
+    assert network.dropout.p == 0.25
+
+
+def test_decoders_of_the_paper_and_of_the_tutorial() -> None:
+    paper = small(num_classes=21).upsample
+    shapes = {name: tuple(w.shape) for name, w in paper.state_dict().items()}
+    assert shapes == {
+        "to_pool4.weight": (21, 21, 4, 4),
+        "to_pool3.weight": (21, 21, 4, 4),
+        "to_image_8.weight": (21, 21, 16, 16),
+    }
+    tutorial = small(num_classes=21, fusion="feature").upsample
+    shapes = {
+        name: tuple(w.shape) for name, w in tutorial.state_dict().items() if "bias" not in name
+    }
+    assert shapes == {
+        "to_pool4.weight": (21, 512, 4, 4),
+        "to_pool3.weight": (512, 256, 4, 4),
+        "to_image_8.weight": (256, 21, 16, 16),
+    }
+    assert [layer.stride for layer in tutorial.values()] == [(2, 2), (2, 2), (8, 8)]
+
+
+@pytest.mark.parametrize("fusion", ["score", "feature"])
+def test_decoder_adds_what_it_should(fusion: str) -> None:
+    """The loop, spelt out by hand."""
+    network = randomise_scores(small(fusion=fusion, pool_scales=(2.0, 0.5, 0.25)))
+    image = torch.rand(1, 3, 64, 96)
+    x, pools = network.normalize(image), []
+    for stage in network.stages:
+        x = stage(x)
+        pools.append(x)
+    x = network.score(network.conv7(network.conv6(2.0 * x).relu()).relu())
+    up, skips = network.upsample, network.skips
+    x = up["to_pool4"](x) + skips["pool4"](0.5 * pools[3])
+    x = up["to_pool3"](x) + skips["pool3"](0.25 * pools[2])
+    x = up["to_image_8"](x)
+    assert x.abs().mean() > 1e-3
+    torch.testing.assert_close(network(image), x)
+
+
+def test_uint8_and_float_agree() -> None:
+    network = randomise_scores(small())
+    image = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8)
+    logits = network(image)
+    assert logits.std() > 1e-3
+    torch.testing.assert_close(network(image.float() / 255), logits)
+    torch.testing.assert_close(network(image.double() / 255), logits)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    torch.testing.assert_close(network.normalize(image), (image / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8)])
+def test_refuses_what_is_no_rgb_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
+        small()(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"torch\.int64"):
+        small()(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_stages_equal_torchvision_after_each_pool(backbone: str) -> None:
+    with torch.device("meta"):
+        features = torchvision.models.get_model(backbone).features
+    features = features.to_empty(device="cpu")
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.normal_(layer.bias)
+    network = small(backbone=backbone)
+    state = {f"features.{name}": value for name, value in features.state_dict().items()}
+    network.load_state_dict(from_torchvision(network, state)[0], strict=False)
+
+    image = torch.rand(1, 3, 64, 64)
+    wanted, ours, stage = network.normalize(image), network.normalize(image), 0
+    with torch.inference_mode():
+        for layer in features:
+            wanted = layer(wanted)
+            if isinstance(layer, nn.MaxPool2d):
+                ours = network.stages[stage](ours)
+                stage += 1
+                assert ours.shape == wanted.shape
+                assert wanted.std() > 0.1
+                torch.testing.assert_close(ours, wanted)
+    assert stage == 5
+
+
+def test_conv7_equals_torchvisions_classifier() -> None:
+    """On 224x224 the centre of conv7 sees what VGG-19's second linear layer sees."""
+    vgg = torchvision.models.vgg19(init_weights=False).eval()  # linear layers by torch's default
+    for layer in vgg.features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    image = torch.rand(1, 3, 224, 224)
+    network = FCN(num_classes=2, stride=32, head_width=1).eval()  # full width comes on the meta
+    with torch.device("meta"):
+        network.conv6 = nn.Conv2d(512, 4096, 7, padding=3)
+        network.conv7 = nn.Conv2d(4096, 4096, 1)
+    network.score = nn.Conv2d(4096, 2, 1)
+    state, warning = from_torchvision(network, vgg.state_dict())
+    assert warning == ""
+    missing = network.load_state_dict(state, strict=False, assign=True).missing_keys  # no copies
+    assert {name.split(".")[0] for name in missing} == {"score", "upsample"}
+
+    activations: dict[str, Tensor] = {}
+    network.conv7.register_forward_hook(
+        lambda module, inputs, output: activations.update(conv7=F.relu(output))
+    )
+    with torch.inference_mode():
+        wanted = vgg.avgpool(vgg.features(network.normalize(image))).flatten(1)
+        wanted = vgg.classifier[:5](wanted)  # (1, 4096): linear, ReLU, dropout, linear, ReLU
+        network(image)
+    centre = activations["conv7"][:, :, 3, 3]
+    assert activations["conv7"].shape == (1, 4096, 7, 7)
+    assert wanted.std() > 0.01
+    assert 0.2 < (wanted > 0).float().mean() < 0.8
+    torch.testing.assert_close(centre, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8, 16, 32])
+def test_upsampling_starts_bilinear(factor: int) -> None:
+    """A linear ramp stays that ramp inside the border, in each channel on its own."""
+    layer = nn.ConvTranspose2d(2, 2, 2 * factor, factor, factor // 2, bias=False)
+    init_upsampling_(layer)
+    size = 6
+    ys, xs = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    ramp = torch.stack((3.0 * xs - 2.0 * ys + 1, -1.0 * xs))[None]
+    result = layer(ramp)
+    assert result.shape == (1, 2, size * factor, size * factor)
+    fine = (torch.arange(size * factor) + 0.5) / factor - 0.5  # where the pixels' centres lie
+    ys, xs = torch.meshgrid(fine, fine, indexing="ij")
+    wanted = torch.stack((3 * xs - 2 * ys + 1, -xs))[None]
+    inside = slice(factor // 2, -(factor // 2))  # between the outermost centres
+    torch.testing.assert_close(
+        result[..., inside, inside], wanted[..., inside, inside], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("stride", SKIPS)
+def test_network_starts_bilinear_and_at_zero(stride: int) -> None:
+    network = small(stride=stride)
+    for layer in network.upsample.children():
+        assert isinstance(layer, nn.ConvTranspose2d)
+        factor = layer.stride[0]
+        coarse = torch.rand(1, 5, 4, 4)
+        fine = F.interpolate(coarse, scale_factor=factor, mode="bilinear")
+        inside = slice(factor, -factor)
+        torch.testing.assert_close(layer(coarse)[..., inside, inside], fine[..., inside, inside])
+    assert not network.score.weight.any()
+    assert all(not value.any() for value in network.skips.state_dict().values())
+    assert not network(torch.rand(1, 3, 32, 32)).any()
+    assert not small(stride=stride, fusion="feature")(torch.rand(1, 3, 32, 32)).any()
+
+
+@pytest.mark.parametrize(("stride", "fusion"), VARIANTS)
+def test_every_parameter_gets_a_gradient(stride: int, fusion: str) -> None:
+    network = small(stride=stride, fusion=fusion).train()
+    network.dropout.p = 0.0
+    image = torch.rand(2, 3, 64, 64)
+    label = torch.randint(5, (2, 64, 64))
+    for scores_are_zero in (True, False):
+        if not scores_are_zero:
+            randomise_scores(network)
+        network.zero_grad()
+        F.cross_entropy(network(image), label).backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert scores_are_zero or parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(("stride", "fusion"), VARIANTS)
+def test_shift_of_the_image_shifts_the_prediction(stride: int, fusion: str) -> None:
+    """By 32 pixels, the coarsest cell; compared where no border reaches."""
+    network = randomise_scores(small(stride=stride, fusion=fusion, head_kernel=1)).double()
+    scene = torch.rand(1, 3, 32, 352, dtype=torch.float64)
+    with torch.inference_mode():
+        left, right = network(scene[..., :320]), network(scene[..., 32:])
+    # VGG-11 sees about 75 pixels each way, upsampling one cell more
+    here, there = left[..., 160:192], right[..., 128:160]
+    assert here.std() > 1e-3
+    torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(left[..., 128:160], there, rtol=1e-3, atol=1e-3)
+
+
+def test_pooling_avg() -> None:
+    network = small(pooling="avg")
+    for kind, stages in ((nn.AvgPool2d, network.stages), (nn.MaxPool2d, small().stages)):
+        assert [type(list(stage.children())[-1]) for stage in stages] == [kind] * 5
+        assert len([m for m in stages.modules() if "Pool" in type(m).__name__]) == 5
+    x = torch.rand(1, 3, 8, 8)
+    first = nn.Sequential(*list(network.stages[0].children())[:-1])
+    torch.testing.assert_close(network.stages[0](x), F.avg_pool2d(first(x), 2))
+
+
+def test_learn_upsampling_false_freezes_upsampling_only() -> None:
+    frozen = {n for n, p in small(learn_upsampling=False).named_parameters() if not p.requires_grad}
+    assert frozen == {
+        "upsample.to_pool4.weight",
+        "upsample.to_pool3.weight",
+        "upsample.to_image_8.weight",
+    }
+    assert all(p.requires_grad for p in small().parameters())
+
+
+@pytest.mark.parametrize("stages", [0, 2, 5])
+def test_freeze_stages(stages: int) -> None:
+    network = small(freeze_stages=stages)
+    for number, stage in enumerate(network.stages):
+        assert all(p.requires_grad == (number >= stages) for p in stage.parameters())
+    assert all(p.requires_grad for p in network.conv6.parameters())
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network = randomise_scores(small(head_width=64))
+    image = torch.rand(1, 3, 64, 64)
+    assert network(image).equal(network(image))
+    network.train()
+    assert not network(image).equal(network(image))
+
+
+def test_fresh_layers_without_weights_are_head_and_decoder() -> None:
+    assert small(stride=16).fresh_layers == [
+        "conv6",
+        "conv7",
+        "score",
+        "skips.pool4",
+        "upsample.to_pool4",
+        "upsample.to_image_16",
+    ]
+
+
+def test_normalisation_is_no_state() -> None:
+    assert not {"mean", "std"} & set(small().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stride", 4),
+        ("stride", "8"),
+        ("backbone", "vgg19_bn"),
+        ("pooling", "median"),
+        ("fusion", "sum"),
+        ("freeze_stages", 6),
+        ("num_classes", 0),
+        ("head_width", -3),
+        ("head_kernel", 4),
+        ("head_kernel", -1),
+        ("dropout", 1.5),
+        ("pool_scales", (1.0, 2.0)),
+    ],
+)
+def test_bad_arguments(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        small(**{name: value})
+    assert str(value) in str(caught.value)
+
+
+def test_feature_fusion_must_learn_upsampling() -> None:
+    with pytest.raises(ValueError, match="must learn"):
+        small(fusion="feature", learn_upsampling=False)

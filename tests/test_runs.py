@@ -1,0 +1,99 @@
+"""Run folders, JSON and the table of a sweep."""
+
+import csv
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from fcn.runs import create_run_folder, git_revision, write_json, write_sweep_table
+
+
+def test_folders_of_two_runs_differ(tmp_path: Path) -> None:
+    wanted = tmp_path / "runs" / "fcn8s" / "now"
+    assert create_run_folder(wanted) == wanted
+    assert create_run_folder(wanted) == wanted.with_name("now_2")  # though the first is empty yet
+    (tmp_path / "file").touch()
+    assert create_run_folder(tmp_path / "file") == tmp_path / "file_2"
+
+
+def test_folder_that_hydra_has_made(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    assert create_run_folder(tmp_path / "0") == tmp_path / "0"
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "summary.json").touch()
+    assert create_run_folder(tmp_path / "1") == tmp_path / "1_2"
+
+
+def test_many_runs_start_at_once(tmp_path: Path) -> None:
+    start, folders = threading.Barrier(8), []
+
+    def create() -> None:
+        start.wait()
+        folders.append(create_run_folder(tmp_path / "run"))
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(folders)) == 8
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    content = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, 0)}], "d": None, "é": "ü"}
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": None, "b": [1.5, None, {"c": [None, 0]}], "d": None, "é": "ü"}
+    assert text.endswith("\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_sweep_table(tmp_path: Path) -> None:
+    notes = "logger.notes=what I tried, at length: " + "a word and another, " * 9 + "x=1"
+    jobs: list[list[str]] = [[f"optimizer.lr={10.0**-n}", "model=fcn8s"] for n in range(12)]
+    jobs[3] = ["data.scale=[0.5,2.0]", "data.root='a: b'", notes, "~logger", "name=${x}"]
+    for number, overrides in enumerate(jobs):
+        run = tmp_path / str(number)
+        run.mkdir()
+        OmegaConf.save(OmegaConf.create(overrides), run / "overrides.yaml")
+        summary = {"status": "finished", "steps": 3, "val/miou": 0.5 if number else math.nan}
+        extra = {"val/iou/cat": 0.25, "versions": {"torch": "2"}, "device": "cpu"}
+        if number != 11:  # which diverged
+            write_json(run / "summary.json", summary | extra)
+    (tmp_path / "multirun.yaml").touch()
+    (tmp_path / "other").mkdir()
+
+    write_sweep_table(tmp_path)
+    write_sweep_table(tmp_path)  # as each job does
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == [str(number) for number in range(12)]
+    assert [row["status"] for row in rows] == ["finished"] * 11 + ["unfinished"]
+    assert [row["val/miou"] for row in rows] == ["", *["0.5"] * 10, ""]
+    assert rows[1]["optimizer.lr"] == "0.1"
+    assert rows[3]["data.scale"] == "[0.5,2.0]"
+    assert rows[3]["data.root"] == "'a: b'"
+    assert rows[3]["name"] == "${x}"
+    assert rows[3]["logger.notes"] == notes.partition("=")[2]
+    columns = {"run", "status", "optimizer.lr", "model", "data.scale", "data.root", "logger.notes"}
+    assert set(rows[0]) == columns | {"name", "steps", "val/miou"}
+
+
+def test_git_revision() -> None:
+    revision = git_revision()
+    if revision is None:
+        pytest.skip("no git checkout")
+    assert len(revision.removesuffix("-dirty")) == 40
