@@ -235,15 +235,7 @@ class LastCheckpoint(Checkpoint):
         self._stop_if_asked(trainer)  # nothing is lost: last.ckpt was made just before
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._give_back_signals()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._give_back_signals()  # Lightning leaves teardown out then
-
-    def _give_back_signals(self) -> None:
-        while self.handlers:
+        while self.handlers:  # after an exception, Lightning gives them back
             signal.signal(*self.handlers.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -152,6 +152,19 @@ class SegmentationModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's, which refuses fused optimizers in bf16-mixed too, where nothing is scaled."""
+        if gradient_clip_val:
+            clip = self.trainer.precision_plugin.clip_grad_by_norm
+            if gradient_clip_algorithm == "value":
+                clip = self.trainer.precision_plugin.clip_grad_by_value
+            clip(optimizer, gradient_clip_val)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file stand alone: its own values are the weights, none are fetched again."""
         checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"], weights=None)

@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         path, wanted = self.path.strip("/"), self.headers.get("Range")
         self.server.log.append((path, wanted))
         if path == "gone":
-            return self.send_error(404)
+            self.send_error(404)
+            return
         body, start, kind = DATA, 0, "application/x-tar"
         if path == "html":
             body, kind = b"<html>moved</html>", "text/html; charset=utf-8"
@@ -48,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         elif wanted and path != "norange":
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):
-                return self.send_error(416)
+                self.send_error(416)
+                return
         self.send_response(206 if start else 200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) - start))

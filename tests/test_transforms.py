@@ -132,7 +132,7 @@ def test_randomness_is_torchs() -> None:
 
     first = run(1)
     random.seed(1)
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002  # the legacy generator is what must not matter
     assert torch.equal(run(1), first)
     assert not torch.equal(run(2), first)
 
