@@ -11,8 +11,8 @@
 import math
 import os
 import secrets
+import shutil
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,9 @@ def run_job(cfg: DictConfig) -> None:
         cfg = resumed_config(run, overrides)
     elif sweep is not None:
         run = sweep / hydra_cfg.sweep.subdir
-        with_group = OmegaConf.select(cfg, "logger._target_") and not cfg.logger.group
-        if with_group:
-            cfg.logger.group = f"sweep_{sweep.name}"
+        if OmegaConf.select(cfg, "logger._target_"):
+            cfg.logger.group = cfg.logger.group or f"sweep_{sweep.name}"
+            cfg.logger.name = f"{cfg.logger.name}_{hydra_cfg.job.num}"
     elif hydra_cfg.run.dir != ".":
         run = Path(hydra_cfg.run.dir)
     else:
@@ -71,7 +71,7 @@ def run_job(cfg: DictConfig) -> None:
         raise
     finally:
         if sweep is not None:
-            from fcn.runs import write_sweep_table
+            from fcn.summary import write_sweep_table
 
             write_sweep_table(sweep)
 
@@ -114,8 +114,11 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
     import pytorch_lightning as pl
 
+    from fcn.callbacks import LastCheckpoint
     from fcn.devices import quiet_lightning
-    from fcn.runs import create_run_folder, last_checkpoint, peak_memory, write_json
+    from fcn.runs import create_run_folder, last_checkpoint, write_json, write_settings
+    from fcn.summary import summarise
+    from fcn.weights import find_weights
 
     quiet_lightning()
     resuming = bool(cfg.resume)
@@ -128,6 +131,8 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             f"model.num_classes={cfg.model.num_classes}, but the data has "
             f"{len(datamodule.classes)} classes (background is one, void is none)"
         )
+    if cfg.model.weights and not resuming:
+        find_weights(cfg.model.backbone, cfg.model.weights)  # known before 2 GB of data are fetched
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -146,9 +151,13 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         run = create_run_folder(run)
         if OmegaConf.select(cfg, "logger._target_"):
             cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
-        OmegaConf.save(cfg, run / "config.yaml")
-        OmegaConf.save(OmegaConf.create(overrides or []), run / "overrides.yaml")
-    trainer = build_trainer(cfg, run, resume_from=checkpoint)
+    try:
+        trainer = build_trainer(cfg, run, resume_from=checkpoint)
+    except BaseException:
+        if not resuming:
+            shutil.rmtree(run)  # nothing is in it yet
+        raise
+    write_settings(run, cfg, overrides or [])
     print(
         f"run folder: {run}\n{len(datamodule.train_data)} images to train on, "
         f"{len(datamodule.val_data)} to validate on; "
@@ -156,7 +165,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         flush=True,
     )
 
-    started, status, exit_code = time.perf_counter(), "finished", 0
+    status, exit_code = "finished", 0
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
@@ -169,8 +178,13 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     finally:
         finish_wandb(trainer, exit_code)
         if exit_code != 1:
-            seconds = time.perf_counter() - started
-            summary = summarise(trainer, run, status, seconds, peak_memory())
+            keeper = trainer.checkpoint_callbacks[-1]
+            assert isinstance(keeper, LastCheckpoint)
+            summary = summarise(run, status) | {
+                "seconds": round(keeper.seconds, 1),
+                "precision": str(trainer.precision),
+                "device": str(trainer.strategy.root_device),
+            }
             write_json(run / "summary.json", summary)
     return summary
 
@@ -233,6 +247,7 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # our stream shares itself out between processes
     )
 
 
@@ -276,41 +291,6 @@ def finish_wandb(trainer: "pl.Trainer", exit_code: int) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish(exit_code=exit_code)
-
-
-def summarise(
-    trainer: "pl.Trainer", run: Path, status: str, seconds: float, memory: int
-) -> dict[str, Any]:
-    """What summary.json holds, from metrics.csv: so it is the same for a run that was resumed."""
-    from fcn.csv_logger import read_column, read_metrics
-    from fcn.runs import git_revision, versions
-
-    rows = read_metrics(run / "metrics.csv")
-    validated = [row for row in rows if row.get("val/miou")]
-    last = {
-        k: float(v)
-        for k, v in (validated[-1] if validated else {}).items()
-        if k[:4] == "val/" and v
-    }
-    steps, mious = read_column(rows, "val/miou")
-    best = max(range(len(mious)), key=mious.__getitem__, default=None)
-    _, speeds = read_column(rows, "train/images_per_second")
-    _, smooth = read_column(rows, "train/loss_smooth")
-    return {
-        "status": status,
-        "steps": trainer.global_step,
-        **last,
-        "best/val/miou": None if best is None else mious[best],
-        "best/step": None if best is None else steps[best],
-        "train/loss_smooth": smooth[-1] if smooth else None,
-        "seconds": round(seconds, 1),
-        "images_per_second": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
-        "peak_memory_bytes": memory,
-        "precision": str(trainer.precision),
-        "device": str(trainer.strategy.root_device),
-        "versions": versions(),
-        "git_revision": git_revision(),
-    }
 
 
 if __name__ == "__main__":

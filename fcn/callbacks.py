@@ -159,23 +159,31 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, *, every_n_steps: int, run: Path, seed: int, config: dict[str, Any]) -> None:
         self.every_n_steps, self.run, self.seed, self.config = every_n_steps, run, seed, config
         self.validation_due = False
+        self.seconds_before, self.started = 0.0, time.perf_counter()
         self.stop_signal: signal.Signals | None = None
         self.handlers: dict[signal.Signals, Any] = {}  # that were there before
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validation_due": self.validation_due}
+        return {"validation_due": self.validation_due, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validation_due = state_dict["validation_due"]
+        self.seconds_before = state_dict["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of training and validation, before and since the run was resumed."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["versions"] = versions()
-        checkpoint["precision"] = str(
-            trainer.precision
-        )  # evaluation must compute as validation did
+        checkpoint["precision"] = str(trainer.precision)  # evaluation computes as validation did
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

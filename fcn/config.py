@@ -208,7 +208,7 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
         yield
     except expected as error:
         known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-        message = str(known) if known is not None else _of_hydra(str(error))
+        message = str(known) if known is not None else _of_hydra(error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -216,9 +216,11 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _of_hydra(text: str) -> str:
+def _of_hydra(error: Exception) -> str:
     """The two lines that matter of a message of Hydra's."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        return str(error.__cause__).strip()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].replace("Could not override", "There is no setting")
     options: list[str] = []
     for number, line in enumerate(lines):

@@ -71,7 +71,7 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=void, validate_args=False
         )  # the data set has checked its labels
-        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self.val_loss = MeanMetric()
         self.scores: Scores | None = None  # of the last validation
 
     def forward(self, image: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class SegmentationModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning's, which refuses fused optimizers in bf16-mixed too, where nothing is scaled."""
+        """As Lightning's, which refuses fused optimizers even in bf16-mixed, without need."""
         if gradient_clip_val:
             clip = self.trainer.precision_plugin.clip_grad_by_norm
             if gradient_clip_algorithm == "value":

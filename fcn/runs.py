@@ -4,7 +4,6 @@ A contract with users and scripts: config.yaml, overrides.yaml, checkpoints/best
 metrics.csv, curves.png, panels/, summary.json, and a sweep.csv above the runs of a sweep.
 """
 
-import csv
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fcn.errors import ConfigError
 
@@ -109,25 +108,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def write_sweep_table(sweep: Path) -> None:
-    """sweep.csv: a row for each run in the folder, from what the runs have written themselves.
-
-    Each job writes it anew when it ends, so it is there however the jobs were launched.
-    """
-    rows = []
-    for run in sorted(sweep.iterdir(), key=lambda p: (len(p.name), p.name)):
-        if not (run / "overrides.yaml").is_file():
-            continue
-        summary = {}
-        if (run / "summary.json").is_file():
-            summary = json.loads((run / "summary.json").read_text())
-        overrides = OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"), resolve=False)
-        row = {"run": run.name, "status": summary.get("status", "unfinished")}
-        row |= dict(text.split("=", 1) for text in map(str, overrides or ()) if "=" in text)
-        plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
-        rows.append(row | {k: v for k, v in plain.items() if not k.startswith("val/iou/")})
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with atomic_write(sweep / "sweep.csv") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_settings(run: Path, cfg: DictConfig, overrides: list[str]) -> None:
+    """config.yaml and overrides.yaml; of a resumed run too, whose end may have been moved."""
+    before = run / "overrides.yaml"
+    if before.is_file():
+        overrides = [*OmegaConf.load(before), *(o for o in overrides if o[:7] != "resume=")]
+    for name, content in (
+        ("config.yaml", OmegaConf.merge(cfg, {"resume": None})),
+        ("overrides.yaml", OmegaConf.create(overrides)),
+    ):
+        with atomic_write(run / name) as file:
+            file.write(OmegaConf.to_yaml(content))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.models import get_model_weights
+from torchvision.models import WeightsEnum, get_model_weights
 
 from fcn.errors import WeightsError, reason
 from fcn.network import FCN, MEAN, SKIPS, STD, head_layers
@@ -88,20 +88,28 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     return [layer for layer in head_layers(network) if layer not in loaded]
 
 
-def read_weights(backbone: str, source: str | Path) -> StateDict:
-    """The tensors at `source`, under the names they have there (ours without `network.`)."""
+def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
+    """The file, or the torchvision weight set, that `source` means; nothing is read yet."""
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return path
     weights = get_model_weights(backbone).__members__.get(str(source))
-    if weights is None:
-        if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
-            raise WeightsError(f"model.weights={source}: no such file")
-        names = ", ".join(w.name for w in get_model_weights(backbone))
-        raise WeightsError(
-            f"model.weights={source}: neither a file nor a name that torchvision has for "
-            f"{backbone} ({names}); null is a random start"
-        )
+    if weights is not None:
+        return weights
+    if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
+        raise WeightsError(f"model.weights={source}: no such file")
+    names = ", ".join(w.name for w in get_model_weights(backbone))
+    raise WeightsError(
+        f"model.weights={source}: neither a file nor a name that torchvision has for "
+        f"{backbone} ({names}); null is a random start"
+    )
+
+
+def read_weights(backbone: str, source: str | Path) -> StateDict:
+    """The tensors at `source`, under the names they have there (ours without `network.`)."""
+    weights = find_weights(backbone, source)
+    if isinstance(weights, Path):
+        return _read_file(weights)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         state = weights.get_state_dict(

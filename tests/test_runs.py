@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fcn.runs import create_run_folder, git_revision, write_json, write_sweep_table
+from fcn.runs import create_run_folder, git_revision, write_json
+from fcn.summary import write_sweep_table
 
 
 def test_folders_of_two_runs_differ(tmp_path: Path) -> None:

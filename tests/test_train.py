@@ -379,6 +379,41 @@ def wandb_runs(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
 
 
+def test_mistyped_weights_are_found_before_data_is_fetched(tmp_path: Path) -> None:
+    cfg = compose_config("train", "model.weights=vgg.pth", f"data.root={tmp_path}", "name=x")
+    with pytest.raises(WeightsError, match=r"model\.weights=vgg\.pth: no such file"):
+        train(cfg, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_trainer_leaves_no_folder(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments = [*TINY, "trainer.accelerator=gpu"]
+    result = script(tmp_path, "train.py", *arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "gpu" in result.stderr.lower()
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_settings_beside_resume_are_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train_tiny(run, "trainer.max_steps=2")
+    for steps in (3, 4):
+        changes = [f"resume={run}", f"trainer.max_steps={steps}"]
+        summary = train(resumed_config(run, changes), run, changes)
+        assert summary["steps"] == steps
+        assert OmegaConf.load(run / "config.yaml").trainer.max_steps == steps
+        assert OmegaConf.load(run / "config.yaml").resume is None
+    assert list(OmegaConf.load(run / "overrides.yaml")) == [
+        "trainer.max_steps=2",
+        "trainer.max_steps=3",
+        "trainer.max_steps=4",
+    ]
+    assert summary["seconds"] > first["seconds"]  # of all three sessions
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

@@ -24,8 +24,9 @@ class SegmentationDataset(Protocol):
     """What the data module asks of a data set.
 
     `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these.
-    `ids` has one name for each sample, in order. What is wrong with the data raises `DataError`
-    with the file's name, in the constructor where that is cheap; nothing is skipped silently.
+    `ids` has one name for each sample, in order; the data module may shorten it. What is wrong with
+    the data raises `DataError` with the file's name, in the constructor where that is cheap;
+    nothing is skipped silently.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """PASCAL VOC2012 semantic segmentation (Everingham et al., IJCV 2015): 20 classes and background.
 
     python train.py data=voc2012 data.root=data                # fetches 2 GB on first use
-    python evaluate.py ckpt=... data.split=seg11valid          # the split the FCN paper reports on
+    python evaluate.py ckpt=... split=seg11valid               # the split the FCN paper reports on
 
 On disk, below `root`, as the official archive unpacks:
 
