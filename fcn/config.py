@@ -180,11 +180,6 @@ def check_training(config: Mapping[str, Any]) -> None:
     ends = (trainer.get("max_steps", -1) != -1, trainer.get("max_epochs"), trainer.get("max_time"))
     if not any(ends):
         raise ConfigError("training would never end: set trainer.max_steps, max_epochs or max_time")
-    scheduler = (config.get("scheduler") or {}).get("_target_", "").rpartition(".")[2]
-    if scheduler in ("poly", "cosine") and not any(ends[:2]):
-        raise ConfigError(
-            f"scheduler={scheduler} decays over all steps: set trainer.max_steps or max_epochs too"
-        )
     model = config.get("model") or {}
     if model.get("fusion") == "feature" and not model.get("learn_upsampling"):
         raise ConfigError("model.fusion=feature needs model.learn_upsampling=true")

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ class SegmentationModule(pl.LightningModule):
         palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
         void: the label that counts nowhere.
         optimizer: makes the optimizer from parameter groups; its keyword `lr` is the base rate.
-        scheduler: makes a schedule from (optimizer, total_steps=...), or None.
+        scheduler: makes a schedule from (optimizer, total_steps, time_used), or None.
         head_lr_multiplier: on the rate of head and decoder layers without loaded values.
         bias_lr_multiplier: on the rate of biases, which never decay; 2 in the paper.
         network: further arguments of `fcn.network.FCN`.
@@ -145,12 +146,23 @@ class SegmentationModule(pl.LightningModule):
         )
         if self.make_scheduler is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches  # inf: it ends by time
-        scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        scheduler = self.make_scheduler(
+            optimizer,
+            total_steps=self.trainer.estimated_stepping_batches,  # inf: it ends by time
+            time_used=self.time_used,
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def time_used(self) -> float:
+        """The share of `trainer.max_time` that has passed; 0 without a limit."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
+                elapsed = callback.time_elapsed()
+                return elapsed / max(elapsed + left, 1e-9)
+        return 0.0
 
     def configure_gradient_clipping(
         self,

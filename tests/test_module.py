@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import FINISHED, compose_config
+from pytorch_lightning.callbacks import Timer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -218,3 +219,15 @@ def test_optimizer_groups_of_a_loaded_checkpoint(finished_run: Path) -> None:
     found = groups(loaded)
     assert found["score.weight"]["lr"] == pytest.approx(0.5)  # still fresh: five times the rate
     assert found["stages.0.0.weight"]["lr"] == pytest.approx(0.1)
+
+
+def test_share_of_time_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a schedule goes by when `trainer.max_time` ends the run."""
+    module = small()
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    module.trainer = pl.Trainer(max_time={"seconds": 100}, max_epochs=-1, **quiet)
+    for elapsed in (0, 25, 100):
+        monkeypatch.setattr(Timer, "time_elapsed", lambda *_, seconds=elapsed: seconds)
+        assert module.time_used() == elapsed / 100
+    module.trainer = pl.Trainer(max_steps=3, **quiet)
+    assert module.time_used() == 0

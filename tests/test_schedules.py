@@ -97,3 +97,18 @@ def test_resumed_schedule_goes_on() -> None:
             o.step()
             s.step()
         assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("make", [poly, cosine])
+@pytest.mark.parametrize("total_steps", [16, math.inf])
+def test_time_lowers_the_rate_too(make: Callable[..., LambdaLR], total_steps: float) -> None:
+    """A run whose time is up after 8 steps, of 16 planned or of any number."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    time = iter(step / 8 for step in range(9))
+    schedule = make(optimizer, total_steps=total_steps, time_used=lambda: next(time))
+    used = []
+    for _ in range(8):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert used == pytest.approx([low for low, _ in rates(make, 8)])

@@ -379,6 +379,20 @@ def wandb_runs(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
 
 
+def test_real_photographs_and_weights(tmp_path: Path, real_voc_root: Path) -> None:
+    features = real_voc_root.parent / "weights" / "vgg19_features_fp16.pth"
+    if not features.is_file():
+        pytest.skip(f"real VGG features not found at {features}")
+    run = tmp_path / "run"
+    options = ["name=real", "logger=none", f"data.root={real_voc_root}", "data.download=false"]
+    options += ["data.limit=2", "data.crop_size=96", "data.num_workers=0", "model.head_width=8"]
+    options += [f"model.weights={features}", "model.head_kernel=3", "trainer.max_steps=2"]
+    summary = train(compose_config("train", *options, "trainer.accelerator=cpu"), run)
+    assert summary["steps"] == 2
+    assert 0 < summary["val/miou"] < 1
+    assert evaluate_checkpoint(best_checkpoint(run))["miou"] == summary["val/miou"]
+
+
 def test_mistyped_weights_are_found_before_data_is_fetched(tmp_path: Path) -> None:
     cfg = compose_config("train", "model.weights=vgg.pth", f"data.root={tmp_path}", "name=x")
     with pytest.raises(WeightsError, match=r"model\.weights=vgg\.pth: no such file"):
