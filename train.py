@@ -11,6 +11,7 @@
 import math
 import os
 import secrets
+import shlex
 import shutil
 import sys
 from datetime import datetime
@@ -26,12 +27,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fcn.config import check_training, short_messages
-from fcn.errors import ConfigError, FCNError, Stopped
+from fcn.errors import ConfigError, DataError, FCNError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `--help` and `--cfg job` are instant.
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.profilers import Profiler
+
+    from fcn.datamodule import SegmentationDataModule
+    from fcn.module import SegmentationModule
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -63,9 +69,21 @@ def run_job(cfg: DictConfig) -> None:
         run = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         train(cfg, run, overrides)
-    except Stopped as stop:
-        sys.exit(stop.exit_code)
+    except (Stopped, TrainingError) as error:
+        from fcn.devices import is_main_process
+
+        if not is_main_process():
+            sys.exit(0)  # all processes are told alike; an exit code here would kill the main one
+        if isinstance(error, Stopped):
+            sys.exit(error.exit_code)
+        raise
     except FCNError as error:
+        from fcn.datasets.download import HINT
+
+        if isinstance(error, DataError) and HINT not in str(error):  # then there is no data yet
+            data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
+            hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
+            error.args = (f"{error}\n{hint}",)
         if sweep is not None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise
@@ -114,32 +132,83 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
     import pytorch_lightning as pl
 
-    from fcn.callbacks import LastCheckpoint
-    from fcn.devices import quiet_lightning
-    from fcn.runs import create_run_folder, last_checkpoint, write_json, write_settings
-    from fcn.summary import summarise
-    from fcn.weights import find_weights
+    from fcn.devices import is_main_process, prepare_cpu, quiet_lightning
+    from fcn.runs import create_run_folder, last_checkpoint, write_settings
 
     quiet_lightning()
-    resuming = bool(cfg.resume)
-    checkpoint = last_checkpoint(run) if resuming else None
+    prepare_cpu()
+    checkpoint = last_checkpoint(run) if cfg.resume else None
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"resume={run}: there is no {checkpoint} to go on from")
+    settle_precision(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = open_data(cfg)
+    module = build_module(cfg, datamodule)
+    settle_batches(cfg, module, datamodule)
+    if cfg.trainer.get("compile"):  # the runs of older versions do not have it
+        module.network.compile()
+
+    if not cfg.resume and is_main_process():
+        run = create_run_folder(run)
+        if OmegaConf.select(cfg, "logger._target_"):
+            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
+    try:
+        trainer = build_trainer(cfg, run, resume_from=checkpoint)
+    except BaseException:
+        if not cfg.resume and is_main_process():
+            shutil.rmtree(run)  # nothing is in it yet
+        raise
+    if is_main_process():
+        write_settings(run, cfg, overrides or [])
+        print(
+            f"run folder: {run}\n{datamodule.sizes()}; "
+            f"{trainer.world_size} x {trainer.strategy.root_device}, {trainer.precision}",
+            flush=True,
+        )
+
+    summary: dict[str, Any] = {}
+    status, exit_code = "finished", 0
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Stopped as stop:
+        status, exit_code = "stopped", stop.exit_code
+        if is_main_process():
+            print(f"\nstopped by {stop}; go on with: python train.py resume={run}", flush=True)
+        raise
+    except BaseException as error:
+        exit_code = 1
+        if ran_out_of_memory(error):
+            raise TrainingError(advice_on_memory(cfg, trainer)) from error
+        raise
+    finally:
+        finish_wandb(trainer, exit_code)
+        if exit_code != 1 and is_main_process():
+            summary = write_summary(run, status, trainer)
+    return summary
+
+
+def open_data(cfg: DictConfig) -> "SegmentationDataModule":
+    """The data module with open splits; what can be known before a download is checked first."""
+    from fcn.weights import find_weights
+
     datamodule = instantiate(cfg.data, _convert_="all")
     if cfg.model.num_classes not in (None, len(datamodule.classes)):
         raise ConfigError(
             f"model.num_classes={cfg.model.num_classes}, but the data has "
             f"{len(datamodule.classes)} classes (background is one, void is none)"
         )
-    if cfg.model.weights and not resuming:
+    if cfg.model.weights and not cfg.resume:
         find_weights(cfg.model.backbone, cfg.model.weights)  # known before 2 GB of data are fetched
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    settle(cfg, images=len(datamodule.train_data))
-    module = instantiate(
+    return datamodule
+
+
+def build_module(cfg: DictConfig, datamodule: "SegmentationDataModule") -> "SegmentationModule":
+    """The network with its weights, and what it learns with."""
+    return instantiate(
         cfg.model,
-        weights=None if resuming else cfg.model.weights,  # a checkpoint has them all
+        weights=None if cfg.resume else cfg.model.weights,  # a checkpoint has them all
         class_names=list(datamodule.classes),
         palette=[list(colour) for colour in datamodule.palette],
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
@@ -147,64 +216,88 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         _convert_="all",
     )
 
-    if not resuming:
-        run = create_run_folder(run)
-        if OmegaConf.select(cfg, "logger._target_"):
-            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
-    try:
-        trainer = build_trainer(cfg, run, resume_from=checkpoint)
-    except BaseException:
-        if not resuming:
-            shutil.rmtree(run)  # nothing is in it yet
-        raise
-    write_settings(run, cfg, overrides or [])
-    print(
-        f"run folder: {run}\n{len(datamodule.train_data)} images to train on, "
-        f"{len(datamodule.val_data)} to validate on; "
-        f"{trainer.strategy.root_device}, {trainer.precision}",
-        flush=True,
-    )
 
-    status, exit_code = "finished", 0
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Stopped as stop:
-        status, exit_code = "stopped", stop.exit_code
-        print(f"\nstopped by {stop}; go on with: python train.py resume={run}", flush=True)
-        raise
-    except BaseException:
-        exit_code = 1
-        raise
-    finally:
-        finish_wandb(trainer, exit_code)
-        if exit_code != 1:
-            keeper = trainer.checkpoint_callbacks[-1]
-            assert isinstance(keeper, LastCheckpoint)
-            summary = summarise(run, status) | {
-                "seconds": round(keeper.seconds, 1),
-                "precision": str(trainer.precision),
-                "device": str(trainer.strategy.root_device),
-            }
-            write_json(run / "summary.json", summary)
-    return summary
-
-
-def settle(cfg: DictConfig, images: int) -> None:
-    """Replace what depends on machine and data, `auto` and epochs, by what it means here."""
+def settle_precision(cfg: DictConfig) -> None:
+    """Replace `auto` by what is fastest and stable on this machine."""
     from fcn.devices import best_precision
 
-    if cfg.trainer.max_epochs is not None:
-        batch = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
-        cfg.trainer.max_steps = math.ceil(cfg.trainer.max_epochs * images / batch)
-        cfg.trainer.max_epochs = None
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = best_precision(cfg.trainer.accelerator)
     if OmegaConf.select(cfg, "optimizer.fused") == "auto":
         cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
 
 
+def settle_batches(
+    cfg: DictConfig, module: "SegmentationModule", datamodule: "SegmentationDataModule"
+) -> None:
+    """Replace data.batch_size=auto by what fits, and epochs by optimizer steps."""
+    if cfg.data.batch_size != "auto" and cfg.trainer.max_epochs is None:
+        return
+    assert datamodule.train_data is not None
+    images = len(datamodule.train_data)
+    options = ("_target_", "accelerator", "devices", "num_nodes")
+    given = {name: cfg.trainer[name] for name in options if name in cfg.trainer}
+    trainer = instantiate(given, barebones=True)  # knows how many devices there are
+    if cfg.data.batch_size == "auto":
+        if trainer.world_size > 1 or trainer.strategy.root_device.type == "cpu":
+            raise ConfigError(
+                "data.batch_size=auto looks for what fits on one GPU; here are "
+                f"{trainer.world_size} x {trainer.strategy.root_device}. Give a number; "
+                "`python -m fcn.memory` tells what fits"
+            )
+        from fcn.batch_size import largest_batch
+        from fcn.memory import image_size
+
+        config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+        options = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
+        cfg.data.batch_size = largest_batch(
+            module, image_size(config), most=images, **{k: cfg.trainer[k] for k in options}
+        )
+        datamodule.batch_size = cfg.data.batch_size
+        print(f"data.batch_size={cfg.data.batch_size} is the largest that fits", flush=True)
+    if cfg.trainer.max_epochs is not None:
+        step = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * trainer.world_size
+        cfg.trainer.max_steps = math.ceil(cfg.trainer.max_epochs * images / step)
+        cfg.trainer.max_epochs = None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or on a CPU whose system refuses."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def advice_on_memory(cfg: DictConfig, trainer: "pl.Trainer") -> str:
+    """What a step needs, and which settings need less."""
+    from fcn.devices import memory_size
+    from fcn.memory import advice
+
+    device = trainer.strategy.root_device
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    return f"{device} ran out of memory: {advice(config, memory_size(device))}"
+
+
+def write_summary(run: Path, status: str, trainer: "pl.Trainer") -> dict[str, Any]:
+    """summary.json, from what is in the run folder and what the trainer knows."""
+    from fcn.callbacks import LastCheckpoint
+    from fcn.runs import write_json
+    from fcn.summary import summarise
+
+    keeper = trainer.checkpoint_callbacks[-1]
+    assert isinstance(keeper, LastCheckpoint)
+    summary = summarise(run, status) | {
+        "seconds": round(keeper.seconds, 1),
+        "precision": str(trainer.precision),
+        "device": str(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+    }
+    write_json(run / "summary.json", summary)
+    return summary
+
+
 def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.Trainer":
-    """The Trainer with its callbacks and loggers, all writing below `run`."""
+    """The Trainer with its callbacks and loggers, all writing below `run`, in one process only."""
     from fcn.callbacks import (
         AtomicCheckpointIO,
         BestCheckpoint,
@@ -216,14 +309,12 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
         ScoreTable,
     )
     from fcn.csv_logger import MetricsCSV
+    from fcn.devices import is_main_process
 
-    csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
     config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    callbacks = [
+    loggers: list[Logger] = []
+    callbacks: list[Callback] = [
         LossStatistics(half_life=cfg.callbacks.half_life, window=cfg.callbacks.window),
-        Panels(images=cfg.callbacks.panel_images, folder=run / "panels"),
-        Curves(csv=csv),
-        ScoreTable(),
         BestCheckpoint(run=run),
         LastCheckpoint(
             every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
@@ -232,23 +323,52 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
             config=config,
         ),
     ]
-    if cfg.trainer.enable_progress_bar:
-        callbacks.insert(0, ProgressBar())
+    if is_main_process():
+        csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
+        loggers = [csv, *wandb_loggers(cfg, run)]
+        panels = Panels(images=cfg.callbacks.panel_images, folder=run / "panels")
+        callbacks[1:1] = [panels, Curves(csv=csv), ScoreTable()]
+        if cfg.trainer.enable_progress_bar:
+            callbacks.insert(0, ProgressBar())
     # The loader never ends, so Lightning sees one epoch; it counts batches, we count steps.
     batches = cfg.trainer.val_check_interval * cfg.trainer.accumulate_grad_batches
-    return instantiate(
-        cfg.trainer,
+    trainer = instantiate(
+        OmegaConf.masked_copy(cfg.trainer, [k for k in cfg.trainer if k != "compile"]),
         _convert_="all",
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=batches,
-        logger=[csv, *wandb_loggers(cfg, run)],
+        profiler=profiler(cfg.trainer.profiler, run),
+        logger=loggers,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # our stream shares itself out between processes
+        use_distributed_sampler=False,  # our loaders share themselves out between processes
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # of one device: none
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and environment and not environment.creates_processes_externally:
+        raise ConfigError(
+            f"trainer.devices={cfg.trainer.devices} in a sweep: Lightning starts the processes of "
+            "the other devices with the same command, so each would begin the whole sweep. Sweep "
+            "on one device, start the runs in a shell loop, or through torchrun or Slurm"
+        )
+    return trainer
+
+
+def profiler(name: str | None, run: Path) -> "Profiler | None":
+    """Lightning's profiler of that name, writing into the run folder."""
+    from pytorch_lightning import profilers
+
+    if name is None:
+        return None
+    kinds = {
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,  # with a trace for Perfetto or chrome://tracing
+    }
+    return kinds[name](dirpath=run / "profile", filename=name)
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:

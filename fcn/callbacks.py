@@ -1,4 +1,4 @@
-"""What happens around training steps: statistics, checkpoints, pictures, a progress bar."""
+"""What happens around training steps: statistics, checkpoints, a progress bar, a score table."""
 
 import math
 import os
@@ -18,24 +18,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcn.csv_logger import MetricsCSV, read_metrics
 from fcn.datamodule import random_generator
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
+from fcn.pictures import Curves, Panels  # noqa: F401  # until train.py takes them from there
 from fcn.runs import best_checkpoint, last_checkpoint, versions
-from fcn.visualize import draw_curves, panel
 
 Outputs = Mapping[str, Any]
 
 
 class LossStatistics(Callback):
-    """Makes a jagged loss readable, and logs how training goes at every `log_every_n_steps`.
+    """Makes a jagged loss readable: a row of statistics for each optimizer step.
 
     A batch of one to three images gives a loss that jumps by its own size: people read
     `train/loss_smooth`. Logged for each optimizer step: `train/loss` (mean over the accumulated
     batches), `train/loss_smooth`, `train/loss_mean` and `train/loss_std` (over a window of steps),
     `train/grad_norm` (before clipping), `train/lr` (without multipliers) and
     `train/images_per_second`.
+
+    Losses stay on their device, and the device is not waited for, until
+    `trainer.log_every_n_steps` steps are read and logged in one go.
 
     Args:
         half_life: steps after which a loss counts half in the smoothed loss, an exponential mean
@@ -51,15 +53,14 @@ class LossStatistics(Callback):
         self.total, self.weight = 0.0, 0.0  # of the exponential mean
         self.window: deque[float] = deque(maxlen=window)
         self.batch_losses: list[Tensor] = []  # of the accumulated batches of this step
-        self.steps: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm: unread yet
+        self.unread: list[tuple[int, float, Tensor, Tensor]] = []  # step, lr, loss, gradient norm
         self.images, self.since = 0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        if self.steps:  # a checkpoint has all losses, and is not made of a diverged network
-            self.read(self.trainer)
+        self.read()  # a checkpoint has all losses, and is not made of a diverged network
         return {"total": self.total, "weight": self.weight, "window": list(self.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ class LossStatistics(Callback):
 
     @property
     def smooth(self) -> float:
-        """The exponential mean of all losses so far."""
+        """The exponential mean of all losses that have been read."""
         return self.total / self.weight if self.weight else math.nan
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,47 +99,45 @@ class LossStatistics(Callback):
         self.images += len(batch["image"]) * trainer.world_size
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.steps.append(
-            (trainer.global_step, torch.stack(self.batch_losses).sum(), self.grad_norm)
-        )
+        loss = torch.stack(self.batch_losses).sum()
+        self.unread.append((trainer.global_step, self.lr, loss, self.grad_norm))
         self.batch_losses = []
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.read(trainer)
-            self.report(trainer, pl_module)
+            self.read()
 
-    def read(self, trainer: pl.Trainer) -> None:
-        """Take the losses since the last reading from the device, all in one go."""
-        if not self.steps:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.read()
+
+    def read(self) -> None:
+        """Take the unread steps from the device, and send a row for each to every logger."""
+        if not self.unread:
             return
-        numbers = torch.stack([torch.stack((loss, norm)).float() for _, loss, norm in self.steps])
+        trainer, unread, self.unread = self.trainer, self.unread, []
+        numbers = torch.stack([torch.stack((loss, norm)).float() for _, _, loss, norm in unread])
+        numbers = trainer.strategy.reduce(numbers, reduce_op="mean")  # each process has its part
         fp16 = trainer.precision == "16-mixed"  # its loss scaler probes for Inf gradients itself
-        for (step, _, _), (loss, norm) in zip(self.steps, numbers.tolist(), strict=True):
+        now = time.perf_counter()
+        speed = self.images / (now - self.since)
+        self.images, self.since = 0, now
+        for (step, lr, _, _), (loss, norm) in zip(unread, numbers.tolist(), strict=True):
             if not math.isfinite(loss) or not (fp16 or math.isfinite(norm)):
                 raise TrainingError(_diverged(trainer, step, loss, norm))
             self.total = self.decay * self.total + (1 - self.decay) * loss
             self.weight = self.decay * self.weight + (1 - self.decay)
             self.window.append(loss)
-            self.loss, self.norm = loss, norm
-        self.steps = []
-
-    def report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Send the statistics of the newest step to every logger and to the progress bar."""
-        now = time.perf_counter()
-        mean = math.fsum(self.window) / len(self.window)
-        spread = math.sqrt(math.fsum((x - mean) ** 2 for x in self.window) / len(self.window))
-        metrics = {
-            "train/loss": self.loss,
-            "train/loss_smooth": self.smooth,
-            "train/loss_mean": mean,
-            "train/loss_std": spread,
-            "train/grad_norm": self.norm,
-            "train/lr": self.lr,
-            "train/images_per_second": self.images / (now - self.since),
-        }
-        self.images, self.since = 0, now
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        pl_module.log("loss", self.smooth, prog_bar=True, logger=False)
+            mean = math.fsum(self.window) / len(self.window)
+            spread = math.sqrt(math.fsum((x - mean) ** 2 for x in self.window) / len(self.window))
+            metrics = {
+                "train/loss": loss,
+                "train/loss_smooth": self.smooth,
+                "train/loss_mean": mean,
+                "train/loss_std": spread,
+                "train/grad_norm": norm,
+                "train/lr": lr,
+                "train/images_per_second": speed,
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
 
 
 class LastCheckpoint(Checkpoint):
@@ -160,7 +159,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.run, self.seed, self.config = every_n_steps, run, seed, config
         self.validation_due = False
         self.seconds_before, self.started = 0.0, time.perf_counter()
-        self.stop_signal: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # by this process
+        self.stop_signal: signal.Signals | None = None  # that all processes know of
         self.handlers: dict[signal.Signals, Any] = {}  # that were there before
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +227,7 @@ class LastCheckpoint(Checkpoint):
         interval = trainer.val_check_batch
         due = trainer.should_stop or (interval is not None and (batch_idx + 1) % interval == 0)
         self.validation_due = bool(due and trainer.enable_validation)
+        self._agree_to_stop(trainer)
         if due or self.stop_signal or trainer.global_step % self.every_n_steps == 0:
             trainer.save_checkpoint(last_checkpoint(self.run), weights_only=False)
         self.validation_due = False
@@ -240,6 +241,8 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if trainer.world_size == 1:
+            self.stop_signal = self.received
         self._stop_if_asked(trainer)  # nothing is lost: last.ckpt was made just before
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -247,9 +250,21 @@ class LastCheckpoint(Checkpoint):
             signal.signal(*self.handlers.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt  # Ctrl-C twice: now
-        self.stop_signal = signal.Signals(number)
+        self.received = signal.Signals(number)
+
+    def _agree_to_stop(self, trainer: pl.Trainer) -> None:
+        """Several processes get a signal at different steps, or one alone: they stop together.
+
+        They ask each other where losses are logged, since that waits for the devices anyway.
+        """
+        if trainer.world_size == 1:
+            self.stop_signal = self.received
+        elif trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            number = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+            number = trainer.strategy.reduce(number, reduce_op="max")
+            self.stop_signal = signal.Signals(int(number)) if number else None
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self.stop_signal:
@@ -299,64 +314,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part.replace(path)
 
 
-class Panels(Callback):
-    """The same validation images each time: image | label | prediction, in panels/step_*.png.
-
-    Args:
-        images: how many.
-        folder: where the pictures go.
-    """
-
-    def __init__(self, *, images: int = 6, folder: Path) -> None:
-        self.images, self.folder = images, folder
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.rows = []
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        wanted = self.images - len(self.rows)
-        for row in zip(batch["image"], batch["mask"], outputs["prediction"], strict=True):
-            if wanted > 0:
-                self.rows.append(tuple(tensor.cpu() for tensor in row))
-                wanted -= 1
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.rows or trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        self.folder.mkdir(exist_ok=True)
-        assert isinstance(pl_module, SegmentationModule)
-        assert pl_module.scores is not None
-        picture = panel(
-            self.rows,
-            class_names=pl_module.hparams["class_names"],
-            palette=pl_module.hparams["palette"],
-            void=pl_module.hparams["void"],
-            title=f"step {trainer.global_step}, val mIoU {pl_module.scores['miou']:.3f}",
-        )
-        picture.save(self.folder / f"step_{trainer.global_step:07d}.png")
-        self.rows = []
-
-
-class Curves(Callback):
-    """curves.png, drawn from metrics.csv after every validation."""
-
-    def __init__(self, *, csv: MetricsCSV) -> None:
-        self.csv = csv
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            draw_curves(read_metrics(self.csv.path), self.csv.path.with_name("curves.png"))
-
-
 class ProgressBar(RichProgressBar):
     """Lightning's, over optimizer steps of the whole run, with smoothed loss and val mIoU."""
 
@@ -370,8 +327,11 @@ class ProgressBar(RichProgressBar):
         return f"{'Training':{len(self.validation_description)}}"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
+        """Numbers that are known: Lightning's own would wait for the device at every step."""
+        metrics: dict[str, Any] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LossStatistics):
+                metrics["loss"] = callback.smooth
         if isinstance(pl_module, SegmentationModule) and pl_module.scores is not None:
             metrics["val mIoU"] = pl_module.scores["miou"]
         return metrics

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fcn.datasets import Sample, SegmentationDataset
+from fcn.datasets.reading import check_disjoint
 from fcn.errors import DataError
 from fcn.transforms import Transform, collate, eval_transform, train_transform
 
@@ -27,7 +28,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         root: folder that holds or receives the data.
         download: fetch the data if it is missing.
         train_split, val_split: names of splits.
-        batch_size: images in a training batch.
+        batch_size: images in a training batch of each process (device).
         eval_batch_size: images in an evaluation batch. 1 judges each image alone; more pads them
             to one size, which changes scores in the last digits.
         num_workers: loader processes; None: one less than there are cores, at most 8.
@@ -75,27 +76,38 @@ class SegmentationDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, known before any data is there."""
-        return self._dataset_class.classes
+        return self._labels.classes
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """A colour (R, G, B) for each class."""
-        return self._dataset_class.palette
+        return self._labels.palette
 
     @property
-    def _dataset_class(self) -> Any:
-        return getattr(self.make_dataset, "func", self.make_dataset)  # of a partial
+    def _labels(self) -> Any:
+        """What has both: the data set's class, or what `labels` there makes of its settings."""
+        make = self.make_dataset
+        cls, settings = getattr(make, "func", make), getattr(make, "keywords", {})  # of a partial
+        return cls.labels(**settings) if hasattr(cls, "labels") else cls
 
     def prepare_data(self) -> None:
         """Fetch what is missing; Lightning calls this in one process only."""
         self.make_dataset(split=self.val_split, root=self.root, download=self.download)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits."""
+        """Open the splits; refuse training images among those to validate on."""
         if stage in ("fit", None) and self.train_data is None:
             self.train_data = self.open(self.train_split)
         if stage in ("fit", "validate", None) and self.val_data is None:
             self.val_data = self.open(self.val_split)
+        if self.train_data is not None and self.val_data is not None:
+            check_disjoint(self.train_data.ids, self.val_data.ids)
+
+    def sizes(self) -> str:
+        """How many images there are, in words."""
+        assert self.train_data is not None
+        assert self.val_data is not None
+        return f"{len(self.train_data)} images to train on, {len(self.val_data)} to validate on"
 
     def open(self, split: str) -> SegmentationDataset:
         """One split as it is on disk, or its first `limit` images."""
@@ -107,10 +119,11 @@ class SegmentationDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """From where the trainer stands, on and on: it ends by steps or time, not by epochs."""
         assert self.train_data is not None, "setup('fit') comes first"
-        trainer, start, rank, world = self.trainer, 0, 0, 1
-        if trainer is not None:
-            rank, world = trainer.global_rank, trainer.world_size
-            start = trainer.global_step * trainer.accumulate_grad_batches * self.batch_size * world
+        rank, world = self._process()
+        start = 0
+        if self.trainer is not None:
+            batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
+            start = batches * self.batch_size * world
         stream = ShuffledStream(
             len(self.train_data), seed=self.seed, start=start, rank=rank, world=world
         )
@@ -123,10 +136,23 @@ class SegmentationDataModule(pl.LightningDataModule):
         return self.eval_dataloader(self.val_data)
 
     def eval_dataloader(self, data: SegmentationDataset) -> DataLoader:
-        """Any split, in order, nothing changed, the last partial batch kept."""
+        """Any split, in order, nothing changed, the last partial batch kept.
+
+        Several processes share it out: each has one stretch of it, and no image comes twice, as it
+        would from Lightning's own sampler, which evens the shares out.
+        """
+        rank, world = self._process()
+        if len(data) < world:
+            raise DataError(f"{world} processes cannot share {len(data)} images to validate on")
         unchanged = Transformed(data, eval_transform())
-        order = range(len(data))
+        order = range(len(data) * rank // world, len(data) * (rank + 1) // world)
         return self._loader(unchanged, batch_size=self.eval_batch_size, sampler=order)
+
+    def _process(self) -> tuple[int, int]:
+        """Which one this is, of how many."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
 
     def _loader(self, data: Dataset, **options: Any) -> DataLoader:
         return DataLoader(

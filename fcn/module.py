@@ -4,6 +4,7 @@ module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt
 logits = module.network(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,11 +13,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.metrics import Scores, segmentation_scores
@@ -72,47 +73,69 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=void, validate_args=False
         )  # the data set has checked its labels
-        self.val_loss = MeanMetric()
+        self.val_losses = CatMetric(nan_strategy="disable")  # a sum over the pixels of each batch
         self.scores: Scores | None = None  # of the last validation
+        self.val_loss = math.nan
 
     def forward(self, image: Tensor) -> Tensor:
         """Images (N, 3, H, W), uint8 or float in [0, 1] -> logits (N, K, H, W)."""
         return self.network(image)
 
-    def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy in float32, mean over the pixels that are not void; 0 if all are void."""
+    def loss(self, logits: Tensor, mask: Tensor, pixels: Tensor | float | None = None) -> Tensor:
+        """Cross-entropy in float32, mean over the pixels that are not void; 0 if all are void.
+
+        Args:
+            logits: (N, K, H, W).
+            mask: (N, H, W).
+            pixels: divide by these instead; None: as many as are not void.
+        """
+        if pixels is None:
+            pixels = (mask != self.void).sum().clamp(min=1)
         total = F.cross_entropy(
             logits.float(), mask.long(), ignore_index=self.void, reduction="sum"
         )
-        return total / (mask != self.void).sum().clamp(min=1)
+        return total / pixels
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W)."""
-        return self.loss(self(batch["image"]), batch["mask"])
+        """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W).
+
+        DDP averages the gradients of its processes. Each divides by an equal share of the pixels
+        of all, so that the average is the gradient of one mean over all pixels.
+        """
+        mask = batch["mask"]
+        pixels, processes = (mask != self.void).sum(), 1
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(pixels)
+            processes = distributed.get_world_size()
+        return self.loss(self(batch["image"]), mask, pixels.clamp(min=1) / processes)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Counts one batch; gives `prediction`, class indices (N, H, W) uint8, to callbacks."""
         mask = batch["mask"]
-        logits = self(batch["image"])
+        logits = self.network.forward(batch["image"])  # not a compiled one: sizes differ here
         prediction = logits.argmax(1)  # (N, K, H, W) -> (N, H, W)
         self.confusion.update(prediction, mask)
-        self.val_loss.update(self.loss(logits, mask), (mask != self.void).sum())
+        self.val_losses.update(self.loss(logits, mask, pixels=1))
         return {"prediction": prediction.to(torch.uint8)}
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
-        self.val_loss.reset()
+        self.val_losses.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split, at the number of optimizer steps taken."""
-        self.scores = segmentation_scores(self.confusion.compute())
+        confusion = self.confusion.compute()  # of all processes
+        self.scores = segmentation_scores(confusion)
+        # An exactly rounded sum does not depend on how the images were shared out.
+        self.val_loss = math.fsum(self.val_losses.compute().flatten().tolist())
+        self.val_loss /= max(1, int(confusion.sum()))
         named = {
             f"val/{name}": self.scores[name] for name in ("miou", "pixel_acc", "mean_acc", "fwiou")
         }
         named |= {
             f"val/iou/{c}": v for c, v in zip(self.class_names, self.scores["iou"], strict=True)
         }
-        named["val/loss"] = self.val_loss.compute().item()
+        named["val/loss"] = self.val_loss
         self.log_dict(named, logger=False)  # for checkpoints and the progress bar, as float32
         for logger in self.loggers:
             logger.log_metrics(named, step=self.global_step)
@@ -161,7 +184,8 @@ class SegmentationModule(pl.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
                 elapsed = callback.time_elapsed()
-                return elapsed / max(elapsed + left, 1e-9)
+                share = elapsed / max(elapsed + left, 1e-9)
+                return self.trainer.strategy.broadcast(share)  # one clock for all processes
         return 0.0
 
     def configure_gradient_clipping(

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
 SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}  # coarse to fine
@@ -38,6 +39,8 @@ class FCN(nn.Module):
             the image, and the largest would learn fastest.
         learn_upsampling: False keeps every upsampling as it starts: bilinear, or as loaded.
         freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
+        checkpoint_stages: how many VGG stages, from the image on, keep no activations: they are
+            computed again in the backward pass (Chen et al. 2016).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -62,6 +65,7 @@ class FCN(nn.Module):
         pool_scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
         learn_upsampling: bool = True,
         freeze_stages: int = 0,
+        checkpoint_stages: int = 0,
     ) -> None:
         super().__init__()
         _one_of("stride", stride, tuple(SKIPS))
@@ -69,6 +73,7 @@ class FCN(nn.Module):
         _one_of("pooling", pooling, ("max", "avg"))
         _one_of("fusion", fusion, ("score", "feature"))
         _one_of("freeze_stages", freeze_stages, tuple(range(6)))
+        _one_of("checkpoint_stages", checkpoint_stages, tuple(range(6)))
         for name, value in (("num_classes", num_classes), ("head_width", head_width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -82,6 +87,7 @@ class FCN(nn.Module):
             raise ValueError("fusion='feature' changes channels while upsampling: it must learn it")
 
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
+        self.checkpoint_stages = checkpoint_stages
         self.stages = vgg_stages(backbone, pooling)
         self.conv6 = nn.Conv2d(512, head_width, head_kernel, padding=head_kernel // 2)
         self.conv7 = nn.Conv2d(head_width, head_width, 1)
@@ -111,6 +117,7 @@ class FCN(nn.Module):
             from fcn.weights import load_weights
 
             self.fresh_layers = load_weights(self, weights)
+        self.stages.to(memory_format=torch.channels_last)  # what convolutions are fastest at
         self.stages[:freeze_stages].requires_grad_(False)
         self.upsample.requires_grad_(learn_upsampling)
 
@@ -155,7 +162,11 @@ class FCN(nn.Module):
 
         pools = {}
         for number, stage in enumerate(self.stages, start=1):
-            pools[f"pool{number}"] = x = stage(x)  # (N, C, H'/2^number, W'/2^number)
+            if number <= self.checkpoint_stages and torch.is_grad_enabled():
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = stage(x)
+            pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
 
         x = self.pool_scales["pool5"] * x
         x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
@@ -183,12 +194,23 @@ def vgg_stages(backbone: str, pooling: str = "max") -> nn.ModuleList:
         features = torchvision.models.get_model(backbone, weights=None).features
     stages, stage = nn.ModuleList(), nn.Sequential()
     for layer in features.to_empty(device="cpu"):
-        is_pool = isinstance(layer, nn.MaxPool2d)
-        stage.append(nn.AvgPool2d(2, 2) if is_pool and pooling == "avg" else layer)
-        if is_pool:
+        if isinstance(layer, nn.MaxPool2d):
+            stage.append(nn.AvgPool2d(2, 2) if pooling == "avg" else MaxPool2d(2, 2))
             stages.append(stage)
             stage = nn.Sequential()
+        else:
+            stage.append(layer)
     return stages
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """As torch's, but the backward pass looks for the maxima again, in the input that the ReLU
+    before keeps anyway. Their indices, 8 bytes each, would be a quarter of all activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def head_layers(network: FCN) -> list[str]:

@@ -29,7 +29,6 @@ class Recorder:
 
     def __init__(self, statistics: LossStatistics, every: int = 1, accumulate: int = 1) -> None:
         self.statistics, self.logged = statistics, dict[int, dict[str, float]]()
-        self.bar: list[float] = []
         self.trainer: Any = SimpleNamespace(
             global_step=0,
             log_every_n_steps=every,
@@ -37,9 +36,10 @@ class Recorder:
             world_size=1,
             precision="32-true",
             default_root_dir="run",
+            strategy=SimpleNamespace(reduce=lambda numbers, reduce_op: numbers),
             loggers=[SimpleNamespace(log_metrics=lambda m, step: self.logged.update({step: m}))],
         )
-        self.module: Any = SimpleNamespace(log=lambda name, value, **_: self.bar.append(value))
+        self.module: Any = SimpleNamespace()
         self.batches = 0
         statistics.setup(self.trainer, self.module, "fit")
         statistics.on_train_start(self.trainer, self.module)
@@ -71,7 +71,7 @@ def test_smoothed_loss_by_hand() -> None:
     # weights of 1/2, 1/4, 1/8, ... from the newest back, divided by their sum
     expected = [4, (2 / 2 + 4 / 4) / (3 / 4), (1 / 2 + 2 / 4 + 4 / 8) / (7 / 8)]
     assert column["train/loss_smooth"] == pytest.approx(expected)
-    assert recorder.bar == column["train/loss_smooth"]
+    assert recorder.statistics.smooth == column["train/loss_smooth"][-1]
     assert column["train/loss_mean"] == [4, 3, 1.5]
     assert column["train/loss_std"] == [0, 1, 0.5]
     assert column["train/grad_norm"] == [2, 2, 2]
@@ -94,15 +94,20 @@ def test_accumulated_batches_count_as_one_step() -> None:
     assert recorder.logged[2]["train/loss"] == pytest.approx(4)
 
 
-def test_logged_at_times_but_smoothed_always() -> None:
+def test_read_at_times_but_every_step_has_its_row() -> None:
     each, third = (Recorder(LossStatistics(half_life=2), every=every) for every in (1, 3))
     losses = [5, 1, 4, 2, 8, 3, 7]
     each.feed(*losses)
-    third.feed(*losses)
-    assert list(third.logged) == [3, 6]
-    for step in (3, 6):
-        for name in ("train/loss", "train/loss_smooth", "train/loss_mean", "train/loss_std"):
-            assert third.logged[step][name] == each.logged[step][name]
+    third.feed(*losses[:2])
+    assert third.logged == {}
+    third.feed(*losses[2:])
+    assert list(third.logged) == [1, 2, 3, 4, 5, 6]
+    third.statistics.on_train_end(third.trainer, third.module)
+    assert list(third.logged) == [1, 2, 3, 4, 5, 6, 7]
+    for step, row in third.logged.items():
+        for name in row:
+            if name != "train/images_per_second":
+                assert row[name] == each.logged[step][name]
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -142,10 +147,10 @@ def test_run_that_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run, calls = tmp_path / "run", 0
     loss = SegmentationModule.loss
 
-    def diverging(self: SegmentationModule, *args: Any) -> torch.Tensor:
+    def diverging(self: SegmentationModule, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += self.training
-        return loss(self, *args) * (float("nan") if calls == 3 else 1)
+        return loss(self, *args, **kwargs) * (float("nan") if calls == 3 else 1)
 
     monkeypatch.setattr(SegmentationModule, "loss", diverging)
     before = signal.getsignal(signal.SIGTERM)

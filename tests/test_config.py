@@ -18,7 +18,7 @@ from fcn.errors import ConfigError, DataError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 # Settings without a rule: import paths, the data sets' own arguments, and W&B's texts.
-FREE = ("_target_", "_partial_", "data.dataset", "logger")
+FREE = ("trainer.strategy", "_target_", "_partial_", "data.dataset", "logger")
 
 
 def composed(*overrides: str) -> dict[str, Any]:

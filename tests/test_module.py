@@ -148,7 +148,7 @@ def test_scores_are_of_the_whole_split(module: SegmentationModule) -> None:
     assert scores["fwiou"] == pytest.approx(np.dot(share, iou))
     assert scores["pixel_acc"] == pytest.approx((label == guess)[seen].mean())
     expected = F.cross_entropy(logits.double(), masks.long(), ignore_index=255)
-    assert module.val_loss.compute().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert module.val_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_arguments_that_contradict() -> None:
@@ -231,3 +231,78 @@ def test_share_of_time_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert module.time_used() == elapsed / 100
     module.trainer = pl.Trainer(max_steps=3, **quiet)
     assert module.time_used() == 0
+
+
+def test_training_does_not_wait_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a tensor's value would; it happens once for `log_every_n_steps` steps."""
+    from conftest import train_tiny
+
+    reads: list[int] = []
+    steps = 0
+
+    def count(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *args: Any) -> Any:
+            if training:
+                reads.append(steps)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    training = False
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        count(name)
+    step = SegmentationModule.training_step
+    end = SegmentationModule.on_validation_epoch_start
+
+    def begin(self: SegmentationModule, *args: Any) -> torch.Tensor:
+        nonlocal training, steps
+        training, steps = True, steps + 1
+        return step(self, *args)
+
+    def stop(self: SegmentationModule) -> None:
+        nonlocal training
+        training = False
+        end(self)
+
+    monkeypatch.setattr(SegmentationModule, "training_step", begin)
+    monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", stop)
+    train_tiny(
+        tmp_path / "run",
+        *("trainer.max_steps=14", "trainer.val_check_interval=14", "trainer.log_every_n_steps=5"),
+        *("trainer.gradient_clip_val=1", "trainer.enable_progress_bar=true"),
+        "data.num_workers=1",  # augmentation reads its random numbers, in another process
+    )
+    assert sorted(set(reads)) == [5, 10, 14], reads  # 14: the checkpoint and the end
+
+
+def test_compiled_training_step(tmp_path: Path) -> None:
+    """The same weights as without, to rounding; validation has images of other sizes."""
+    from conftest import train_tiny
+
+    for name in ("false", "true"):
+        train_tiny(tmp_path / name, f"trainer.compile={name}", "model.dropout=0")  # random apart
+    eager, compiled = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("false", "true")
+    )
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [("simple", {"fit-simple.txt"}), ("pytorch", {"fit-pytorch.txt", "*.json"})],
+)
+def test_profiler_writes_into_the_run_folder(tmp_path: Path, name: str, files: set[str]) -> None:
+    from conftest import train_tiny
+
+    train_tiny(
+        tmp_path / "run", f"trainer.profiler={name}", "trainer.max_steps=6", "data.batch_size=1"
+    )
+    for pattern in files:
+        assert list((tmp_path / "run" / "profile").glob(pattern)), pattern

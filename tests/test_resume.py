@@ -33,6 +33,7 @@ SETTINGS = [
     "trainer.max_steps=12",
     "trainer.val_check_interval=4",
     "trainer.accumulate_grad_batches=2",
+    "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.checkpoint_every_n_steps=3",
     "callbacks.panel_images=1",
