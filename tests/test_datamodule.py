@@ -184,3 +184,9 @@ def test_real_pairs(real_voc_root: Path) -> None:
     (first, *_) = list(datamodule.val_dataloader())
     assert first["image"].shape[2:] == first["mask"].shape[1:]
     assert set(first["mask"].unique().tolist()) <= {*range(21), 255}
+
+
+def test_overlap_is_refused(tiny_voc: Path) -> None:
+    datamodule = SegmentationDataModule(dataset=VOC2012, root=tiny_voc, train_split="trainval")
+    with pytest.raises(DataError, match=r"4 of 4 .*trained on too: 2007_000033"):
+        datamodule.setup("fit")

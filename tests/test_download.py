@@ -4,7 +4,9 @@ import hashlib
 import io
 import multiprocessing
 import re
+import stat
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from fcn.datasets import download
-from fcn.datasets.download import fetch, unpack
+from fcn.datasets.download import Archive, fetch, unpack
 from fcn.errors import DataError
 
 DATA = bytes(range(256)) * 2000
@@ -238,6 +240,87 @@ def test_broken_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(str(archive))):
         unpack(archive, into=tmp_path, member_root="kit/tree")
     assert not (tmp_path / "kit").exists()
+
+
+def write_zip(path: Path, *extra: zipfile.ZipInfo) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("kit/tree/", "kit/tree/a.txt", "kit/tree/b/c.txt"):
+            file.writestr(name, b"" if name.endswith("/") else DATA)
+        for info in extra:
+            file.writestr(info, "/etc/passwd")
+    return path
+
+
+def zip_entry(name: str, kind: int = stat.S_IFREG) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (kind | 0o644) << 16
+    return info
+
+
+def test_unpack_zip(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "a.zip", zip_entry("kit/more.txt"))
+    target = unpack(archive, into=tmp_path, member_root="kit/tree")
+    assert (target / "b" / "c.txt").read_bytes() == DATA
+    assert not list(tmp_path.glob(".unpack-*"))
+    archive.unlink()
+    unpack(archive, into=tmp_path, member_root="kit/tree")  # is there: not needed
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        zip_entry("/tmp/fcn-evil.txt"),
+        zip_entry("../evil.txt"),
+        zip_entry("kit/tree/../../../evil.txt"),
+        zip_entry("kit/link", stat.S_IFLNK),
+    ],
+    ids=lambda info: info.filename,
+)
+def test_hostile_zip(tmp_path: Path, hostile: zipfile.ZipInfo) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = write_zip(root / "a.zip", hostile)
+    with pytest.raises(DataError, match=re.escape(hostile.filename)):
+        unpack(archive, into=root, member_root="kit/tree")
+    assert [p.name for p in root.iterdir() if not p.name.endswith(".lock")] == ["a.zip"]
+    assert list(tmp_path.iterdir()) == [root]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_broken_zip(tmp_path: Path, damage: str) -> None:
+    archive = write_zip(tmp_path / "a.zip")
+    data = bytearray(archive.read_bytes())
+    data[5000] ^= 255
+    archive.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    with pytest.raises(DataError, match=re.escape(str(archive))):
+        unpack(archive, into=tmp_path, member_root="kit/tree")
+    assert not (tmp_path / "kit").exists()
+
+
+def test_archive(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = write_tar(tmp_path / "source.tar").read_bytes()
+    monkeypatch.setitem(globals(), "DATA", body)
+    archive = Archive(
+        data="Kit",
+        file="kit.tar",
+        size="1 MB",
+        md5=hashlib.md5(body).hexdigest(),
+        urls=(server.url("gone"), server.url("file")),
+        tree="kit/tree",
+    )
+    root = tmp_path / "root"
+    with pytest.raises(DataError, match=r"Kit needs data\.root: the folder that holds kit/"):
+        archive.find(None, download=True)
+    with pytest.raises(DataError, match=r"data\.download=true fetches it there \(1 MB\)"):
+        archive.find(root, download=False)
+    (root).mkdir()
+    (root / "kit.tar.part").write_bytes(body[:1234])  # of a start that was killed
+    assert archive.find(root, download=True) == root / "kit" / "tree"
+    assert server.log[-1] == ("file", "bytes=1234-")
+    requests = len(server.log)
+    (root / "kit.tar").unlink()
+    assert archive.find(root, download=True) == root / "kit" / "tree"  # a second start
+    assert len(server.log) == requests
 
 
 def _fetch_and_unpack(url: str, md5: str, root: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import TINY_VOC, write_mask
 from PIL import Image
 from torchvision import tv_tensors
 
-from fcn.datasets import SegmentationDataset, voc2012
+from fcn.datasets import SegmentationDataset, download
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import DataError
 
@@ -95,9 +95,9 @@ def test_download(tiny_voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert all(url.endswith("VOCtrainval_11-May-2012.tar") for url in urls)
         dest.write_bytes(buffer.getvalue())
 
-    monkeypatch.setattr(voc2012, "fetch", fetch)
+    monkeypatch.setattr(download, "fetch", fetch)
     assert VOC2012(root=tmp_path, split="val", download=True)[0]["id"] == "2007_000033"
-    monkeypatch.setattr(voc2012, "fetch", None)  # a second run fetches nothing
+    monkeypatch.setattr(download, "fetch", None)  # a second run fetches nothing
     VOC2012(root=tmp_path, split="val", download=True)
 
 

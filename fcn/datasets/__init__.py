@@ -5,7 +5,7 @@ and `conf/data/*.yaml` names it by its import path.
 """
 
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 from torchvision import tv_tensors
 
@@ -20,6 +20,13 @@ class Sample(TypedDict):
     id: str  # names the sample in messages, panels and predicted files
 
 
+class Labels(NamedTuple):
+    """What the labels 0, 1, 2, … mean, and the colour (R, G, B) that each is shown in."""
+
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+
 class SegmentationDataset(Protocol):
     """What the data module asks of a data set.
 
@@ -27,6 +34,9 @@ class SegmentationDataset(Protocol):
     `ids` has one name for each sample, in order; the data module may shorten it. What is wrong with
     the data raises `DataError` with the file's name, in the constructor where that is cheap;
     nothing is skipped silently.
+
+    The data module asks for classes and palette before any data is there: they are the class's own
+    attributes, or, where settings decide, what a class method `labels(**settings) -> Labels` gives.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
     fetch(urls, md5=md5, dest=root / "a.tar")                         # resumes, tries every mirror
     unpack(root / "a.tar", into=root, member_root="VOCdevkit/VOC2012")  # all of it or nothing
+    Archive(...).find(root, download=True)  # both, unless the folder is there already
 
 Either may be called by several processes at once: one works, the others wait and find it done.
 """
@@ -10,13 +11,16 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tarfile
 import tempfile
 import urllib.request
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
@@ -35,6 +39,38 @@ log = logging.getLogger(__name__)
 
 class _MirrorError(Exception):
     """This mirror failed; the next one may not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """A data set's published archive, and the folder in it that is wanted."""
+
+    data: str  # the data set's name, for messages
+    file: str  # what the archive is called on disk; .zip, or any kind of tar
+    size: str  # to download, for messages
+    md5: str
+    urls: tuple[str, ...]
+    tree: str  # the folder, as the archive names it
+
+    def find(self, root: str | Path | None, download: bool) -> Path:
+        """`root / tree`, fetched if it is missing and `download`; else that raises DataError."""
+        if root is None:
+            top = self.tree.partition("/")[0]
+            raise DataError(f"{self.data} needs data.root: the folder that holds {top}/")
+        root = Path(root).expanduser()
+        folder = root / self.tree
+        if folder.is_dir():
+            return folder
+        if not download:
+            raise DataError(
+                f"{self.data} not found: no folder {folder.absolute()}\n"
+                f"  data.download=true fetches it there ({self.size}), or unpack the official "
+                f"archive {self.file} in {root.absolute()},\n"
+                f"  or set data.root to the folder that holds {self.tree}/. {HINT}"
+            )
+        # Both lock and look again, so two runs on one root share one download.
+        fetch(self.urls, md5=self.md5, dest=root / self.file)
+        return unpack(root / self.file, into=root, member_root=self.tree)
 
 
 def fetch(urls: Sequence[str], md5: str, dest: Path) -> None:
@@ -131,7 +167,7 @@ def _download(url: str, part: Path) -> None:
 
 
 def unpack(archive: Path, into: Path, member_root: str) -> Path:
-    """Extracts a tar's folder `member_root` to `into / member_root`, which it returns.
+    """Extracts the folder `member_root` of a tar or .zip to `into / member_root`, which it returns.
 
     Extraction goes to a hidden folder beside it and ends with one rename, so a killed run never
     leaves half a tree that looks whole; the next call removes what it left. A tree that is there
@@ -149,25 +185,43 @@ def unpack(archive: Path, into: Path, member_root: str) -> Path:
             for leftover in into.glob(f"{prefix}*"):
                 shutil.rmtree(leftover)
             with tempfile.TemporaryDirectory(prefix=prefix, dir=into) as temporary:
-                with tarfile.open(archive) as tar:
-                    members = tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None)
-                    tar.extractall(temporary, members=members, filter=_plain)
+                (_unzip if archive.suffix == ".zip" else _untar)(archive, temporary)
                 if not Path(temporary, member_root).is_dir():
                     raise DataError(f"{archive}: holds no folder {member_root}")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 Path(temporary, member_root).rename(target)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f"{archive.absolute()}: cannot unpack this: {reason(e)}") from e
     return target
+
+
+def _untar(archive: Path, folder: str) -> None:
+    with tarfile.open(archive) as tar:
+        members = tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None)
+        tar.extractall(folder, members=members, filter=_plain)
+
+
+def _unzip(archive: Path, folder: str) -> None:
+    with zipfile.ZipFile(archive) as file:
+        for member in tqdm(
+            file.infolist(), f"unpacking {archive.name}", unit=" files", disable=None
+        ):
+            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if not made on Unix
+            _check_member(member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            file.extract(member, folder)
 
 
 def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     """tarfile's `data` filter, which also drops odd modes and owners, without its leniency: that
     one strips a leading '/' and lets links pass that point inside."""
-    path = PurePosixPath(member.name)
-    if not (member.isreg() or member.isdir()) or path.is_absolute() or ".." in path.parts:
-        raise DataError(f"archive refused: '{member.name}' is a link, a device or a path outside")
+    _check_member(member.name, plain=member.isreg() or member.isdir())
     return tarfile.data_filter(member, folder)
+
+
+def _check_member(name: str, *, plain: bool) -> None:
+    path = PurePosixPath(name)
+    if not plain or path.is_absolute() or ".." in path.parts:
+        raise DataError(f"archive refused: '{name}' is a link, a device or a path outside")
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""ADE20K as the MIT Scene Parsing Benchmark has it (Zhou et al., CVPR 2017): 150 classes.
+
+    python train.py data=ade20k                              # fetches 1 GB on first use
+    python train.py data=ade20k data.dataset.other=true      # 151 classes: `other` is the first
+
+On disk, below `root`, as the official archive unpacks:
+
+    ADEChallengeData2016/images/{training,validation}/<id>.jpg         20,210 and 2,000
+    ADEChallengeData2016/annotations/{training,validation}/<id>.png    0 (other), 1-150
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch.utils.data import Dataset
+
+from fcn.datasets import VOID, Labels, Sample
+from fcn.datasets.download import Archive
+from fcn.datasets.reading import check_exist, make_sample, read_image, read_mask
+from fcn.datasets.voc2012 import voc_palette
+from fcn.errors import DataError
+
+ARCHIVE = Archive(
+    data="ADE20K",
+    file="ADEChallengeData2016.zip",
+    size="1 GB",
+    md5="7328b3957e407ddae1d3cbf487f149ef",
+    urls=(
+        "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+        "https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    ),
+    tree="ADEChallengeData2016",
+)
+# The first name of each in the benchmark's objectInfo150.txt; mask value 1 is `wall`.
+NAMES = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
+base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
+palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel,
+pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain,
+conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent,
+bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle,
+lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+CLASSES = tuple(name.strip() for name in NAMES.split(","))
+
+
+class ADE20K(Dataset[Sample]):
+    """Photographs of scenes, most 683 × 512 pixels or larger, nearly every pixel labelled.
+
+    `other` makes mask value 0, what is none of the 150, a class of its own (label 0, the rest are
+    1 to 150); without it 0 is void and the classes are 0 to 149, as the benchmark scores them.
+    Splits are `train` and `val`. Colours are VOC's scheme, not the benchmark's.
+
+    Raises DataError as VOC2012 does.
+    """
+
+    void: ClassVar[int] = VOID
+    splits: ClassVar[dict[str, str]] = {"train": "training", "val": "validation"}
+
+    @classmethod
+    def labels(cls, *, other: bool = False) -> Labels:
+        """150 classes, or 151 with `other`; each keeps its colour."""
+        colours = voc_palette(151)
+        return Labels(("other", *CLASSES), colours) if other else Labels(CLASSES, colours[1:])
+
+    def __init__(
+        self,
+        *,
+        split: str = "train",
+        root: str | Path | None = None,
+        download: bool = False,
+        other: bool = False,
+    ) -> None:
+        if split not in self.splits:
+            raise DataError(f"ADE20K has no split '{split}': choose from {', '.join(self.splits)}")
+        self.classes, self.palette = self.labels(other=other)
+        self.other = other
+        folder = ARCHIVE.find(root, download)
+        self._images = folder / "images" / self.splits[split]
+        self._masks = folder / "annotations" / self.splits[split]
+        self.ids = sorted(path.stem for path in self._images.glob("[!.]*.jpg"))
+        if not self.ids:
+            raise DataError(f"{self._images}: no .jpg here")
+        check_exist((self._masks / f"{name}.png" for name in self.ids), what="masks")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        name = self.ids[index]
+        path = self._masks / f"{name}.png"
+        mask = read_mask(path, 151, void=None)
+        if not self.other:
+            mask = mask - 1  # bytes: 0 becomes 255, VOID
+        return make_sample(name, read_image(self._images / f"{name}.jpg"), mask, path)

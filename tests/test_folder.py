@@ -1,0 +1,230 @@
+"""One's own data: pairs by name, splits, labels and colours, and every wrong setting named."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose_config
+from hydra.utils import instantiate
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fcn.datasets import SegmentationDataset
+from fcn.datasets.folder import Folder
+from fcn.errors import ConfigError, DataError
+
+CLASSES = ["ground", "cat", "dog"]
+PALETTE = [[0, 0, 0], [250, 10, 20], [20, 10, 250]]
+MASK = np.array([[0, 1, 2], [2, 2, 255]], np.uint8).repeat(4, 0).repeat(4, 1)  # (8, 12)
+NAMES = [f"photo {i:02d}" for i in range(10)]  # a space is nothing odd in one's own files
+
+
+def write(folder: Path, name: str, picture: Image.Image | np.ndarray, end: str = "png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.{end}"
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path)
+    return path
+
+
+def coloured(mask: np.ndarray = MASK, void: tuple[int, ...] = (255, 255, 255)) -> Image.Image:
+    table = np.full((256, 3), void, np.uint8)
+    table[:3] = PALETTE
+    return Image.fromarray(table[mask])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Ten pairs; photographs in several formats."""
+    for i, name in enumerate(NAMES):
+        picture = Image.new("RGB", (12, 8), (20 * i, 0, 0))
+        write(tmp_path / "images", name, picture, ("jpg", "JPEG", "bmp", "webp")[i % 4])
+        write(tmp_path / "masks", name, MASK)
+    (tmp_path / "images" / "Thumbs.db").touch()
+    (tmp_path / "masks" / "._photo 01.png").touch()
+    return tmp_path
+
+
+def opened(root: Path, split: str = "all", **settings: Any) -> Folder:
+    return Folder(root=root, split=split, **{"classes": CLASSES} | settings)
+
+
+def test_indexed(root: Path) -> None:
+    data: SegmentationDataset = opened(root)
+    assert data.ids == NAMES
+    assert data.classes == tuple(CLASSES)
+    assert len(data.palette) == 3
+    for i, name in enumerate(NAMES):
+        sample = data[i]
+        assert sample["id"] == name
+        assert sample["image"].shape == (3, 8, 12)
+        assert sample["mask"].dtype == torch.uint8
+        assert np.array_equal(sample["mask"], MASK)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+def test_kinds_of_label_pictures(root: Path, mode: str) -> None:
+    mask = MASK.clip(max=1) if mode == "1" else MASK
+    if mode == "P":
+        picture = Image.fromarray(mask)
+        picture.putpalette([*range(255, -1, -1)] * 3)  # its own colours mean nothing
+    elif mode == "1":
+        picture = Image.fromarray(mask.astype(bool))
+    else:
+        picture = Image.fromarray(mask.astype(np.uint16) if mode == "I;16" else mask)
+    path = write(root / "masks", NAMES[0], picture)
+    with Image.open(path) as file:
+        assert file.mode == mode
+    assert np.array_equal(opened(root)[0]["mask"], mask)
+
+
+def test_void(root: Path) -> None:
+    write(root / "masks", NAMES[0], np.where(MASK == 255, 7, MASK).astype(np.uint8))
+    with pytest.raises(DataError, match=r"photo 00\.png: labels must be .* found 7"):
+        opened(root)[0]
+    assert np.array_equal(opened(root, void=7)[0]["mask"], MASK)
+    with pytest.raises(DataError, match=r"photo 01\.png: labels must be 0 to 2, found 255"):
+        opened(root, void=None)[1]
+
+
+def test_colours(root: Path) -> None:
+    settings = {"palette": PALETTE, "void": [255, 255, 255]}
+    picture = coloured()
+    write(root / "masks", NAMES[0], picture)
+    write(root / "masks", NAMES[1], picture.convert("RGBA"))
+    write(root / "masks", NAMES[2], picture.quantize(8))  # a palette in whatever order
+    data = opened(root, **settings)
+    assert data.palette == tuple(map(tuple, PALETTE))
+    for i in range(4):  # the last one is grey, so it holds labels
+        expected = MASK if i < 3 else MASK.clip(max=2)
+        if i == 3:
+            write(root / "masks", NAMES[3], expected)
+        assert np.array_equal(data[i]["mask"], expected)
+    write(root / "masks", NAMES[4], coloured(void=(1, 2, 3)))
+    with pytest.raises(DataError, match=r"photo 04\.png: not in .*palette: \(1, 2, 3\)"):
+        data[4]
+    with pytest.raises(DataError, match=r"photo 00\.png: .*255, 255, 255"):
+        opened(root, palette=PALETTE)[0]
+    with pytest.raises(DataError, match=r"photo 00\.png: .*RGB needs data\.dataset\.palette"):
+        opened(root)[0]
+
+
+def test_grey_colours(root: Path) -> None:
+    write(root / "masks", NAMES[0], np.where(MASK == 1, 255, 0).astype(np.uint8))
+    settings: dict[str, Any] = {"classes": ["no", "yes"], "palette": [[0] * 3, [255] * 3]}
+    assert np.array_equal(opened(root, **settings)[0]["mask"], MASK == 1)
+
+
+def test_share(root: Path) -> None:
+    train, val = opened(root, "train").ids, opened(root, "val").ids
+    assert (len(train), len(val)) == (8, 2)
+    assert sorted(train + val) == NAMES
+    assert opened(root, "val").ids == val
+    others = {tuple(opened(root, "val", seed=seed).ids) for seed in range(8)}
+    assert len(others) > 3
+    assert len(opened(root, "val", val_share=0.01).ids) == 1
+    write(root / "images", "new", Image.new("RGB", (12, 8)))
+    write(root / "masks", "new", MASK)
+    assert len(set(opened(root, "val").ids) - set(val)) <= 1
+    with pytest.raises(DataError, match="no pairs are left for the split 'train'"):
+        opened(root, "train", val_share=0.99)
+
+
+def test_lists(root: Path) -> None:
+    lists = root / "lists"
+    lists.mkdir()
+    (lists / "val.txt").write_text("\ufeffphoto 03\n\nphoto 07.png\n", "utf-8")
+    settings: dict[str, Any] = {"val": "lists/val.txt"}
+    assert opened(root, "val", **settings).ids == ["photo 03", "photo 07"]
+    rest = [name for name in NAMES if name not in ("photo 03", "photo 07")]
+    assert opened(root, "train", **settings).ids == rest
+    (lists / "train.txt").write_text("photo 00\nphoto 01\n")
+    settings["train"] = str(lists / "train.txt")
+    (root / "masks" / "photo 09.png").unlink()  # in no list: no matter
+    assert opened(root, "train", **settings).ids == NAMES[:2]
+    (lists / "train.txt").write_text("photo 00\nphoto 99\n")
+    with pytest.raises(DataError, match=r"1 of 2 pairs incomplete: photo 99: there is no image"):
+        opened(root, "train", **settings)
+    with pytest.raises(DataError, match=r"none\.txt.*No such file"):
+        opened(root, "train", train="none.txt")
+
+
+def test_partners(root: Path) -> None:
+    (root / "masks" / "photo 03.png").unlink()
+    with pytest.raises(DataError, match=r"images/photo 03\.webp: there is no mask .*masks"):
+        opened(root)
+    (root / "images" / "photo 04.jpg").unlink()
+    with pytest.raises(DataError, match=r"2 of 10 .*masks/photo 04\.png: there is no image"):
+        opened(root)
+    write(root / "images", "photo 00", Image.new("RGB", (12, 8)))
+    with pytest.raises(DataError, match=r"photo 00\.png: photo 00\.jpg has the same stem"):
+        opened(root)
+
+
+def test_folders(root: Path, tmp_path: Path) -> None:
+    data = Folder(split="all", images=str(root / "images"), masks=f"{root}/masks", classes=CLASSES)
+    assert data.ids == NAMES
+    with pytest.raises(DataError, match=r"none: there is no such folder"):
+        opened(root, masks="none")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"none: there is no picture"):
+        opened(root, images="none")
+
+
+def test_worker_hands_the_message_on(root: Path) -> None:
+    write(root / "masks", NAMES[0], np.full((8, 12), 9, np.uint8))
+    with pytest.raises(DataError) as error:
+        list(DataLoader(opened(root), num_workers=1, batch_size=None))
+    assert str(error.value).startswith(str(root / "masks"))
+    assert str(error.value).endswith("found 9")
+
+
+def test_sizes(root: Path) -> None:
+    write(root / "masks", NAMES[0], np.zeros((8, 11), np.uint8))
+    with pytest.raises(DataError, match=r"photo 00\.png: the mask is 11×8, its image 12×8"):
+        opened(root)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": None}, "classes=None: must be a list"),
+        ({"classes": "cat"}, "classes=cat: must be a list"),
+        ({"classes": ["cat"]}, "2 to 255"),
+        ({"classes": ["cat", "cat"]}, "each once"),
+        ({"classes": ["cat", True]}, "list of"),  # what YAML makes of yes
+        ({"void": 2}, "void=2 is the label of a class"),
+        ({"void": 256}, "void=256"),
+        ({"void": [1, 2, 3]}, "with a palette"),
+        ({"palette": PALETTE[:2]}, "for each of 3"),
+        ({"palette": [*PALETTE[:2], [0, 0, 256]]}, "a colour"),
+        ({"palette": "voc"}, "a colour"),
+        ({"palette": [*PALETTE[:2], [0, 0, 0]]}, "two meanings"),
+        ({"palette": PALETTE, "void": [0, 0, 0]}, "two meanings"),
+        ({"val_share": 1}, "val_share=1"),
+        ({"masks": None}, "masks=None"),
+    ],
+)
+def test_settings(root: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        opened(root, **settings)
+    assert "data.dataset." in str(error.value)
+    if not {"val_share", "masks"} & set(settings):  # known before any data is there
+        with pytest.raises(ConfigError, match=message):
+            Folder.labels(**{"classes": CLASSES, "images": "x"} | settings)
+
+
+def test_command_line(root: Path) -> None:
+    cfg = compose_config(
+        "train",
+        "data=folder",
+        f"data.root={root}",
+        "data.dataset.classes=[ground,cat,dog]",
+        "data.dataset.palette=[[0,0,0],[250,10,20],[20,10,250]]",
+        "data.dataset.void=[255,255,255]",
+    )
+    make = instantiate(cfg.data.dataset, _convert_="all")
+    assert make.func.labels(**make.keywords).classes == tuple(CLASSES)
+    write(root / "masks", NAMES[0], coloured())
+    assert np.array_equal(make(split="all", root=cfg.data.root)[0]["mask"], MASK)

@@ -1,0 +1,155 @@
+"""SBD and the augmented VOC2012: which ids, which file each comes from, and that none overlap."""
+
+import io
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_VOC, write_mask
+from PIL import Image
+
+from fcn.datasets import SegmentationDataset, download
+from fcn.datasets.reading import check_disjoint, read_ids
+from fcn.datasets.sbd import SBD
+from fcn.datasets.voc2012 import LISTS, VOC2012
+from fcn.errors import DataError
+
+savemat = pytest.importorskip("scipy.io").savemat
+
+VOC_TRAIN, VOC_VAL = list(TINY_VOC)[:6], list(TINY_VOC)[6:]
+TRAIN = ["2008_000002", VOC_TRAIN[0], VOC_VAL[0]]
+VAL = ["2008_000005", VOC_TRAIN[1], VOC_VAL[1]]
+SIZE = (20, 30)  # height and width; no VOC photograph of ours has it
+
+
+def folder(root: Path) -> Path:
+    return root / "benchmark_RELEASE" / "dataset"
+
+
+def write_mat(path: Path, mask: np.ndarray) -> None:
+    struct = {"Boundaries": np.zeros((20, 1)), "Segmentation": mask, "CategoriesPresent": [5]}
+    savemat(path, {"GTcls": struct}, do_compression=True)
+
+
+@pytest.fixture
+def root(own_voc: Path) -> Path:
+    """A tiny VOC2012 with a tiny SBD beside it, as the archive unpacks."""
+    for part in ("img", "cls", "inst"):
+        (folder(own_voc) / part).mkdir(parents=True)
+    for name in TRAIN + VAL:
+        Image.new("RGB", SIZE[::-1], "teal").save(folder(own_voc) / "img" / f"{name}.jpg")
+        mask = np.zeros(SIZE, np.uint8)
+        mask[:5] = 5
+        write_mat(folder(own_voc) / "cls" / f"{name}.mat", mask)
+    for split, ids in (("train", TRAIN), ("val", VAL)):
+        (folder(own_voc) / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
+    return own_voc
+
+
+def write_seg11valid(root: Path) -> list[str]:
+    """All 736 pairs of seg11valid, each the same."""
+    voc, ids = root / "VOCdevkit" / "VOC2012", read_ids(LISTS / "seg11valid.txt")
+    Image.new("RGB", (8, 6)).save(root / "a.jpg")
+    write_mask(root / "a.png", np.full((6, 8), 9, np.uint8))
+    for name in ids:
+        shutil.copy(root / "a.jpg", voc / "JPEGImages" / f"{name}.jpg")
+        shutil.copy(root / "a.png", voc / "SegmentationClass" / f"{name}.png")
+    return ids
+
+
+def test_augmented(root: Path) -> None:
+    train: SegmentationDataset = SBD(root=root, split="train", with_voc=True)
+    val = SBD(root=root, split="val", with_voc=True)
+    assert set(train.ids) == {*VOC_TRAIN, "2008_000002", "2008_000005"}
+    assert len(train) == len(train.ids) == 8
+    assert val.ids == VOC_VAL
+    check_disjoint(train.ids, val.ids)
+    for index, name in enumerate(train.ids):
+        sample = train[index]
+        assert sample["id"] == name
+        assert sample["image"].shape[1:] == sample["mask"].shape
+        if name in VOC_TRAIN:  # VOC's mask, with its void
+            assert sample["mask"].unique().tolist() == [0, TINY_VOC[name][2], 255]
+        else:
+            assert sample["mask"].shape == SIZE
+            assert sample["mask"].unique().tolist() == [0, 5]
+            assert (sample["mask"][:5] == 5).all()
+    assert val[0]["mask"].equal(VOC2012(root=root, split="val")[0]["mask"])
+
+
+def test_paper(root: Path) -> None:
+    train = SBD(root=root, split="train")
+    assert train.ids == sorted(TRAIN)
+    assert all(train[i]["mask"].shape == SIZE for i in range(3))  # SBD's masks for all
+    with pytest.raises(DataError, match=r"images missing"):
+        SBD(root=root, split="seg11valid")
+    ids = write_seg11valid(root)
+    val = SBD(root=root, split="seg11valid")
+    assert val.ids == SBD(root=root, split="val").ids == sorted(ids)
+    assert len(val) == 736
+    assert val[700]["mask"].unique().tolist() == [9]
+    with pytest.raises(DataError, match=rf"1 of 736 .*trained on too: {VOC_VAL[0]}\."):
+        check_disjoint(train.ids, val.ids)  # our train has an id that SBD's own has not
+
+
+def test_evaluation_needs_no_sbd(root: Path) -> None:
+    shutil.rmtree(root / "benchmark_RELEASE")
+    assert SBD(root=root, split="val", with_voc=True).ids == VOC_VAL
+    with pytest.raises(DataError, match=r"SBD not found.*benchmark_RELEASE/dataset"):
+        SBD(root=root, split="train")
+
+
+def test_download(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    fetched = []
+
+    def fetch(urls: tuple[str, ...], md5: str, dest: Path) -> None:
+        fetched.append((dest.name, md5, len(urls)))
+        tree = "benchmark_RELEASE" if dest.suffix == ".tgz" else "VOCdevkit"
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz" if dest.suffix == ".tgz" else "w") as tar:
+            tar.add(root / tree, tree)
+        dest.write_bytes(buffer.getvalue())
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    SBD(root=new, split="val", with_voc=True, download=True)  # as the data module begins
+    assert ("benchmark.tgz", "82b4d87ceb2ed10f6038a1cba92111cb", 2) in fetched
+    assert len(fetched) == 2
+    monkeypatch.setattr(download, "fetch", None)  # a second start fetches nothing
+    assert len(SBD(root=new, split="train", with_voc=True, download=True)) == 8
+    assert len(SBD(root=new, split="train", download=True)) == 3
+
+
+def test_broken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(root) / "cls" / f"{TRAIN[0]}.mat"
+    data = SBD(root=root, split="train")
+    index = data.ids.index(TRAIN[0])
+
+    def message() -> str:
+        with pytest.raises(DataError) as error:
+            data[index]
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    write_mat(path, np.full(SIZE, 21, np.uint8))
+    assert "found 21" in message()
+    write_mat(path, np.zeros((4, 4), np.uint8))
+    assert "the mask is 4×4, its image 30×20" in message()
+    write_mat(path, np.zeros(SIZE))
+    assert "float64" in message()
+    savemat(path, {"other": 1})
+    assert "GTcls" in message()
+    path.write_bytes(path.read_bytes()[:40])
+    assert "cannot read this mask" in message()
+    path.unlink()
+    with pytest.raises(DataError, match=rf"1 of 3 masks missing.*{TRAIN[0]}\.mat"):
+        SBD(root=root, split="train")
+    with pytest.raises(DataError, match=r"'test'.*train, val, seg11valid"):
+        SBD(root=root, split="test")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(DataError, match="pip install scipy"):
+        data[(index + 1) % 3]
