@@ -1,20 +1,27 @@
-"""Score a checkpoint on a split, at the images' own resolution.
+"""Score a checkpoint on a split, at the images' own resolution; or compare two.
 
     python evaluate.py ckpt=runs/.../checkpoints/best.ckpt
     python evaluate.py ckpt=... split=seg11valid data.root=/data output=results
+    python evaluate.py ckpt=... tta.flip=true tta.scales=[0.75,1,1.25] report.images=60
+    python evaluate.py compare=[runs/A,runs/B]                   # run folders or checkpoints
 
-Writes metrics.json, confusion.csv (rows are labels, columns predictions, in pixels) and
-images.csv (id, pixel accuracy and mean IoU of each image), and prints the table of classes.
+Writes metrics.json, confusion.csv (rows are labels, columns predictions, in pixels), images.csv
+(id, pixel accuracy and mean IoU of each image) and report.html with all of it and pictures, and
+prints the table of classes. A comparison writes metrics.json and report.html, of both.
 """
 
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -23,19 +30,25 @@ from omegaconf.errors import OmegaConfBaseException
 from fcn.config import check_values, short_messages
 from fcn.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fcn.datamodule import SegmentationDataModule
+    from fcn.datasets import SegmentationDataset
+    from fcn.evaluation import Result
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate as the command line says."""
     with short_messages(HydraException, OmegaConfBaseException):
-        evaluate(cfg)
+        evaluate(cfg, command=shlex.join(["python", *sys.argv]))
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Score `cfg.ckpt` on `cfg.split`.
+def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[str, Any]:
+    """Score `cfg.ckpt`, or both of `cfg.compare`, on `cfg.split`.
 
     Args:
         cfg: composed from conf/evaluate.yaml, with the data settings to use.
+        command: to be named in the report.
 
     Returns:
         What is in metrics.json.
@@ -45,36 +58,97 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     OmegaConf.resolve(cfg)
     check_values(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-
-    import pytorch_lightning as pl
+    chosen = chosen_checkpoints(cfg)
 
     from fcn.callbacks import print_scores
     from fcn.devices import quiet_lightning
-    from fcn.evaluation import ImageScores, read_checkpoint, write_confusion
-    from fcn.module import SegmentationModule
-    from fcn.runs import git_revision, versions, write_json
+    from fcn.evaluation import find_checkpoint, read_checkpoint
+    from fcn.report import write_report
+    from fcn.runs import write_json
 
     quiet_lightning()
-    path = Path(cfg.ckpt)
-    checkpoint = read_checkpoint(path)
-    module = SegmentationModule.load_from_checkpoint(path)
+    paths = [find_checkpoint(path) for path in chosen]
+    datamodule, data = open_data(cfg, [read_checkpoint(path) for path in paths])
+    results = [score(cfg, path, datamodule, data) for path in paths]
+
+    output = Path(cfg.output) if cfg.output else default_output(paths[0])
+    if not cfg.output and cfg.compare:
+        output = output.with_name("comparison")
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = results[0].metrics if len(results) == 1 else compared(results)
+    write_json(output / "metrics.json", metrics)
+    if len(results) == 1:
+        results[0].write_tables(output)
+    report = output / "report.html"
+    images = cfg.report.images
+    write_report(report, results, data, datamodule.palette, images=images, command=command)
+    for result in results:
+        m = result.metrics
+        print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
+        print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
+    print(f"See {report}")
+    return metrics
+
+
+def chosen_checkpoints(cfg: DictConfig) -> list[str]:
+    """`ckpt`, or the two of `compare`."""
+    if cfg.compare is None:
+        return [str(cfg.ckpt)]
+    pair = OmegaConf.to_container(cfg)["compare"]  # type: ignore[index, call-overload]
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+        raise ConfigError(f"compare={pair}: must be two runs or checkpoints, [A,B]")
+    if not OmegaConf.is_missing(cfg, "ckpt"):
+        raise ConfigError("choose ckpt= or compare=, not both")
+    return pair
+
+
+def open_data(
+    cfg: DictConfig, checkpoints: Sequence[dict[str, Any]]
+) -> tuple["SegmentationDataModule", "SegmentationDataset"]:
+    """The data module, and the split to judge on, whose classes the checkpoints must know."""
+    known = [list(c["hyper_parameters"].get("class_names", ())) for c in checkpoints]
+    for names in known[1:]:
+        if names != known[0]:
+            raise ConfigError(
+                f"compare: A knows {_some(known[0])}, B {_some(names)}: they must be the same"
+            )
     datamodule = instantiate(cfg.data, _convert_="all")
-    if list(datamodule.classes) != module.class_names:
+    if list(datamodule.classes) != known[0]:
         raise ConfigError(
-            f"the checkpoint knows {len(module.class_names)} classes "
-            f"({', '.join(module.class_names[:3])}, ...), the data {len(datamodule.classes)} "
-            f"({', '.join(datamodule.classes[:3])}, ...): they must be the same"
+            f"the checkpoint knows {_some(known[0])}, the data {_some(datamodule.classes)}: "
+            "they must be the same"
         )
     datamodule.prepare_data()
-    data = datamodule.open(cfg.split)
+    return datamodule, datamodule.open(cfg.split)
 
-    per_image = ImageScores(data.ids)
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}, ...)"
+
+
+def score(
+    cfg: DictConfig, path: Path, datamodule: "SegmentationDataModule", data: "SegmentationDataset"
+) -> "Result":
+    """One checkpoint on all of `data`."""
+    import pytorch_lightning as pl
+
+    from fcn.evaluation import ImageScores, Result, read_checkpoint
+    from fcn.module import SegmentationModule
+    from fcn.prediction import TestTime
+    from fcn.runs import git_revision, versions
+
+    checkpoint = read_checkpoint(path)
+    module = SegmentationModule.load_from_checkpoint(path)
+    if cfg.tta.flip or list(cfg.tta.scales) != [1] or cfg.tile is not None:
+        network = TestTime(module.network, tile=cfg.tile, **cfg.tta)
+        module.network = network  # type: ignore[assignment]  # takes and gives what an FCN does
+    images = ImageScores(data.ids, keep=cfg.report.images > 0)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=1,
         precision=cfg.precision or checkpoint["precision"],
         logger=False,
-        callbacks=[per_image],
+        callbacks=[images],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
@@ -84,31 +158,35 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     assert module.scores is not None
     scores = module.scores
-    output = Path(cfg.output) if cfg.output else default_output(path)
-    output.mkdir(parents=True, exist_ok=True)
     metrics = {
         **{name: scores[name] for name in ("pixel_acc", "mean_acc", "miou", "fwiou")},
-        "loss": module.val_loss.compute().item(),
+        "loss": module.val_loss,
         "iou": dict(zip(module.class_names, scores["iou"], strict=True)),
-        "images": len(per_image.rows),
-        "images_per_second": len(per_image.rows) / seconds,
+        "boundary_miou": images.boundary_miou(),
+        "images": len(images.rows),
+        "images_per_second": len(images.rows) / seconds,
         "split": cfg.split,
         "checkpoint": str(path),
         "step": checkpoint["global_step"],
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),
+        "tta": OmegaConf.to_container(cfg.tta),
+        "tile": cfg.tile,
         "data": OmegaConf.to_container(cfg.data),
         "versions": versions(),
         "git_revision": git_revision(),
+        "date": datetime.now().astimezone().isoformat(" ", "seconds"),
     }
-    write_json(output / "metrics.json", metrics)
-    write_confusion(output / "confusion.csv", module.confusion.compute(), module.class_names)
-    per_image.write(output / "images.csv")
-    print_scores(scores, module.class_names)
-    print(
-        f"{len(per_image.rows)} images, {metrics['images_per_second']:.2f} a second; see {output}"
-    )
-    return metrics
+    return Result(metrics, module.confusion.compute(), images)
+
+
+def compared(results: Sequence["Result"]) -> dict[str, Any]:
+    """metrics.json of a comparison: those of A, those of B, and B minus A."""
+    a, b = (result.metrics for result in results)
+    groups = ("iou", "boundary_miou")
+    difference = {name: b[name] - a[name] for name in ("pixel_acc", "mean_acc", "miou", "fwiou")}
+    difference |= {g: {name: b[g][name] - a[g][name] for name in a[g]} for g in groups}
+    return {"a": a, "b": b, "difference": difference}
 
 
 def default_output(checkpoint: Path) -> Path:
@@ -118,13 +196,17 @@ def default_output(checkpoint: Path) -> Path:
 
 
 def offer_checkpoint_data(arguments: list[str]) -> None:
-    """Make `data=checkpoint`, the default: the data settings that are in `ckpt=`."""
+    """Make `data=checkpoint`, the default: the data settings in `ckpt=`, or in A of `compare=`."""
     path = next((a.removeprefix("ckpt=") for a in arguments if a.startswith("ckpt=")), None)
+    pairs = [a for a in arguments if a.startswith("compare=")]
+    if pairs and path is None:
+        pair = OverridesParser.create().parse_override(pairs[0]).value()
+        path = str(pair[0]) if isinstance(pair, list) and pair else None
     data: dict[str, Any] = {"_target_": "fcn.datamodule.SegmentationDataModule"}
     if path and not any(a.startswith("data=") for a in arguments):
-        from fcn.evaluation import checkpoint_data  # imports torch: not for --help
+        from fcn.evaluation import checkpoint_data, find_checkpoint  # torch: not for --help
 
-        data = checkpoint_data(Path(path))
+        data = checkpoint_data(find_checkpoint(path))
     ConfigStore.instance().store(group="data", name="checkpoint", node=data)
 
 

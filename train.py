@@ -219,10 +219,13 @@ def build_module(cfg: DictConfig, datamodule: "SegmentationDataModule") -> "Segm
 
 def settle_precision(cfg: DictConfig) -> None:
     """Replace `auto` by what is fastest and stable on this machine."""
-    from fcn.devices import best_precision
+    from fcn.devices import best_precision, is_cpu
 
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = best_precision(cfg.trainer.accelerator)
+    if cfg.model.get("channels_last") == "auto":
+        slow = is_cpu(cfg.trainer.accelerator) and cfg.trainer.precision == "bf16-mixed"
+        cfg.model.channels_last = not slow
     if OmegaConf.select(cfg, "optimizer.fused") == "auto":
         cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
 
@@ -301,15 +304,14 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
     from fcn.callbacks import (
         AtomicCheckpointIO,
         BestCheckpoint,
-        Curves,
         LastCheckpoint,
         LossStatistics,
-        Panels,
         ProgressBar,
         ScoreTable,
     )
     from fcn.csv_logger import MetricsCSV
     from fcn.devices import is_main_process
+    from fcn.pictures import Curves, Panels, WandbScores
 
     config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     loggers: list[Logger] = []
@@ -327,7 +329,7 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
         csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
         loggers = [csv, *wandb_loggers(cfg, run)]
         panels = Panels(images=cfg.callbacks.panel_images, folder=run / "panels")
-        callbacks[1:1] = [panels, Curves(csv=csv), ScoreTable()]
+        callbacks[1:1] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
         if cfg.trainer.enable_progress_bar:
             callbacks.insert(0, ProgressBar())
     # The loader never ends, so Lightning sees one epoch; it counts batches, we count steps.

@@ -21,7 +21,6 @@ from torch import Tensor
 from fcn.datamodule import random_generator
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
-from fcn.pictures import Curves, Panels  # noqa: F401  # until train.py takes them from there
 from fcn.runs import best_checkpoint, last_checkpoint, versions
 
 Outputs = Mapping[str, Any]

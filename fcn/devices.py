@@ -9,7 +9,7 @@ import warnings
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def best_precision(accelerator: str = "auto") -> str:
@@ -25,6 +25,12 @@ def best_precision(accelerator: str = "auto") -> str:
         able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
     return "32-true"
+
+
+def is_cpu(accelerator: str = "auto") -> bool:
+    """Whether Lightning will choose the CPU."""
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return accelerator == "cpu" or (accelerator == "auto" and not gpu)
 
 
 def quiet_lightning() -> None:
@@ -48,15 +54,12 @@ def memory_size(device: torch.device) -> int:
 def prepare_cpu() -> None:
     """Keep freed memory in the process: to fetch it anew from the system at each step costs time.
 
-    For glibc only (Linux). A step frees and asks for gigabytes of activations and gradients again,
-    and the kernel clears every page it hands out: a quarter of a CPU step on 2 cores.
+    A step frees gigabytes of activations and gradients and asks for them again, and the kernel
+    clears every page that it hands out: a third of a step on 2 cores. For glibc's malloc (Linux).
     """
-    if sys.platform != "linux":
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: pages of 2 MB where it can
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the highest there is; larger blocks are given back
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # musl has none
+        mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 

@@ -92,13 +92,16 @@ class Recorder(MemTracker):
 
 
 def workspace(func: object, args: Sequence[Any], result: Any) -> tuple[int, ...]:
-    """Bytes that oneDNN needs in the phases of a convolution, beside operands and results.
+    """Bytes that an operation needs while it runs, beside operands and results; by its phases.
 
-    Channels last is its own layout but for weights, which it copies, and whose gradient it sums up
-    apart; torch first brings all operands there. Else it works on copies of operands and results,
-    the latter when the former are gone. The gradient of 16-bit weights is summed up in float32,
-    from transposed copies of one image. Measured with ONEDNN_VERBOSE=1 and VmHWM.
+    A softmax copies what is not contiguous. oneDNN's convolutions: channels last is their own
+    layout but for weights, which they copy, and whose gradient they sum up apart; torch first
+    brings all operands there. Else they work on copies of operands and results, the latter when
+    the former are gone. The gradient of 16-bit weights is summed up in float32, from transposed
+    copies of one image. Found with ONEDNN_VERBOSE=1 and VmHWM, one operation at a time.
     """
+    if func is torch.ops.aten._log_softmax.default and not args[0].is_contiguous():
+        return (args[0].nbytes,)
     forward = func is torch.ops.aten.convolution.default
     if not forward and func is not torch.ops.aten.convolution_backward.default:
         return (0,)
@@ -232,8 +235,11 @@ def build(config: Config) -> "SegmentationModule":
     optimizer = dict(config["optimizer"])
     if optimizer.get("fused") == "auto":
         optimizer["fused"] = precision(config) != "16-mixed"
+    model = dict(config["model"])
+    if model.get("channels_last") == "auto":
+        model["channels_last"] = True
     return instantiate(
-        config["model"],
+        model,
         weights=None,
         class_names=list(instantiate(config["data"], _convert_="all").classes),
         optimizer=instantiate(optimizer, _convert_="all"),

@@ -41,6 +41,7 @@ class FCN(nn.Module):
         freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
         checkpoint_stages: how many VGG stages, from the image on, keep no activations: they are
             computed again in the backward pass (Chen et al. 2016).
+        channels_last: activations of the VGG as (N, H, W, C) in memory, which tensor cores want.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -66,6 +67,7 @@ class FCN(nn.Module):
         learn_upsampling: bool = True,
         freeze_stages: int = 0,
         checkpoint_stages: int = 0,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         _one_of("stride", stride, tuple(SKIPS))
@@ -117,7 +119,8 @@ class FCN(nn.Module):
             from fcn.weights import load_weights
 
             self.fresh_layers = load_weights(self, weights)
-        self.stages.to(memory_format=torch.channels_last)  # what convolutions are fastest at
+        if channels_last:
+            self.stages.to(memory_format=torch.channels_last)  # activations follow the weights
         self.stages[:freeze_stages].requires_grad_(False)
         self.upsample.requires_grad_(learn_upsampling)
 

@@ -74,6 +74,10 @@ def test_everything_in_conf_is_accepted(every_choice: list[dict[str, Any]]) -> N
 
 def test_no_rule_is_stale(every_choice: list[dict[str, Any]]) -> None:
     known = set(itertools.chain.from_iterable(map(leaves, every_choice)))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        others = (compose("evaluate", ["data=shapes"]), compose("predict"), compose("export"))
+    for cfg in others:
+        known |= set(leaves(OmegaConf.to_container(cfg)))
     assert set(RULES) - known == set()
 
 

@@ -32,7 +32,7 @@ def weights(config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 1), ("adamw", 2)])
 def test_weights_and_optimizer_state_are_exact(optimizer: str, copies: int) -> None:
-    config = settings(f"optimizer={optimizer}")
+    config = settings(*WIDE, f"optimizer={optimizer}")
     planned, exact = plan(config), weights(config)
     assert planned.weights == exact
     # AdamW also counts its steps, 4 bytes for each of the parameters
@@ -43,7 +43,7 @@ def test_weights_and_optimizer_state_are_exact(optimizer: str, copies: int) -> N
 def test_kept_activations_are_those_counted_by_hand() -> None:
     """VGG-11 on 512x512 in float32: what the backward pass needs of the stages, at its beginning.
 
-    Each convolution keeps its input, which is the ReLU's output in place; a pool its int64 indices.
+    Each convolution keeps its input, which is the ReLU's output in place, or the pool's.
     """
     config = settings("data.crop_size=512")
     pixels = 512 * 512
@@ -52,7 +52,7 @@ def test_kept_activations_are_those_counted_by_hand() -> None:
     for stage, widths in enumerate(channels):
         area = pixels // 4**stage
         count += sum(width * area * 4 for width in widths)  # outputs of convolutions
-        count += widths[-1] * area // 4 * (4 + 8)  # of the pool, and its indices
+        count += widths[-1] * area // 4 * 4  # of the pool, which looks for its maxima again
     lived = trace(config, 1)[:, 3].max()
     head = 21 * pixels * 4 * 3 + 8 * pixels  # logits, their float32, log-softmax, int64 labels
     assert count < lived < count + head
@@ -76,7 +76,7 @@ def test_levers_lower_activations(lever: str, precision: str) -> None:
     base = (*WIDE, f"trainer.precision={precision}")
     before, after = plan(settings(*base)), plan(settings(*base, lever))
     assert after.activations < 0.7 * before.activations
-    assert after.total < 0.8 * before.total
+    assert after.total < before.total  # of a checkpointed stage all lives again at its turn
     assert after.weights == before.weights
 
 

@@ -61,6 +61,7 @@ def test_contract_of_the_constructor() -> None:
         "learn_upsampling": True,
         "freeze_stages": 0,
         "checkpoint_stages": 0,
+        "channels_last": False,
     }
     assert expected.items() <= defaults.items()
     network = small(head_width=12, dropout=0.25)

@@ -125,6 +125,7 @@ def test_evaluation_agrees_with_training(tmp_path: Path, tiny_voc: Path, precisi
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json",
         "confusion.csv",
+        "report.html",
         "images.csv",
     }
     written = json.loads((folder / "metrics.json").read_text())

@@ -1,0 +1,240 @@
+"""Ours and other people's networks, each with its authors' loss, optimizer and input, in one form.
+
+    contestant = make("torchfcn FCN8s vgg16", "cpu")
+    loss = contestant.step(*contestant.prepare(image, mask))  # uint8 (N, 3, H, W), (N, H, W)
+
+- ours: SegmentationModule as `python train.py` builds it, with conf/'s defaults.
+- torchfcn 1.9.7 (PyPI; github.com/wkentaro/pytorch-fcn), the best known FCN in PyTorch.
+- segmentation-models-pytorch (PyPI): FPN and Unet; loss and optimizer of its multiclass example.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from timing import ROOT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OURS = {
+    f"ours {backbone} {precision}": (backbone, flag)
+    for backbone in ("vgg19", "vgg16")
+    for precision, flag in (("float32", "32-true"), ("bf16", "bf16-mixed"))
+}
+TORCHFCN = {  # its class and learning rate, examples/voc/train_fcn8s.py and train_fcn8s_atonce.py
+    "torchfcn FCN8s vgg16": ("FCN8s", 1e-14),
+    "torchfcn FCN8sAtOnce vgg16": ("FCN8sAtOnce", 1e-10),  # the same; pools scaled as in the paper
+}
+SMP = {"smp FPN vgg19": "FPN", "smp Unet vgg19": "Unet"}
+PEER = next(iter(TORCHFCN))  # whom the bars are about
+GROUPS = {  # what is timed together: all of a group are in memory
+    "vgg19": (*list(OURS)[:2], PEER, *SMP),
+    "vgg16": (*list(OURS)[2:], PEER),
+}
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+@dataclass
+class Contestant:
+    """A network with what its authors train it with.
+
+    prepare: RGB uint8 (N, 3, H, W) and labels uint8 (N, H, W), 255 void -> what its loader gives.
+    step: one whole training step on that; its loss.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    step: Callable[[Tensor, Tensor], Tensor]
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+    @torch.inference_mode()
+    def logits(self, image: Tensor) -> Tensor:
+        """(N, K, H', W') of a prepared image; what it was padded with is still there."""
+        with self.autocast():
+            return self.network(image)
+
+
+def require(name: str) -> None:
+    """Import what a contestant needs, so that building it measures the network alone.
+
+    Raises ImportError if it is not installed (benchmarks/requirements.txt).
+    """
+    if name in OURS:
+        import_module("hydra.utils")
+        import_module("fcn.callbacks")
+    elif name in TORCHFCN:
+        # Its trainer and data sets import these for downloads, pictures and .mat files: not used.
+        # `import fcn`, its author's, finds our package of that name; only downloads would use it.
+        for unused in ("pytz", "skimage", "skimage.io", "scipy", "scipy.io"):
+            try:
+                import_module(unused)
+            except ImportError:
+                sys.modules[unused] = ModuleType(unused)
+        import_module("torchfcn")
+    else:
+        import_module("segmentation_models_pytorch")
+
+
+def make(name: str, device: str, weights: Path | None = None, *overrides: str) -> Contestant:
+    """A contestant.
+
+    Args:
+        weights: VGG-19 features with torchvision's names, such as shared/weights has; None: random.
+        overrides: of conf/, such as optimizer.lr=1e-3; for ours alone.
+    """
+    require(name)
+    torch.manual_seed(0)
+    if name in OURS:
+        backbone, precision = OURS[name]
+        given = [f"model.weights={weights}"] if weights else []
+        given += [f"model.backbone={backbone}", f"trainer.precision={precision}", *overrides]
+        return _ours(configured(*given)[1].to(device), precision, device)
+    values = weights and torch.load(weights, map_location="cpu", weights_only=True)
+    if name in TORCHFCN:
+        return _torchfcn(*TORCHFCN[name], device, values)
+    return _smp(SMP[name], device, values)
+
+
+def _ours(module: Any, precision: str, device: str) -> Contestant:
+    """In Lightning's order: forward, zero_grad, backward, gradient norm for the log, update."""
+    from fcn.callbacks import LossStatistics
+
+    optimizer, statistics = module.configure_optimizers(), LossStatistics()
+    mixed = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
+    autocast = mixed if precision == "bf16-mixed" else nullcontext
+
+    def step(image: Tensor, mask: Tensor) -> Tensor:
+        with autocast():
+            loss = module.training_step({"image": image, "mask": mask}, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        statistics.on_before_optimizer_step(None, module, optimizer)
+        optimizer.step()
+        return loss.detach()
+
+    def prepare(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return image.to(device), mask.to(device)
+
+    return Contestant(module.network, optimizer, prepare, step, autocast)
+
+
+def _theirs(network: nn.Module, loss: Callable, optimizer: Any, prepare: Callable) -> Contestant:
+    def step(image: Tensor, target: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = loss(network(image), target)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return Contestant(network, optimizer, prepare, step)
+
+
+def _torchfcn(kind: str, lr: float, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
+    """As in its examples/voc: loss summed over pixels, biases twice as fast, fixed upsampling."""
+    import torchfcn
+
+    caffe_mean = torch.from_numpy(torchfcn.datasets.voc.VOCClassSegBase.mean_bgr).float()
+    network = getattr(torchfcn.models, kind)(n_class=21)
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    for layer in layers[:-3]:  # all zero, for weights to be copied in; the scores stay so
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if vgg is not None:
+        numbers = sorted({int(key.split(".")[1]) for key in vgg} - {16, 25, 34})  # not in VGG-16
+        for layer, number in zip(layers, numbers, strict=False):
+            layer.weight.data.copy_(vgg[f"features.{number}.weight"])
+            layer.bias.data.copy_(vgg[f"features.{number}.bias"])
+        weight, bias = layers[0].weight.data, layers[0].bias.data  # to BGR minus Caffe's mean
+        bias += (weight.sum((2, 3)) * (caffe_mean.flip(0) / 255 - MEAN) / STD).sum(1)
+        weight.copy_((weight / (255 * STD)[:, None, None]).flip(1))
+    network.to(device)
+    biases = {"params": [m.bias for m in layers], "lr": 2 * lr, "weight_decay": 0}
+    groups = [{"params": [m.weight for m in layers]}, biases]
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        return torchfcn.trainer.cross_entropy2d(logits, label, size_average=False) / len(logits)
+
+    def prepare(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        label = mask.long().masked_fill(mask == 255, -1)
+        return (image.flip(1) - caffe_mean[:, None, None]).to(device), label.to(device)
+
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.99, weight_decay=5e-4)
+    return _theirs(network, loss, optimizer, prepare)
+
+
+def _smp(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
+    """Padded to whole 32-pixel cells, which its networks demand."""
+    import segmentation_models_pytorch as smp
+
+    network = smp.create_model(architecture, "vgg19", encoder_weights=None, classes=21).to(device)
+    if vgg is not None:
+        network.encoder.load_state_dict(vgg)
+
+    def prepare(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        pad = (0, -mask.shape[-1] % 32, 0, -mask.shape[-2] % 32)
+        image = (image / 255 - MEAN[:, None, None]) / STD[:, None, None]
+        return F.pad(image, pad).to(device), F.pad(mask, pad, value=255).long().to(device)
+
+    loss = smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
+    return _theirs(network, loss, torch.optim.Adam(network.parameters(), lr=2e-4), prepare)
+
+
+def composed(name: str, *overrides: str) -> Any:
+    """conf/<name>.yaml, as a script's command line composes it."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def configured(*overrides: str) -> tuple[Any, Any]:
+    """The configuration and the module that `python train.py` makes of conf/ and `overrides`."""
+    from hydra.utils import instantiate
+
+    from fcn.devices import prepare_cpu
+    from train import build_module, settle_precision
+
+    prepare_cpu()
+    cfg = composed("train", "name=benchmark", "model.weights=null", *overrides)
+    cfg.scheduler = None  # it would ask the Trainer how long the run is
+    settle_precision(cfg)
+    return cfg, build_module(cfg, instantiate(cfg.data, _convert_="all"))
+
+
+def ours_here(device: str, backbone: str = "vgg19") -> str:
+    """Ours in the precision that `trainer.precision=auto` means on this machine."""
+    from fcn.devices import best_precision
+
+    best = best_precision(torch.device(device).type)
+    names = [name for name in OURS if OURS[name][0] == backbone]
+    return next((name for name in names if OURS[name][1] == best), names[0])
+
+
+def save_checkpoint(path: Path, *overrides: str) -> tuple[Path, str]:
+    """An untrained network with what evaluate.py and export.py read; its path and precision."""
+    from omegaconf import OmegaConf
+
+    cfg, module = configured("data.download=false", *overrides)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint |= {"config": OmegaConf.to_container(cfg, resolve=True), "global_step": 0}
+    checkpoint |= {"precision": cfg.trainer.precision, "pytorch-lightning_version": "2.6.0"}
+    module.on_save_checkpoint(checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
+    return path, cfg.trainer.precision
+
+
+def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Images of noise, and labels in cells of 16 pixels with a few per cent of void; uint8."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randint(22, (batch, height // 16 + 1, width // 16 + 1), generator=generator)
+    mask = cells.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :height, :width]
+    image = torch.randint(256, (batch, 3, height, width), generator=generator)
+    return image.to(torch.uint8), mask.masked_fill(mask == 21, 255).to(torch.uint8)

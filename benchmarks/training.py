@@ -1,0 +1,65 @@
+"""A whole training step, and its peak memory: ours against other people's.
+
+    python benchmarks/training.py --size 375 500 --batch 1
+
+Contestants (peers.py) take turns, a step a round, a process each, with their authors' loss and
+optimizer. Memory is what the process held at most above what it held before the network was built:
+RAM on a CPU, allocated memory on a GPU.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+from peers import GROUPS, PEER, make, ours_here, random_batch, require
+from timing import Table, options, race, shown, speedup
+
+
+def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Callable[[], Callable]:
+    """For `race`: imports now, the network later."""
+    require(name)
+
+    def build() -> Callable:
+        contestant = make(name, device)
+        contestant.network.train(train)
+        inputs = contestant.prepare(*random_batch(*size))
+        return partial(contestant.step, *inputs) if train else partial(contestant.logits, inputs[0])
+
+    return build
+
+
+def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) -> list[Table]:
+    """Ours on a backbone, its peers, and `others`, at one size."""
+    size, names = (args.batch, *args.size), GROUPS[backbone]
+    entrants = {name: partial(entrant, name, args.device, size, train) for name in names} | others
+    seconds, memory, notes = race(entrants, args.device, args.rounds)
+    rows = []
+    for name, taken in seconds.items():
+        ratio = f"{speedup(seconds, name, PEER):.2f}" if PEER in seconds else "-"
+        share = f"{memory[name] / memory[PEER]:.2f}" if PEER in seconds else "-"
+        rate = f"{args.batch / median(taken):.2f}"
+        rows.append((name, shown(taken), rate, ratio, f"{memory[name] / 2**20:.0f}", share))
+    kind = "Training step" if train else "Inference"
+    table = Table(
+        f"{kind}, {backbone}, {args.size[0]}×{args.size[1]}, batch {args.batch}, {args.device}",
+        ("", "seconds (range)", "images/s", "× torchfcn", "peak MB", "of torchfcn's"),
+        rows,
+        notes,
+    )
+    ours, times = ours_here(args.device, backbone), 5 if train else 4
+    speed = speedup(seconds, ours, PEER)
+    table.bar(f"{ours}: at least {times} times torchfcn's speed", speed, low=times)
+    if train:
+        held = memory[ours] / memory[PEER] if {ours, PEER} <= memory.keys() else None
+        table.bar(f"{ours}: at most 0.6 of torchfcn's peak memory", held, high=0.6)
+    return table.show()
+
+
+def main(argv: list[str] | None = None) -> list[Table]:
+    args = options(__doc__, size=(375, 500), batch=1).parse_args(argv)
+    return [table for backbone in GROUPS for table in compete(args, backbone, train=True)]
+
+
+if __name__ == "__main__":
+    main()

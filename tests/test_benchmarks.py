@@ -1,0 +1,85 @@
+"""The benchmarks run; what they measure is for a quiet machine."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]  # not from conftest: `race` imports this file again
+SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg11")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+
+
+def test_race_goes_on_without_those_that_fail() -> None:
+    from timing import race
+
+    entrants = {"good": working, "bad": failing}
+    seconds, memory, lines = race(entrants, "cpu", rounds=2, warmup=1)
+    assert [(name, len(rounds)) for name, rounds in seconds.items()] == [("good", 2)]
+    assert 60e6 < memory["good"] < 120e6
+    assert lines == ["bad is left out: ImportError: a peer that nobody has"]
+
+
+def working() -> Callable:
+    return lambda: bytearray(b"x" * 32_000_000).copy
+
+
+def failing() -> Callable:
+    raise ImportError("a peer that nobody has")
+
+
+def test_speedup_and_bars() -> None:
+    from timing import Table, speedup
+
+    seconds = {"a": [1, 2, 3], "b": [4, 4, 3]}
+    assert speedup(seconds, "a", "b") == 2
+    assert speedup(seconds, "a", "c") is None
+    table = Table("title", ("", "x"), [("a", "1")])
+    for value in (2, 0.5, None):
+        table.bar("twice as fast", value, low=2)
+    assert [verdict for *_, verdict in table.bars] == ["met", "MISSED", "not measured"]
+    assert "| a | 1 |" in str(table)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_our_step_learns(precision: str) -> None:
+    from peers import make, random_batch
+
+    ours = make(f"ours vgg16 {precision}", "cpu", None, *SMALL, "optimizer.lr=1e-3")
+    batch = ours.prepare(*random_batch(1, 40, 50))
+    losses = [ours.step(*batch).item() for _ in range(5)]
+    assert losses[0] == pytest.approx(math.log(21), rel=1e-2)
+    assert losses[-1] < losses[0]
+    assert ours.logits(batch[0]).shape == (1, 21, 40, 50)
+
+
+def test_input_and_evaluation(tiny_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import evaluation
+    import input as input_pipeline
+
+    few = ["--device", "cpu", "--rounds", "1", "--images", "4", "--data-root", str(tiny_voc)]
+    (table,) = input_pipeline.main(few)
+    assert table.rows[0][0] == "ours"
+    (table,) = evaluation.main([*few, *SMALL])
+    assert len(table.rows) == 2
+    assert "evaluation loop" in capsys.readouterr().out
+
+
+def test_start_ends_at_the_first_step(tiny_voc: Path, tmp_path: Path) -> None:
+    phases = tmp_path / "phases.json"
+    script = PROJECT / "benchmarks" / "start.py"
+    settings = [f"data.root={tiny_voc}", "data.crop_size=32", "data.num_workers=0", *SMALL]
+    settings += ["model.weights=null", "logger=none", "trainer.accelerator=cpu"]
+    command = [sys.executable, script, "--child", phases, *settings]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    seconds = json.loads(phases.read_text())
+    assert list(seconds) == ["imports", "config", "build", "first batch"]
+    assert all(0 < s < 120 for s in seconds.values())
