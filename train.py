@@ -238,8 +238,8 @@ def settle_batches(
         return
     assert datamodule.train_data is not None
     images = len(datamodule.train_data)
-    options = ("_target_", "accelerator", "devices", "num_nodes")
-    given = {name: cfg.trainer[name] for name in options if name in cfg.trainer}
+    places = ("_target_", "accelerator", "devices", "num_nodes")
+    given = {name: cfg.trainer[name] for name in places if name in cfg.trainer}
     trainer = instantiate(given, barebones=True)  # knows how many devices there are
     if cfg.data.batch_size == "auto":
         if trainer.world_size > 1 or trainer.strategy.root_device.type == "cpu":

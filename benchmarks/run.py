@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             "| bar | measured | |\n| --- | ---: | --- |\n"
         )
         text += "".join(f"| {t.title}: {' | '.join(bar)} |\n" for t in tables for bar in t.bars)
-        text += "\n" + "\n".join([*map(str, tables), plan])
+        text += "\n" + "\n".join([*map(str, tables), plan, TRIED.read_text()])
         (args.output / "results.md").write_text(text)  # at once: a later one may fail
         plain = json.dumps([asdict(table) for table in tables], indent=1)
         (args.output / "results.json").write_text(plain + "\n")
