@@ -388,6 +388,7 @@ def wandb_loggers(cfg: DictConfig, run: Path) -> list["Logger"]:
         return []
     # W&B's service logs to ~/.cache otherwise; a sweep has one service, so its first run has them
     os.environ.setdefault("WANDB_CACHE_DIR", str(run.absolute() / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(run.absolute() / "wandb" / "data"))  # of tables
     import wandb
 
     options: dict[str, Any] = {

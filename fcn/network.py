@@ -171,7 +171,8 @@ class FCN(nn.Module):
                 x = stage(x)
             pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
 
-        x = self.pool_scales["pool5"] * x
+        # conv6 stays (N, C, H, W): its 103 M weights would be copied to the other layout each time
+        x = (self.pool_scales["pool5"] * x).contiguous()
         x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
         x = self.dropout(F.relu(self.conv7(x)))
         x = self.score(x)  # (N, K, H'/32, W'/32)

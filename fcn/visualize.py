@@ -297,11 +297,18 @@ def compare_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         labels.append((name + best).replace("$", r"\$"))  # no formula
     losses.set(yscale="log", title="smoothed loss (cross-entropy)")  # one that diverged hides none
     for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
-        formatted(LogFormatter())  # 0.6 instead of 6 x 10^-1
+        formatted(Plain())
     scores.set(xlabel="optimizer step", title="validation mean IoU")
     scores.set_ylim(bottom=0)
     figure.legend(lines, labels, loc="outside lower center", frameon=False)
     _save(figure, path)
+
+
+class Plain(LogFormatter):
+    """0.6 where LogFormatter has 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _series(rows: Sequence[Row], *names: str) -> list[np.ndarray]:
