@@ -64,16 +64,15 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     from fcn.devices import quiet_lightning
     from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.report import write_report
-    from fcn.runs import write_json
+    from fcn.runs import output_folder, write_json
 
     quiet_lightning()
     paths = [find_checkpoint(path) for path in chosen]
     datamodule, data = open_data(cfg, [read_checkpoint(path) for path in paths])
     results = [score(cfg, path, datamodule, data) for path in paths]
 
-    output = Path(cfg.output) if cfg.output else default_output(paths[0])
-    if not cfg.output and cfg.compare:
-        output = output.with_name("comparison")
+    default = output_folder(paths[0], "comparison" if cfg.compare else "evaluation")
+    output = Path(cfg.output) if cfg.output else default
     output.mkdir(parents=True, exist_ok=True)
     metrics = results[0].metrics if len(results) == 1 else compared(results)
     write_json(output / "metrics.json", metrics)
@@ -187,12 +186,6 @@ def compared(results: Sequence["Result"]) -> dict[str, Any]:
     difference = {name: b[name] - a[name] for name in ("pixel_acc", "mean_acc", "miou", "fwiou")}
     difference |= {g: {name: b[g][name] - a[g][name] for name in a[g]} for g in groups}
     return {"a": a, "b": b, "difference": difference}
-
-
-def default_output(checkpoint: Path) -> Path:
-    """`evaluation/` in the run's folder, or beside a checkpoint that lies elsewhere."""
-    folder = checkpoint.absolute().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
 
 
 def offer_checkpoint_data(arguments: list[str]) -> None:

@@ -16,10 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evaluate import default_output
-from fcn.config import check_values, short_messages
+from fcn.config import check_values, quoted, short_messages
 from fcn.errors import ConfigError
-from predict import quoted
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
@@ -50,9 +48,10 @@ def export(cfg: DictConfig) -> Path:
     from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.export import write_checked
     from fcn.module import SegmentationModule
+    from fcn.runs import output_folder
 
     ckpt, ending = find_checkpoint(cfg.ckpt), endings[cfg.format]
-    default = default_output(ckpt).with_name("export") / f"{ckpt.stem}{ending}"
+    default = output_folder(ckpt, "export") / f"{ckpt.stem}{ending}"
     path = Path(cfg.output).expanduser() if cfg.output else default
     if path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={cfg.format} ends with {ending}")

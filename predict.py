@@ -10,7 +10,6 @@ Writes a palette PNG of the classes and an overlay with a legend for each photog
 """
 
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evaluate import default_output
-from fcn.config import check_values, short_messages
+from fcn.config import check_values, quoted, short_messages
 from fcn.errors import ConfigError, DataError, reason
 
 
@@ -52,9 +50,10 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.datasets.voc2012 import VOC2012
     from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.prediction import TestTime, find_photos, load_model, predict_files, voc_photos
+    from fcn.runs import output_folder
 
     ckpt, voc = find_checkpoint(cfg.ckpt), cfg.format == "voc"
-    output = Path(cfg.output) if cfg.output else default_output(ckpt).with_name("predictions")
+    output = Path(cfg.output) if cfg.output else output_folder(ckpt, "predictions")
     output = output.expanduser()
     if voc:
         known = {} if ckpt.suffix in (".onnx", ".pt2") else read_checkpoint(ckpt)["config"]["data"]
@@ -87,15 +86,6 @@ def predict(cfg: DictConfig) -> Path:
         message = "\n".join((f"{len(failed)} of {len(jobs)} images failed:", *lines))
         raise DataError(message.encode(errors="replace").decode())  # names need not be UTF-8
     return output
-
-
-def quoted(argument: str) -> str:
-    """Keep Hydra's grammar out of file names: any character may be in them."""
-    key, _, value = argument.partition("=")
-    if key not in ("ckpt", "input", "output", "data.root") or value in ("", "null"):
-        return argument
-    value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
-    return f"{key}='{value}'".replace("${", "\\${")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,15 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def quoted(argument: str) -> str:
+    """Keep Hydra's grammar out of file names: any character may be in them."""
+    key, _, value = argument.partition("=")
+    if key not in ("ckpt", "input", "output", "data.root") or value in ("", "null"):
+        return argument
+    value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
+    return f"{key}='{value}'".replace("${", "\\${")
+
+
 def _of_hydra(error: Exception) -> str:
     """The two lines that matter of a message of Hydra's."""
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:

@@ -55,7 +55,7 @@ def prepare_cpu() -> None:
     """Keep freed memory in the process: to fetch it anew from the system at each step costs time.
 
     A step frees gigabytes of activations and gradients and asks for them again, and the kernel
-    clears every page that it hands out: a third of a step on 2 cores. For glibc's malloc (Linux).
+    clears every page that it hands out: a quarter of a step on 2 cores. For glibc's malloc (Linux).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # musl has none

@@ -36,6 +36,12 @@ def best_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / "best.ckpt"
 
 
+def output_folder(checkpoint: Path, name: str) -> Path:
+    """The folder `name` in the run that a checkpoint is of, or beside one that lies elsewhere."""
+    folder = checkpoint.absolute().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / name
+
+
 def create_run_folder(folder: Path) -> Path:
     """Make the folder, or a numbered neighbour if a run has taken it: two may start in a second."""
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from test_train import script
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcn.config import quoted
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import ConfigError, DataError, WeightsError
@@ -22,7 +23,7 @@ from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.prediction import TestTime, find_photos, load_model, read_photo, tiles
 from fcn.runs import best_checkpoint
-from predict import predict, quoted
+from predict import predict
 from train import train
 
 
