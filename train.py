@@ -303,6 +303,7 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
     """The Trainer with its callbacks and loggers, all writing below `run`, in one process only."""
     from fcn.callbacks import (
         AtomicCheckpointIO,
+        AveragedWeights,
         BestCheckpoint,
         LastCheckpoint,
         LossStatistics,
@@ -325,11 +326,13 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
             config=config,
         ),
     ]
+    if cfg.callbacks.get("average_decay") is not None:
+        callbacks.insert(0, AveragedWeights(decay=cfg.callbacks.average_decay))
     if is_main_process():
         csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
         loggers = [csv, *wandb_loggers(cfg, run)]
         panels = Panels(images=cfg.callbacks.panel_images, folder=run / "panels")
-        callbacks[1:1] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
+        callbacks[-2:-2] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
         if cfg.trainer.enable_progress_bar:
             callbacks.insert(0, ProgressBar())
     # The loader never ends, so Lightning sees one epoch; it counts batches, we count steps.

@@ -114,6 +114,7 @@ RULES: dict[str, tuple[Test, str]] = {
         "three numbers above 0, for pool5, pool4 and pool3",
     ),
     "model.learn_upsampling": TRUTH,
+    "model.learn_last_upsampling": TRUTH,
     "model.freeze_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
     "model.checkpoint_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
     "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
@@ -170,6 +171,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "comp": (_one_of("comp5", "comp6"), "comp5 or comp6"),
     "argmax": TRUTH,
     "report.images": WHOLE,
+    "callbacks.average_decay": (_optional(_below(0, 1)), "null, or at least 0 and below 1"),
     "callbacks.half_life": POSITIVE,
     "callbacks.window": COUNT,
     "callbacks.checkpoint_every_n_steps": COUNT,
@@ -203,8 +205,9 @@ def check_training(config: Mapping[str, Any]) -> None:
     if not any(ends):
         raise ConfigError("training would never end: set trainer.max_steps, max_epochs or max_time")
     model = config.get("model") or {}
-    if model.get("fusion") == "feature" and not model.get("learn_upsampling"):
-        raise ConfigError("model.fusion=feature needs model.learn_upsampling=true")
+    for key in ("learn_upsampling", "learn_last_upsampling"):
+        if model.get("fusion") == "feature" and not model.get(key, True):
+            raise ConfigError(f"model.fusion=feature needs model.{key}=true")
 
 
 def _shown(value: Any) -> str:

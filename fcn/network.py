@@ -38,6 +38,7 @@ class FCN(nn.Module):
             paper's at-once training uses (1, 0.01, 0.0001): an ImageNet VGG's pools grow towards
             the image, and the largest would learn fastest.
         learn_upsampling: False keeps every upsampling as it starts: bilinear, or as loaded.
+        learn_last_upsampling: False keeps the last one, to the image, as in the paper.
         freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
         checkpoint_stages: how many VGG stages, from the image on, keep no activations: they are
             computed again in the backward pass (Chen et al. 2016).
@@ -65,6 +66,7 @@ class FCN(nn.Module):
         fusion: str = "score",
         pool_scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
         learn_upsampling: bool = True,
+        learn_last_upsampling: bool = True,
         freeze_stages: int = 0,
         checkpoint_stages: int = 0,
         channels_last: bool = False,
@@ -85,7 +87,7 @@ class FCN(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
         if len(pool_scales) != 3:
             raise ValueError(f"pool_scales must be for (pool5, pool4, pool3); got {pool_scales}")
-        if fusion == "feature" and not learn_upsampling:
+        if fusion == "feature" and not (learn_upsampling and learn_last_upsampling):
             raise ValueError("fusion='feature' changes channels while upsampling: it must learn it")
 
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
@@ -123,6 +125,8 @@ class FCN(nn.Module):
             self.stages.to(memory_format=torch.channels_last)  # activations follow the weights
         self.stages[:freeze_stages].requires_grad_(False)
         self.upsample.requires_grad_(learn_upsampling)
+        if not learn_last_upsampling:
+            self.upsample[f"to_image_{stride}"].requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """Random VGG and head, scores at zero, upsampling bilinear.

@@ -272,6 +272,9 @@ def test_learn_upsampling_false_freezes_upsampling_only() -> None:
         "upsample.to_image_8.weight",
     }
     assert all(p.requires_grad for p in small().parameters())
+    one = small(learn_last_upsampling=False)
+    frozen = {n for n, p in one.named_parameters() if not p.requires_grad}
+    assert frozen == {"upsample.to_image_8.weight"}
 
 
 @pytest.mark.parametrize("stages", [0, 2, 5])
@@ -377,3 +380,5 @@ def test_bad_arguments(name: str, value: object) -> None:
 def test_feature_fusion_must_learn_upsampling() -> None:
     with pytest.raises(ValueError, match="must learn"):
         small(fusion="feature", learn_upsampling=False)
+    with pytest.raises(ValueError, match="learn"):
+        small(fusion="feature", learn_last_upsampling=False)
