@@ -3,10 +3,10 @@
     python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
     python benchmarks/recipes.py ... --only base fixed --seeds 0 1
 
-Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by evaluate.py
-at native resolution. Their first four VGG stages are the same and learn nothing, so what comes out
-of them for a batch is computed once and kept in memory: the numbers are those of the plain commands,
-which are printed. A row that is in the output folder already is not run again.
+Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by
+evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so what
+comes out of them for a batch is computed once and kept in memory: the numbers are those of the plain
+commands, which are printed. A row that is in the output folder already is not run again.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peers import composed
@@ -118,7 +118,7 @@ class KeptStage(nn.Sequential):
     """A frozen VGG stage that computes each batch once; stands in for a stage, weights and all."""
 
     number = 0
-    kept: dict[bytes, dict[int, Tensor]] = {}
+    kept: ClassVar[dict[bytes, dict[int, Tensor]]] = {}
     key = b""
 
     def forward(self, x: Tensor) -> Tensor:
