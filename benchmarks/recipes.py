@@ -4,9 +4,9 @@
     python benchmarks/recipes.py ... --only base fixed --seeds 0 1
 
 Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by
-evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so what
-comes out of them for a batch is computed once and kept in memory: the numbers are those of the plain
-commands, which are printed. A row that is in the output folder already is not run again.
+evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so
+what comes out of them for a batch is computed once and kept in memory: the numbers are those of the
+plain commands, which are printed. A row that is in the output folder already is not run again.
 """
 
 import argparse
