@@ -45,9 +45,8 @@ def export(cfg: DictConfig) -> Path:
     if cfg.format not in endings:
         raise ConfigError(f"format={cfg.format}: must be onnx or torch")
 
-    from fcn.evaluation import find_checkpoint, read_checkpoint
+    from fcn.evaluation import find_checkpoint, open_checkpoint
     from fcn.export import write_checked
-    from fcn.module import SegmentationModule
     from fcn.runs import output_folder
 
     ckpt, ending = find_checkpoint(cfg.ckpt), endings[cfg.format]
@@ -56,8 +55,7 @@ def export(cfg: DictConfig) -> Path:
     if path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={cfg.format} ends with {ending}")
 
-    read_checkpoint(ckpt)
-    module = SegmentationModule.load_from_checkpoint(ckpt)
+    module, _ = open_checkpoint(ckpt)
     difference, equal = write_checked(module, path, argmax=cfg.argmax)
     size = path.stat().st_size / 2**20
     print(

@@ -115,6 +115,7 @@ RULES: dict[str, tuple[Test, str]] = {
     ),
     "model.learn_upsampling": TRUTH,
     "model.learn_last_upsampling": TRUTH,
+    "model.alignment": (_one_of("centered", "caffe"), "centered or caffe"),
     "model.freeze_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
     "model.checkpoint_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
     "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
@@ -208,6 +209,8 @@ def check_training(config: Mapping[str, Any]) -> None:
     for key in ("learn_upsampling", "learn_last_upsampling"):
         if model.get("fusion") == "feature" and not model.get(key, True):
             raise ConfigError(f"model.fusion=feature needs model.{key}=true")
+    if model.get("alignment") == "caffe" and model.get("head_kernel") != 7:
+        raise ConfigError("model.alignment=caffe needs model.head_kernel=7")
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,7 @@
 pixels near boundaries scored, results written."""
 
 import csv
-import pickle
+import logging
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import pytorch_lightning as pl
@@ -23,7 +24,11 @@ from torch import Tensor
 from fcn.errors import WeightsError
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
+from fcn.published import as_checkpoint, is_published
 from fcn.runs import atomic_write, best_checkpoint
+from fcn.weights import brief
+
+log = logging.getLogger(__name__)
 
 CONTENTS = {"state_dict", "hyper_parameters", "config", "precision", "global_step"}
 WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # of the bands around label boundaries, in pixels
@@ -37,7 +42,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours; tensors stay on disk until they are used.
+    """A checkpoint of ours, or what it would be of a published net (fcn/published.py); tensors
+    stay on disk until they are used.
 
     Raises:
         WeightsError: there is none at `path`, it is broken, not ours, or could run code.
@@ -45,19 +51,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"ckpt={path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"ckpt={path} holds more than tensors and plain values; loading it could run code"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise WeightsError(f"ckpt={path} cannot be read: {str(error).splitlines()[0]}") from error
+        mmap = is_zipfile(path)  # files of torch before 1.6, as the published ones are, are not
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # bytes of any kind make torch raise errors of any kind
+        raise WeightsError(f"ckpt={path} cannot be read: {brief(error)}") from error
+    if is_published(checkpoint):
+        return as_checkpoint(path, checkpoint)
     missing = CONTENTS - set(checkpoint) if isinstance(checkpoint, dict) else CONTENTS
     if missing:
         raise WeightsError(
             f"ckpt={path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
         )
     return checkpoint
+
+
+def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
+    """The module of a checkpoint of ours, or of a published net, and what `read_checkpoint` gives.
+
+    Raises:
+        WeightsError: as `read_checkpoint`, or the tensors do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"]
+    if not is_published(checkpoint["state_dict"]):
+        return SegmentationModule.load_from_checkpoint(path), checkpoint
+    if settings["stride"] == 8:
+        log.info("%s: the FCN-8s trained in stages; if not, use python -m fcn.published", path)
+    return SegmentationModule(**settings), checkpoint
 
 
 def checkpoint_data(path: Path) -> dict[str, Any]:
