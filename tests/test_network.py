@@ -264,6 +264,15 @@ def test_pooling_avg() -> None:
     torch.testing.assert_close(network.stages[0](x), F.avg_pool2d(first(x), 2))
 
 
+def test_max_pooling_in_bfloat16_equals_torchs() -> None:
+    x = torch.randn(2, 3, 8, 6).to(torch.bfloat16)
+    x[0, 0, :2, :2] = float("nan")
+    pool = small().stages[0][-1]
+    assert torch.equal(pool(x).nan_to_num(9), F.max_pool2d(x, 2, 2).nan_to_num(9))
+    learned = x.clone().requires_grad_()
+    assert torch.equal(pool(learned).nan_to_num(9), F.max_pool2d(x, 2, 2).nan_to_num(9))
+
+
 def test_learn_upsampling_false_freezes_upsampling_only() -> None:
     frozen = {n for n, p in small(learn_upsampling=False).named_parameters() if not p.requires_grad}
     assert frozen == {
