@@ -14,6 +14,7 @@ import secrets
 import shlex
 import shutil
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fcn.config import check_training, short_messages
@@ -39,19 +41,56 @@ if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
     from fcn.module import SegmentationModule
 
+MENDABLE = (HydraException, OmegaConfBaseException)  # by the user, beside our own errors
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """One run, or one job of a sweep."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        run_job(cfg)  # Hydra keeps an error until the other jobs are done
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        from fcn import sweep
+
+        folder, overrides = Path(hydra_cfg.sweep.dir), list(hydra_cfg.overrides.task)
+        run = folder / hydra_cfg.sweep.subdir
+        sweep.run_job(folder, run, overrides, lambda: run_job(cfg), mendable=MENDABLE)
         return
-    with short_messages(HydraException, OmegaConfBaseException):
+    with short_messages(*MENDABLE):
         run_job(cfg)
 
 
+class SameSweep(HydraCallback):
+    """Started again, a sweep goes on in its folder; at the end it says what became of its jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from fcn.sweep import find_sweep, several_processes
+
+        # Jobs in processes of their own (hydra/launcher=submitit_...) import from here.
+        paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        given = any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
+        sweep = None if given or several_processes() else find_sweep(config)
+        if sweep is not None:
+            print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
+            with read_write(config.hydra):
+                config.hydra.sweep.dir = str(sweep)
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")  # for the jobs
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from fcn.devices import is_main_process
+        from fcn.sweep import write_results
+
+        if not is_main_process():
+            return
+        states = Counter(row["status"] for row in write_results(Path(config.hydra.sweep.dir)))
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        print(f"{config.hydra.sweep.dir}/sweep.csv: {counts}", flush=True)
+        if states["crashed"]:
+            sys.exit(1)
+
+
 def run_job(cfg: DictConfig) -> None:
-    """Choose the run folder, train there, and keep the sweep's table."""
+    """Choose the run folder and train there."""
     hydra_cfg = HydraConfig.get()
     overrides = list(hydra_cfg.overrides.task)
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
@@ -59,8 +98,13 @@ def run_job(cfg: DictConfig) -> None:
         run = Path(cfg.resume)
         cfg = resumed_config(run, overrides)
     elif sweep is not None:
-        run = sweep / hydra_cfg.sweep.subdir
-        if OmegaConf.select(cfg, "logger._target_"):
+        from fcn.sweep import find_job, resumable
+
+        earlier = find_job(sweep, overrides)
+        run = earlier or sweep / hydra_cfg.sweep.subdir
+        if earlier is not None and resumable(earlier):
+            cfg, overrides = resumed_config(earlier, []), []
+        elif OmegaConf.select(cfg, "logger._target_"):
             cfg.logger.group = cfg.logger.group or f"sweep_{sweep.name}"
             cfg.logger.name = f"{cfg.logger.name}_{hydra_cfg.job.num}"
     elif hydra_cfg.run.dir != ".":
@@ -84,14 +128,7 @@ def run_job(cfg: DictConfig) -> None:
             data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)
-        if sweep is not None:
-            print(f"error: {error}", file=sys.stderr, flush=True)
         raise
-    finally:
-        if sweep is not None:
-            from fcn.summary import write_sweep_table
-
-            write_sweep_table(sweep)
 
 
 def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
@@ -151,7 +188,8 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     if not cfg.resume and is_main_process():
         run = create_run_folder(run)
         if OmegaConf.select(cfg, "logger._target_"):
-            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
+            given = cfg.logger.id or os.environ.get("WANDB_RUN_ID")  # of `wandb agent`
+            cfg.logger.id = given or secrets.token_hex(4)  # kept when the run is resumed
     try:
         trainer = build_trainer(cfg, run, resume_from=checkpoint)
     except BaseException:
@@ -421,5 +459,5 @@ def finish_wandb(trainer: "pl.Trainer", exit_code: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # short_messages reports instead of Hydra
-    with short_messages(HydraException, OmegaConfBaseException):
+    with short_messages(*MENDABLE):
         main()

@@ -227,13 +227,17 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-        message = str(known) if known is not None else _of_hydra(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {short_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def short_message(error: Exception) -> str:
+    """What our own error says, if one is the cause, or the part of Hydra's that matters."""
+    known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
+    return str(known) if known is not None else _of_hydra(error)
 
 
 def quoted(argument: str) -> str:
