@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import PROJECT, TINY
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from test_train import script
 
 import train
 from fcn import sweep as sweeps
@@ -23,7 +26,7 @@ from fcn import visualize
 from fcn.csv_logger import read_metrics
 from fcn.errors import ConfigError, Stopped
 from fcn.module import SegmentationModule
-from fcn.runs import last_checkpoint, write_json
+from fcn.runs import write_json
 
 Start = Callable[..., int]
 
@@ -240,3 +243,55 @@ def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates.lines[0].get_ydata() == pytest.approx([0.5, 0.45])
     assert (rates.get_xscale(), seeds.get_xscale()) == ("log", "linear")
     assert [len(axes.collections[0].get_offsets()) for axes in figures[0].axes] == [8, 8, 8]
+
+
+def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
+    engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
+    from wandb.wandb_agent import Agent
+
+    text = (PROJECT / "conf" / "sweep" / "wandb.yaml").read_text()
+    sweep = yaml.safe_load(text)
+    assert engine.schema_violations_from_proposed_config(sweep) == []
+    assert engine.schema_violations_from_proposed_config(yaml.safe_load(text.replace("3", "-3")))
+    chosen = engine.next_run(sweep, [], validate=True).config
+    arguments = json.loads(json.dumps(chosen, default=float))  # as they come from W&B's server
+    assert arguments.keys() == sweep["parameters"].keys()
+    assert sweep["metric"] == {"name": "val/miou", "goal": "maximize"}
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "thesweep")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    agent = Agent(None, None)
+    tiny = [o for o in TINY if o.partition("=")[0] not in arguments and o != "logger=none"]
+    agent._sweep_command = [*sweep["command"], *tiny, "trainer.max_steps=1"]
+    program = str(PROJECT / sweep["program"])
+    agent._command_run({"run_id": "therun", "program": program, "args": arguments})
+    assert agent._run_processes["therun"].wait(timeout=300) == 0
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.logger.id == "therun"  # also when it is resumed without the agent
+    for key, value in arguments.items():
+        assert OmegaConf.select(config, key) == value["value"]
+    (offline,) = (run / "wandb").glob("offline-run-*-therun")
+    assert b"thesweep" in next(offline.glob("*.wandb")).read_bytes()
+
+
+def test_jobs_in_processes_of_their_own(tmp_path: Path) -> None:
+    """As Slurm's: another launcher, from a folder that is not the project's."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    tiny = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
+    command = ["train.py", "-m", "hydra/launcher=submitit_local", "optimizer.lr=1e-3,-1", *tiny]
+    result = script(tmp_path, *command)
+    assert result.returncode == 1, result.stderr
+    (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
+    first, second = table(sweep)
+    assert (first["status"], first["steps"]) == ("finished", "4")
+    assert (second["status"], second["error"]) == (
+        "crashed",
+        "optimizer.lr=-1: must be a number above 0",
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
