@@ -240,10 +240,13 @@ def short_message(error: Exception) -> str:
     return str(known) if known is not None else _of_hydra(error)
 
 
+PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
+
+
 def quoted(argument: str) -> str:
     """Keep Hydra's grammar out of file names: any character may be in them."""
     key, _, value = argument.partition("=")
-    if key not in ("ckpt", "input", "output", "data.root") or value in ("", "null"):
+    if key not in PATHS or value in ("", "null"):
         return argument
     value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
     return f"{key}='{value}'".replace("${", "\\${")

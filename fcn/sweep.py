@@ -73,7 +73,7 @@ def status(run: Path) -> str:
     return "crashed" if (run / "error.txt").is_file() else _summary(run).get("status", "unfinished")
 
 
-def _finished_before(run: Path) -> bool:
+def finished_before(run: Path) -> bool:
     """Whether nothing is left to do; says so, since code may have changed meanwhile."""
     if status(run) != "finished":
         return False
@@ -118,7 +118,7 @@ def run_job(
     try:
         with lock:
             earlier = find_job(sweep, overrides)
-            if earlier is not None and _finished_before(earlier):
+            if earlier is not None and finished_before(earlier):
                 return
             try:
                 train()
