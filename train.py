@@ -14,7 +14,6 @@ import secrets
 import shlex
 import shutil
 import sys
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,15 +47,21 @@ MENDABLE = (HydraException, OmegaConfBaseException)  # by the user, beside our o
 def main(cfg: DictConfig) -> None:
     """One run, or one job of a sweep."""
     hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        from fcn import sweep
-
-        folder, overrides = Path(hydra_cfg.sweep.dir), list(hydra_cfg.overrides.task)
-        run = folder / hydra_cfg.sweep.subdir
-        sweep.run_job(folder, run, overrides, lambda: run_job(cfg), mendable=MENDABLE)
+    overrides = list(hydra_cfg.overrides.task)
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        with short_messages(*MENDABLE):
+            run_job(cfg, overrides)
         return
-    with short_messages(*MENDABLE):
-        run_job(cfg)
+
+    def job(earlier: Path | None) -> None:
+        if earlier is not None:
+            cfg.resume = str(earlier)
+        run_job(cfg, overrides if earlier is None else [])
+
+    from fcn import sweep
+
+    folder = Path(hydra_cfg.sweep.dir)
+    sweep.run_job(folder, folder / hydra_cfg.sweep.subdir, overrides, job, mendable=MENDABLE)
 
 
 class SameSweep(HydraCallback):
@@ -82,29 +87,23 @@ class SameSweep(HydraCallback):
 
         if not is_main_process():
             return
-        states = Counter(row["status"] for row in write_results(Path(config.hydra.sweep.dir)))
-        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        states = [row["status"] for row in write_results(Path(config.hydra.sweep.dir))]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         print(f"{config.hydra.sweep.dir}/sweep.csv: {counts}", flush=True)
-        if states["crashed"]:
+        if "crashed" in states:
             sys.exit(1)
 
 
-def run_job(cfg: DictConfig) -> None:
+def run_job(cfg: DictConfig, overrides: list[str]) -> None:
     """Choose the run folder and train there."""
     hydra_cfg = HydraConfig.get()
-    overrides = list(hydra_cfg.overrides.task)
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
     if cfg.resume:
         run = Path(cfg.resume)
         cfg = resumed_config(run, overrides)
     elif sweep is not None:
-        from fcn.sweep import find_job, resumable
-
-        earlier = find_job(sweep, overrides)
-        run = earlier or sweep / hydra_cfg.sweep.subdir
-        if earlier is not None and resumable(earlier):
-            cfg, overrides = resumed_config(earlier, []), []
-        elif OmegaConf.select(cfg, "logger._target_"):
+        run = sweep / hydra_cfg.sweep.subdir
+        if OmegaConf.select(cfg, "logger._target_"):
             cfg.logger.group = cfg.logger.group or f"sweep_{sweep.name}"
             cfg.logger.name = f"{cfg.logger.name}_{hydra_cfg.job.num}"
     elif hydra_cfg.run.dir != ".":
@@ -188,8 +187,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     if not cfg.resume and is_main_process():
         run = create_run_folder(run)
         if OmegaConf.select(cfg, "logger._target_"):
-            given = cfg.logger.id or os.environ.get("WANDB_RUN_ID")  # of `wandb agent`
-            cfg.logger.id = given or secrets.token_hex(4)  # kept when the run is resumed
+            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
     try:
         trainer = build_trainer(cfg, run, resume_from=checkpoint)
     except BaseException:

@@ -116,7 +116,6 @@ def peak_memory() -> int:
 
 def write_settings(run: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """config.yaml and overrides.yaml; of a resumed run too, whose end may have been moved."""
-    (run / "error.txt").unlink(missing_ok=True)  # a crash that the run goes on from
     before = run / "overrides.yaml"
     if before.is_file():
         overrides = [*OmegaConf.load(before), *(o for o in overrides if o[:7] != "resume=")]
@@ -126,3 +125,4 @@ def write_settings(run: Path, cfg: DictConfig, overrides: list[str]) -> None:
     ):
         with atomic_write(run / name) as file:
             file.write(OmegaConf.to_yaml(content))
+    (run / "error.txt").unlink(missing_ok=True)  # a crash that the run goes on from

@@ -95,7 +95,7 @@ def run_job(
     sweep: Path,
     folder: Path,
     overrides: list[str],
-    train: Callable[[], None],
+    train: Callable[[Path | None], None],
     mendable: tuple[type[Exception], ...],
 ) -> None:
     """Train if that is not done yet, in one process only, and write down what became of it.
@@ -104,7 +104,7 @@ def run_job(
 
     Args:
         folder: of the job's error, if it has no run folder yet.
-        train: runs the job.
+        train: runs the job: goes on with a run, or begins one.
         mendable: errors, beside `FCNError`, that are told without a traceback.
     """
     from fcn.devices import is_main_process
@@ -113,15 +113,16 @@ def run_job(
         lock: AbstractContextManager[Any] = nullcontext()
     else:
         name = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:12]
-        (sweep / ".locks").mkdir(exist_ok=True)
-        lock = FileLock(sweep / ".locks" / name, timeout=PATIENCE)
+        lock = FileLock(sweep / f".{name}.lock", timeout=PATIENCE)
     try:
         with lock:
             earlier = find_job(sweep, overrides)
             if earlier is not None and finished_before(earlier):
                 return
+            if earlier is not None and not resumable(earlier):
+                earlier = None
             try:
-                train()
+                train(earlier)
             except (Exception, SystemExit) as error:
                 if isinstance(error.__context__, Stopped | KeyboardInterrupt):
                     raise

@@ -29,6 +29,7 @@ from fcn.module import SegmentationModule
 from fcn.runs import write_json
 
 Start = Callable[..., int]
+Job = Callable[[Path | None], None]
 
 
 @pytest.fixture
@@ -94,11 +95,12 @@ def test_crashed_job_goes_on_when_the_sweep_is_started_again(
     assert after[:2] == before[:2]  # speed included: these steps have not been made again
     assert not (sweep / "0" / "error.txt").exists()
     assert (sweep / "sweep.png").is_file()
-    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0", "1", ".locks"}
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0", "1"}
 
 
-def crash_with(error: BaseException) -> Callable[[], None]:
-    def train() -> None:
+def crash_with(error: BaseException) -> Job:
+    def train(earlier: Path | None) -> None:
+        assert earlier is None
         raise error
 
     return train
@@ -137,7 +139,7 @@ def test_crash_takes_no_other_jobs_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped(signal.SIGTERM, 3)])
 def test_interrupted_sweep_ends(tmp_path: Path, error: BaseException) -> None:
-    def job() -> None:
+    def job(earlier: Path | None) -> None:
         try:
             raise error
         except BaseException:  # as Lightning and train.py turn them into exit codes
@@ -153,12 +155,11 @@ def test_job_that_runs_elsewhere_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweeps, "PATIENCE", 0.05)
-    sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda: None, ())
-    (lock,) = (tmp_path / ".locks").iterdir()
+    sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: None, ())
     ran: list[int] = []
-    with FileLock(lock):
-        sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda: ran.append(1), ())
-        sweeps.run_job(tmp_path, tmp_path / "1", ["a=2"], lambda: ran.append(2), ())
+    with FileLock(next(tmp_path.glob(".*.lock"))):
+        sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: ran.append(1), ())
+        sweeps.run_job(tmp_path, tmp_path / "1", ["a=2"], lambda _: ran.append(2), ())
     assert ran == [2]
     assert "running in another process" in capsys.readouterr().out
 
