@@ -230,19 +230,26 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-        message = str(known) if known is not None else _of_hydra(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {short_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
+def short_message(error: Exception) -> str:
+    """What our own error says, if one is the cause, or the part of Hydra's that matters."""
+    known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
+    return str(known) if known is not None else _of_hydra(error)
+
+
+PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
+
+
 def quoted(argument: str) -> str:
     """Keep Hydra's grammar out of file names: any character may be in them."""
     key, _, value = argument.partition("=")
-    if key not in ("ckpt", "input", "output", "data.root") or value in ("", "null"):
+    if key not in PATHS or value in ("", "null"):
         return argument
     value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
     return f"{key}='{value}'".replace("${", "\\${")
