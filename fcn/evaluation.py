@@ -24,7 +24,7 @@ from torch import Tensor
 from fcn.errors import WeightsError
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.published import as_checkpoint, is_published
+from fcn.published import VOC_DATA, as_checkpoint, is_published
 from fcn.runs import atomic_write, best_checkpoint
 from fcn.weights import brief
 
@@ -76,7 +76,7 @@ def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
     if not is_published(checkpoint["state_dict"]):
         return SegmentationModule.load_from_checkpoint(path), checkpoint
     if settings["stride"] == 8:
-        log.info("%s: the FCN-8s trained in stages; if not, use python -m fcn.published", path)
+        log.info("%s is taken as trained in stages; if at once: python -m fcn.published", path)
     return SegmentationModule(**settings), checkpoint
 
 
@@ -99,7 +99,8 @@ def _check_harmless(path: Path, value: Any) -> None:
     """Refuse what Hydra or OmegaConf would call while they turn settings into a data module."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key == "_target_" and not _is_ours(inner):
+            call = key == "_target_" and not _is_ours(inner)
+            if call or (key == "defaults" and inner != VOC_DATA["defaults"]):  # of Hydra's groups
                 raise WeightsError(
                     f"ckpt={path} wants to call {inner}; choose the data with data=..."
                 )

@@ -23,6 +23,7 @@ from fcn.module import SegmentationModule
 from fcn.weights import read_file
 
 AT_ONCE = (1.0, 0.01, 0.0001)  # scale_pool4, scale_pool3 in the authors' voc-fcn8s-atonce
+VOC_DATA = {"defaults": ["voc2012", "_self_"], "root": "data"}  # conf/data/voc2012.yaml
 
 
 def is_published(content: Any) -> bool:
@@ -45,7 +46,7 @@ def as_checkpoint(
     return {
         "state_dict": state,
         "hyper_parameters": {"class_names": list(VOC2012.classes), **network},
-        "config": {"data": {"defaults": ["voc2012", "_self_"], "root": "data"}},  # conf/data/
+        "config": {"data": VOC_DATA},
         "precision": "32-true",
         "global_step": 0,
     }

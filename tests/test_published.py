@@ -221,6 +221,13 @@ def test_training_keeps_the_alignment(tmp_path: Path) -> None:
         train_tiny(tmp_path / "other", "model.alignment=caffe")
 
 
+def test_checkpoints_from_before_are_centered(finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(last_checkpoint(finished_run), weights_only=True)
+    assert checkpoint["hyper_parameters"].pop("alignment") == "centered"
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    assert SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt").network.margin == 0
+
+
 # ---- weights
 
 

@@ -181,6 +181,7 @@ HOSTILE: dict[str, Any] = {
     "borrowed from our module": {"_target_": "fcn.runs.subprocess.call", "args": ["touch"]},
     "borrowed from a data set": {"_target_": "fcn.datasets.voc2012.Path", "_args_": ["x"]},
     "not for data": {"_target_": "fcn.csv_logger.MetricsCSV", "path": "hacked"},
+    "another group": {"defaults": [{"/logger@_here_": "wandb"}], "save_dir": "hacked"},
     "resolver": {"dataset": "${oc.create:{_target_: os.system, _args_: [touch hacked]}}"},
 }
 
