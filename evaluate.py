@@ -61,8 +61,8 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     chosen = chosen_checkpoints(cfg)
 
     from fcn.callbacks import print_scores
+    from fcn.checkpoints import find_checkpoint, read_checkpoint
     from fcn.devices import quiet_lightning
-    from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.report import write_report
     from fcn.runs import output_folder, write_json
 
@@ -131,7 +131,8 @@ def score(
     """One checkpoint on all of `data`."""
     import pytorch_lightning as pl
 
-    from fcn.evaluation import ImageScores, Result, read_checkpoint
+    from fcn.checkpoints import read_checkpoint
+    from fcn.evaluation import ImageScores, Result
     from fcn.module import SegmentationModule
     from fcn.prediction import TestTime
     from fcn.runs import git_revision, versions
@@ -197,7 +198,7 @@ def offer_checkpoint_data(arguments: list[str]) -> None:
         path = str(pair[0]) if isinstance(pair, list) and pair else None
     data: dict[str, Any] = {"_target_": "fcn.datamodule.SegmentationDataModule"}
     if path and not any(a.startswith("data=") for a in arguments):
-        from fcn.evaluation import checkpoint_data, find_checkpoint  # torch: not for --help
+        from fcn.checkpoints import checkpoint_data, find_checkpoint  # torch: not for --help
 
         data = checkpoint_data(find_checkpoint(path))
     ConfigStore.instance().store(group="data", name="checkpoint", node=data)

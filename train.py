@@ -14,6 +14,7 @@ import secrets
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,29 @@ def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
         if OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)) or key == "experiment":
             raise ConfigError(f"{change}: a resumed run keeps its groups; change single settings")
     cfg.merge_with_dotlist(changes)
+    OmegaConf.resolve(cfg)  # what an interpolation makes is looked at too
+    conf = Path(__file__).parent.glob("conf/**/*.yaml")
+    known = {target for path in conf for _, target in targets(OmegaConf.load(path))}
+    for key, target in targets(cfg):
+        if target not in known and f"{key}={target}" not in changes:
+            raise ConfigError(
+                f"resume={run}: its config.yaml wants to call {target}, which conf/ does not name. "
+                f"If that is code of yours, say so: {key}={target}"
+            )
     cfg.resume = str(run)
     return cfg
+
+
+def targets(cfg: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every `_target_` in a configuration, which Hydra would import and call, with its place."""
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg)
+    for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
+        inner = f"{place}.{key}".lstrip(".")
+        if key == "_target_":
+            yield inner, str(value)
+        elif isinstance(value, dict | list):
+            yield from targets(value, inner)
 
 
 def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from fcn.checkpoints import read_checkpoint
 from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, LISTS, voc_palette
 from fcn.devices import best_precision
 from fcn.errors import ConfigError, reason
-from fcn.evaluation import read_checkpoint
 from fcn.module import SegmentationModule
 from fcn.visualize import FAINT, INK, overlay, to_pil, whole
 

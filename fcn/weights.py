@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -210,7 +211,9 @@ def _read_file(path: Path) -> StateDict:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where the format allows it: a compressed file would unpack to any size
+            mapped = is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # bytes of any kind make torch raise errors of any kind
         raise WeightsError(f"{path} cannot be read as weights: {_brief(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
