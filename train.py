@@ -290,7 +290,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or on a CPU whose system refuses."""
     from torch import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, OutOfMemoryError | MemoryError) or any(t in str(error) for t in told)
 
 
 def advice_on_memory(cfg: DictConfig, trainer: "pl.Trainer") -> str:

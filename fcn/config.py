@@ -19,12 +19,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(low: int) -> Test:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
-
-
-def _whole_between(low: int, high: int) -> Test:
-    return lambda v: _whole(low)(v) and v <= high
+def _whole(low: int, high: int = 2**31 - 1) -> Test:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
 def _between(low: float, high: float) -> Test:
@@ -62,15 +58,22 @@ def _duration(value: Any) -> bool:
     return bool(is_time) and value.strip("0:") != ""
 
 
+def _strategy(value: Any) -> bool:
+    """Lightning's name, or what conf/trainer/ddp.yaml has; others' options are their own."""
+    options = ("broadcast_buffers", "gradient_as_bucket_view")
+    is_table = isinstance(value, dict) and _text(value.get("_target_"))
+    return _text(value) or (is_table and all(isinstance(value.get(k, True), bool) for k in options))
+
+
 TRUTH = (lambda v: isinstance(v, bool), "true or false")
-COUNT = (_whole(1), "a whole number from 1 up")
-COUNT_OR_NONE = (_optional(_whole(1)), "null or a whole number from 1 up")
-WHOLE = (_whole(0), "a whole number from 0 up")
+COUNT = (_whole(1), "a whole number from 1 up, below 2^31")
+COUNT_OR_NONE = (_optional(_whole(1)), "null or a whole number from 1 up, below 2^31")
+WHOLE = (_whole(0), "a whole number from 0 up, below 2^31")
 POSITIVE = (_positive, "a number above 0")
 NOT_NEGATIVE = (_between(0, math.inf), "a number from 0 up")
 FRACTION = (_between(0, 1), "a number from 0 to 1")
 TEXT_OR_NONE = (_optional(_text), "null or a text")
-SEED = (_whole_between(0, 2**32 - 1), "a whole number from 0 to 4294967295")
+SEED = (_whole(0, 2**32 - 1), "a whole number from 0 to 4294967295")
 SPLIT = (_text, "the name of a split, such as train")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -87,7 +90,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "data.val_split": SPLIT,
     "data.batch_size": (lambda v: v == "auto" or _whole(1)(v), "auto or a whole number from 1 up"),
     "data.eval_batch_size": COUNT,
-    "data.num_workers": (_optional(_whole(0)), "null or a whole number from 0 up"),
+    "data.num_workers": (_optional(_whole(0, 256)), "null or a whole number from 0 to 256"),
     "data.limit": COUNT_OR_NONE,
     "data.crop_size": (
         lambda v: v is None or _whole(1)(v) or _pair(_whole(1))(v),
@@ -114,8 +117,8 @@ RULES: dict[str, tuple[Test, str]] = {
         "three numbers above 0, for pool5, pool4 and pool3",
     ),
     "model.learn_upsampling": TRUTH,
-    "model.freeze_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
-    "model.checkpoint_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
+    "model.freeze_stages": (_whole(0, 5), "a whole number from 0 to 5"),
+    "model.checkpoint_stages": (_whole(0, 5), "a whole number from 0 to 5"),
     "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
     "model.head_lr_multiplier": POSITIVE,
     "model.bias_lr_multiplier": POSITIVE,
@@ -138,9 +141,12 @@ RULES: dict[str, tuple[Test, str]] = {
     "trainer.precision": (_one_of(*PRECISIONS), ", ".join(PRECISIONS)),
     "trainer.accelerator": (_text, "auto, cpu, gpu, mps or another of Lightning's"),
     "trainer.devices": (
-        lambda v: v in ("auto", -1) or _whole(1)(v) or (isinstance(v, list) and v != []),
-        "a count, a list or auto",
+        lambda v: (
+            v in ("auto", -1) or _whole(1, 256)(v) or (isinstance(v, list) and v != [])
+        ),
+        "a count up to 256, a list or auto",
     ),
+    "trainer.strategy": (_strategy, "the name of a strategy, or its _target_ and true or false"),
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "warn", "true, false or warn"),
     "trainer.benchmark": (_optional(lambda v: isinstance(v, bool)), "null, true or false"),
     "trainer.limit_val_batches": (
