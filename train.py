@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ def run_job(cfg: DictConfig) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     finally:
+        with suppress(OSError):
+            run.rmdir()  # Hydra has made it; only an empty one goes
         if sweep is not None:
             from fcn.summary import write_sweep_table
 
