@@ -256,6 +256,7 @@ def test_unpack_interrupted(
         entry("kit/link", tarfile.SYMTYPE, "tree/a.txt"),
         entry("kit/hard", tarfile.LNKTYPE, "kit/tree/a.txt"),
         entry("kit/device", tarfile.CHRTYPE),
+        entry("kit/disk", tarfile.BLKTYPE),
         entry("kit/pipe", tarfile.FIFOTYPE),
     ],
     ids=lambda info: f"{info.name}-{info.type.decode()}",
