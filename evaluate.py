@@ -131,14 +131,11 @@ def score(
     """One checkpoint on all of `data`."""
     import pytorch_lightning as pl
 
-    from fcn.checkpoints import read_checkpoint
-    from fcn.evaluation import ImageScores, Result
-    from fcn.module import SegmentationModule
+    from fcn.evaluation import ImageScores, Result, open_checkpoint
     from fcn.prediction import TestTime
     from fcn.runs import git_revision, versions
 
-    checkpoint = read_checkpoint(path)
-    module = SegmentationModule.load_from_checkpoint(path)
+    module, checkpoint = open_checkpoint(path)
     if cfg.tta.flip or list(cfg.tta.scales) != [1] or cfg.tile is not None:
         network = TestTime(module.network, tile=cfg.tile, **cfg.tta)
         module.network = network  # type: ignore[assignment]  # takes and gives what an FCN does

@@ -47,9 +47,9 @@ def export(cfg: DictConfig) -> Path:
     if cfg.format not in endings:
         raise ConfigError(f"format={cfg.format}: must be onnx, torch or safetensors")
 
-    from fcn.checkpoints import find_checkpoint, read_checkpoint, write_safetensors
+    from fcn.checkpoints import find_checkpoint, write_safetensors
+    from fcn.evaluation import open_checkpoint
     from fcn.export import write_checked
-    from fcn.module import SegmentationModule
     from fcn.runs import output_folder
 
     ckpt, ending = find_checkpoint(cfg.ckpt), endings[cfg.format]
@@ -58,9 +58,9 @@ def export(cfg: DictConfig) -> Path:
     if path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={cfg.format} ends with {ending}")
 
-    module = SegmentationModule.load_from_checkpoint(ckpt)
+    module, checkpoint = open_checkpoint(ckpt)
     if cfg.format == "safetensors":
-        write_safetensors(read_checkpoint(ckpt), path)
+        write_safetensors(checkpoint, module, path)
         print(f"{path}, {path.stat().st_size / 2**20:.0f} MB: takes the place of a checkpoint")
         return path
     difference, equal = write_checked(module, path, argmax=cfg.argmax)

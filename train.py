@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fcn.config import check_training, short_messages
@@ -41,21 +42,63 @@ if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
     from fcn.module import SegmentationModule
 
+MENDABLE = (HydraException, OmegaConfBaseException)  # by the user, beside our own errors
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """One run, or one job of a sweep."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        run_job(cfg)  # Hydra keeps an error until the other jobs are done
-        return
-    with short_messages(HydraException, OmegaConfBaseException):
-        run_job(cfg)
-
-
-def run_job(cfg: DictConfig) -> None:
-    """Choose the run folder, train there, and keep the sweep's table."""
     hydra_cfg = HydraConfig.get()
     overrides = list(hydra_cfg.overrides.task)
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        with short_messages(*MENDABLE):
+            run_job(cfg, overrides)
+        return
+
+    def job(earlier: Path | None) -> None:
+        if earlier is not None:
+            cfg.resume = str(earlier)
+        run_job(cfg, overrides if earlier is None else [])
+
+    from fcn import sweep
+
+    folder = Path(hydra_cfg.sweep.dir)
+    sweep.run_job(folder, folder / hydra_cfg.sweep.subdir, overrides, job, mendable=MENDABLE)
+
+
+class SameSweep(HydraCallback):
+    """Started again, a sweep goes on in its folder; at the end it says what became of its jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from fcn.sweep import find_sweep, several_processes
+
+        # Jobs in processes of their own (hydra/launcher=submitit_...) import from here.
+        paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        given = any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
+        sweep = None if given or several_processes() else find_sweep(config)
+        if sweep is not None:
+            print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
+            with read_write(config.hydra):
+                config.hydra.sweep.dir = str(sweep)
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")  # for the jobs
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from fcn.devices import is_main_process
+        from fcn.sweep import write_results
+
+        if not is_main_process():
+            return
+        states = [row["status"] for row in write_results(Path(config.hydra.sweep.dir))]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        print(f"{config.hydra.sweep.dir}/sweep.csv: {counts}", flush=True)
+        if "crashed" in states:
+            sys.exit(1)
+
+
+def run_job(cfg: DictConfig, overrides: list[str]) -> None:
+    """Choose the run folder and train there."""
+    hydra_cfg = HydraConfig.get()
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
     if cfg.resume:
         run = Path(cfg.resume)
@@ -86,16 +129,10 @@ def run_job(cfg: DictConfig) -> None:
             data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)
-        if sweep is not None:
-            print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         with suppress(OSError):
             run.rmdir()  # Hydra has made it; only an empty one goes
-        if sweep is not None:
-            from fcn.summary import write_sweep_table
-
-            write_sweep_table(sweep)
 
 
 def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
@@ -329,6 +366,7 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
     """The Trainer with its callbacks and loggers, all writing below `run`, in one process only."""
     from fcn.callbacks import (
         AtomicCheckpointIO,
+        AveragedWeights,
         BestCheckpoint,
         LastCheckpoint,
         LossStatistics,
@@ -351,11 +389,13 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
             config=config,
         ),
     ]
+    if cfg.callbacks.get("average_decay") is not None:
+        callbacks.insert(0, AveragedWeights(decay=cfg.callbacks.average_decay))
     if is_main_process():
         csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
         loggers = [csv, *wandb_loggers(cfg, run)]
         panels = Panels(images=cfg.callbacks.panel_images, folder=run / "panels")
-        callbacks[1:1] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
+        callbacks[-2:-2] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
         if cfg.trainer.enable_progress_bar:
             callbacks.insert(0, ProgressBar())
     # The loader never ends, so Lightning sees one epoch; it counts batches, we count steps.
@@ -444,5 +484,5 @@ def finish_wandb(trainer: "pl.Trainer", exit_code: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # short_messages reports instead of Hydra
-    with short_messages(HydraException, OmegaConfBaseException):
+    with short_messages(*MENDABLE):
         main()

@@ -96,15 +96,16 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
         backbone, precision = OURS[name]
         given = [f"model.weights={weights}"] if weights else []
         given += [f"model.backbone={backbone}", f"trainer.precision={precision}", *overrides]
-        return _ours(configured(*given)[1].to(device), precision, device)
+        cfg, module = configured(*given)
+        return _ours(module.to(device), precision, device, cfg.trainer.gradient_clip_val)
     values = weights and torch.load(weights, map_location="cpu", weights_only=True)
     if name in TORCHFCN:
         return _torchfcn(*TORCHFCN[name], device, values)
     return _smp(SMP[name], device, values)
 
 
-def _ours(module: Any, precision: str, device: str) -> Contestant:
-    """In Lightning's order: forward, zero_grad, backward, gradient norm for the log, update."""
+def _ours(module: Any, precision: str, device: str, clip: float | None) -> Contestant:
+    """In Lightning's order: forward, zero_grad, backward, gradient norm, clipping, update."""
     from fcn.callbacks import LossStatistics
 
     optimizer, statistics = module.configure_optimizers(), LossStatistics()
@@ -117,6 +118,8 @@ def _ours(module: Any, precision: str, device: str) -> Contestant:
         optimizer.zero_grad()
         loss.backward()
         statistics.on_before_optimizer_step(None, module, optimizer)
+        if clip:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         return loss.detach()
 

@@ -1,7 +1,7 @@
 """The picture at the top of the README: what skips add, on generated shapes.
 
     for n in 32 16 8; do python train.py experiment=quickstart model=fcn${n}s name=skips$n; done
-    python docs/skips.py CKPT32 CKPT16 CKPT8 docs/skips.png
+    python docs/skips.py CKPT32 CKPT16 CKPT8 docs/skips.png --images 1 0 3
 
 A row for each of the first validation images: image | label | FCN-32s | FCN-16s | FCN-8s. Above the
 predictions the mean IoU over the whole split, as evaluate.py counts it; below, that of the image.

@@ -6,13 +6,13 @@ that name code are refused, and no more memory is taken than the file has bytes.
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,10 @@ from torch import Tensor
 
 from fcn.errors import ConfigError, WeightsError, reason
 from fcn.runs import best_checkpoint
+from fcn.weights import brief
+
+if TYPE_CHECKING:
+    from fcn.module import SegmentationModule
 
 SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
 
@@ -31,27 +35,28 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours; tensors of a .ckpt stay on disk until they are used.
+    """A checkpoint of ours, or what it would be of a published net (fcn/published.py); tensors of
+    a .ckpt stay on disk until they are used.
 
     Raises:
         WeightsError: there is none at `path`, it is broken, not ours, or could run code.
     """
     if not path.is_file():
         raise WeightsError(f"ckpt={path}: no such file")
+    from fcn.published import as_checkpoint, is_published  # which builds networks
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("fcn", "{}"))
             checkpoint = {**about, "state_dict": load_file(path)}
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"ckpt={path} holds more than tensors and plain values; loading it could run code"
-        ) from error
+            mmap = is_zipfile(path)  # files of torch before 1.6, as the published ones are, are not
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # bytes of any kind raise errors of any kind
-        why = (reason(error).splitlines() or [""])[0]
-        raise WeightsError(f"ckpt={path} cannot be read: {why}") from error
+        raise WeightsError(f"ckpt={path} cannot be read: {brief(error)}") from error
+    if is_published(checkpoint):
+        return as_checkpoint(path, checkpoint)
     names = {"state_dict", *SETTINGS}
     missing = names - set(checkpoint) if isinstance(checkpoint, dict) else names
     if missing:
@@ -83,15 +88,19 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise WeightsError(f"ckpt={path}: the weights are not what it says: {what}")
 
 
-def write_safetensors(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """The weights and settings of a checkpoint, for other people: this format holds no code.
+def write_safetensors(
+    checkpoint: Mapping[str, Any], module: "SegmentationModule", path: Path
+) -> None:
+    """Weights and settings of a checkpoint and its module, for other people: no code can be in it.
 
     Raises:
         ConfigError: `path` cannot be written.
     """
     part = path.with_name(f".{path.name}.safetensors")
-    state = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
-    about = {name: checkpoint[name] for name in (*SETTINGS, "fresh_layers")}
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    about = {name: checkpoint[name] for name in SETTINGS}
+    about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
+    about["fresh_layers"] = module.network.fresh_layers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, part, {"fcn": json.dumps(about)})

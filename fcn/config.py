@@ -123,6 +123,8 @@ RULES: dict[str, tuple[Test, str]] = {
         "three numbers above 0, for pool5, pool4 and pool3",
     ),
     "model.learn_upsampling": TRUTH,
+    "model.learn_last_upsampling": TRUTH,
+    "model.alignment": (_one_of("centered", "caffe"), "centered or caffe"),
     "model.freeze_stages": (_whole(0, 5), "a whole number from 0 to 5"),
     "model.checkpoint_stages": (_whole(0, 5), "a whole number from 0 to 5"),
     "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
@@ -188,6 +190,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "comp": (_one_of("comp5", "comp6"), "comp5 or comp6"),
     "argmax": TRUTH,
     "report.images": WHOLE,
+    "callbacks.average_decay": (_optional(_below(0, 1)), "null, or at least 0 and below 1"),
     "callbacks.half_life": POSITIVE,
     "callbacks.window": COUNT,
     "callbacks.checkpoint_every_n_steps": COUNT,
@@ -221,8 +224,11 @@ def check_training(config: Mapping[str, Any]) -> None:
     if not any(ends):
         raise ConfigError("training would never end: set trainer.max_steps, max_epochs or max_time")
     model = config.get("model") or {}
-    if model.get("fusion") == "feature" and not model.get("learn_upsampling"):
-        raise ConfigError("model.fusion=feature needs model.learn_upsampling=true")
+    for key in ("learn_upsampling", "learn_last_upsampling"):
+        if model.get("fusion") == "feature" and not model.get(key, True):
+            raise ConfigError(f"model.fusion=feature needs model.{key}=true")
+    if model.get("alignment") == "caffe" and model.get("head_kernel") != 7:
+        raise ConfigError("model.alignment=caffe needs model.head_kernel=7")
 
 
 def _shown(value: Any) -> str:
@@ -244,19 +250,26 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, expected) and not _raised_by_hydra(error):
             raise
-        known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-        message = str(known) if known is not None else _of_hydra(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {short_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
+def short_message(error: Exception) -> str:
+    """What our own error says, if one is the cause, or the part of Hydra's that matters."""
+    known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
+    return str(known) if known is not None else _of_hydra(error)
+
+
+PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
+
+
 def quoted(argument: str) -> str:
     """Keep Hydra's grammar out of file names: any character may be in them."""
     key, _, value = argument.partition("=")
-    if key not in ("ckpt", "input", "output", "data.root") or value in ("", "null"):
+    if key not in PATHS or value in ("", "null"):
         return argument
     value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
     return f"{key}='{value}'".replace("${", "\\${")

@@ -2,6 +2,7 @@
 boundaries scored, results written."""
 
 import csv
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +17,32 @@ from pytorch_lightning.callbacks import Callback
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from fcn.checkpoints import read_checkpoint
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
+from fcn.published import is_published
 from fcn.runs import atomic_write
+
+log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # of the bands around label boundaries, in pixels
 # The first of WIDTHS that reaches a pixel at distance 0, 1, ..., 40 from the boundary's pixels
 NARROWEST = np.searchsorted(WIDTHS, np.arange(1, WIDTHS[-1] + 2)).astype(np.int32)
+
+
+def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
+    """The module of a checkpoint of ours, or of a published net, and what `read_checkpoint` gives.
+
+    Raises:
+        WeightsError: as `read_checkpoint`, or the tensors do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"]
+    if not is_published(checkpoint["state_dict"]):
+        return SegmentationModule.load_from_checkpoint(path), checkpoint
+    if settings["stride"] == 8:
+        log.info("%s: the FCN-8s trained in stages; if not, use python -m fcn.published", path)
+    return SegmentationModule(**settings), checkpoint
 
 
 class ImageScores(Callback):

@@ -221,7 +221,10 @@ def trace(config: Config, images: int) -> np.ndarray:
                 loss.backward()
             nn.utils.clip_grad_norm_(learned, trainer["gradient_clip_val"] or float("inf"))
             optimizer.step()
-    return np.array(recorder.moments)
+    moments = np.array(recorder.moments)
+    if config["callbacks"].get("average_decay") is not None:
+        moments[:, 0] += sum(p.nbytes for p in module.parameters())  # a second set of weights
+    return moments
 
 
 def _peak(moments: np.ndarray) -> Plan:

@@ -23,12 +23,11 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from fcn.checkpoints import read_checkpoint
 from fcn.datasets.reading import check_exist, is_picture, open_picture, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, LISTS, voc_palette
 from fcn.devices import best_precision
 from fcn.errors import ConfigError, reason
-from fcn.module import SegmentationModule
+from fcn.evaluation import open_checkpoint
 from fcn.visualize import FAINT, INK, one_line, overlay, to_pil, whole
 
 Scores = Callable[[Tensor], Tensor]  # images (N, 3, H, W) uint8 -> logits (N, K, H, W)
@@ -212,8 +211,8 @@ def load_model(path: Path, device: str = "auto", precision: str | None = None) -
 
         module, trained = read_pt2(path), "32-true"
     else:
-        trained = str(read_checkpoint(path)["precision"])
-        module = SegmentationModule.load_from_checkpoint(path)
+        module, checkpoint = open_checkpoint(path)
+        trained = str(checkpoint["precision"])
     place = find_device(device)
     mixed_here = (place.type, trained) == ("cuda", "16-mixed")
     if (trained in AUTOCAST or place.type == "mps") and not mixed_here:  # mps has no float64

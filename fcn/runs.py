@@ -126,3 +126,4 @@ def write_settings(run: Path, cfg: DictConfig, overrides: list[str]) -> None:
     ):
         with atomic_write(run / name) as file:
             file.write(OmegaConf.to_yaml(content))
+    (run / "error.txt").unlink(missing_ok=True)  # a crash that the run goes on from

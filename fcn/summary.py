@@ -1,14 +1,10 @@
-"""What is left of a run when it ends: summary.json, and a row in the sweep's table."""
+"""What is left of a run when it ends: summary.json."""
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fcn.csv_logger import read_column, read_metrics
-from fcn.runs import atomic_write, git_revision, peak_memory, versions
+from fcn.runs import git_revision, peak_memory, versions
 
 
 def summarise(run: Path, status: str) -> dict[str, Any]:
@@ -35,27 +31,3 @@ def summarise(run: Path, status: str) -> dict[str, Any]:
         "versions": versions(),
         "git_revision": git_revision(),
     }
-
-
-def write_sweep_table(sweep: Path) -> None:
-    """sweep.csv: a row for each run in the folder, from what the runs have written themselves.
-
-    Each job writes it anew when it ends, so it is there however the jobs were launched.
-    """
-    rows = []
-    for run in sorted(sweep.iterdir(), key=lambda p: (len(p.name), p.name)):
-        if not (run / "overrides.yaml").is_file():
-            continue
-        summary = {}
-        if (run / "summary.json").is_file():
-            summary = json.loads((run / "summary.json").read_text())
-        overrides = OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"), resolve=False)
-        row = {"run": run.name, "status": summary.get("status", "unfinished")}
-        row |= dict(text.split("=", 1) for text in map(str, overrides or ()) if "=" in text)
-        plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
-        rows.append(row | {k: v for k, v in plain.items() if not k.startswith("val/iou/")})
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with atomic_write(sweep / "sweep.csv") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -311,6 +312,59 @@ def compare_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_sweep(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> None:
+    """The best mean IoU of each run over each of the swept settings; no file if none has one.
+
+    Args:
+        rows: of sweep.csv.
+        keys: the settings, columns of the table.
+    """
+    scored = [row for row in rows if row.get("best/val/miou") is not None]
+    if not scored or not keys:
+        return
+    across = min(3, len(keys))
+    down = -(-len(keys) // across)
+    figure = Figure(figsize=(max(4.5, 3.4 * across), 0.5 + 3 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
+    for axes, key in zip(panels, keys, strict=False):
+        runs = [(str(row[key]), float(row["best/val/miou"])) for row in scored if key in row]
+        texts = list(dict.fromkeys(text for text, _ in runs))
+        numbers = _numbers(texts)
+        places = numbers or [float(place) for place in range(len(texts))]
+        at = np.array([places[texts.index(text)] for text, _ in runs])
+        scores = np.array([score for _, score in runs])
+        middle = [(x, float(np.median(scores[at == x]))) for x in sorted(set(places))]
+        axes.plot(*zip(*middle, strict=True), color="C2", lw=1.6, zorder=1)
+        axes.scatter(at, scores, s=18, color="C2", alpha=0.6, lw=0, zorder=2)
+        if numbers and min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
+            axes.set_xscale("log")
+        if len(texts) <= 6 or not numbers:
+            labels = [f"{text[:19]}…" if len(text) > 20 else text for text in texts]
+            many = sum(map(len, labels)) > 30
+            axes.set_xticks(
+                places,
+                [label.replace("$", r"\$") for label in labels],
+                rotation=30 if many else 0,
+                ha="right" if many else "center",
+                rotation_mode="anchor",
+            )
+            axes.minorticks_off()
+        axes.set(title=key)
+    for axes in panels[len(keys) :]:
+        axes.remove()
+    figure.supylabel("best validation mean IoU", fontsize=10)
+    _save(figure, path, margin=0.08)
+
+
+def _numbers(texts: Sequence[str]) -> list[float] | None:
+    """As numbers, if all are."""
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None
+
+
 class Plain(LogFormatter):
     """0.6 where LogFormatter has 6e-01."""
 
@@ -341,12 +395,12 @@ def _thinned(steps: np.ndarray, values: np.ndarray, *, parts: int = 2000) -> tup
     return steps[kept], values[kept]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, margin: float = 0.02) -> None:
     for axes in figure.axes:
         axes.title.set(fontsize=11, horizontalalignment="left", x=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.02)
+        axes.margins(x=margin)
     with whole(path) as part:
         figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
 

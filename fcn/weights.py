@@ -1,8 +1,10 @@
-"""Pretrained values for an FCN: ImageNet VGGs, and our checkpoints of the same or coarser stride.
+"""Pretrained values for an FCN: ImageNet VGGs, and FCNs of the same or coarser stride, ours or the
+authors' own Caffe nets as torchfcn names their layers (`conv1_1.weight` ... `upscore8.weight`).
 
     FCN(stride=8, weights="IMAGENET1K_V1")                        # torchvision's, downloaded once
     FCN(stride=8, weights="vgg19.safetensors")                    # torchvision's names, from a file
     FCN(stride=8, weights="runs/fcn16s/.../checkpoints/best.ckpt")  # 16s starts 8s
+    FCN(stride=8, backbone="vgg16", alignment="caffe", weights="fcn8s_from_caffe.pth")
 
 A layer is loaded, named in a warning, or named in an error: none is skipped in silence.
 """
@@ -19,12 +21,12 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
 from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError, reason
-from fcn.network import FCN, MEAN, SKIPS, STD, head_layers
+from fcn.network import FCN, MEAN, POOL_CHANNELS, SKIPS, STD, head_layers
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
 
     Args:
         source: the name of a torchvision weight set for this VGG, or the path of a .pth or
-            .safetensors file with torchvision's names, or of a checkpoint of ours.
+            .safetensors file with torchvision's names or torchfcn's, or of a checkpoint of ours.
 
     Returns:
         The layers of head and decoder that keep their fresh start.
@@ -51,16 +53,19 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     warning = ""
     theirs: dict[str, str] = {}  # names as the file has them, for messages
     may_drop: list[str] = []
-    if any(name.startswith("features.") for name in state):
+    imagenet, published = (any(n.startswith(f) for n in state) for f in ("features.", "conv1_1."))
+    if imagenet:
         theirs = torchvision_layers(network)
         state, warning = from_torchvision(network, state)
         may_miss = [n for n in own if not n.startswith("stages.")]
     else:
+        if published:
+            theirs = torchfcn_layers(network)
+            state = from_torchfcn(network, state, source)
         may_miss, may_drop = _new_in_finer_stride(network, state)
 
     def shown(name: str) -> str:
-        layer, _, kind = name.rpartition(".")
-        return f"{theirs.get(layer, layer)}.{kind}"
+        return _renamed(name, theirs)
 
     both = [name for name in own if name in state]
     loaded = {_layer(name) for name in both}
@@ -68,7 +73,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
         "missing": [
             shown(n) for n in own if n not in state and (n not in may_miss or _layer(n) in loaded)
         ],
-        "unexpected": [n for n in state if n not in own and n not in may_drop],
+        "unexpected": [shown(n) for n in state if n not in own and n not in may_drop],
         "wrong shape": [
             f"{shown(n)} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
             for n in both
@@ -86,6 +91,12 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     with torch.no_grad():
         for name in both:
             own[name].copy_(state[name])  # float16 becomes float32
+        weight, bias = own["stages.0.0.weight"], own["stages.0.0.bias"]  # (C, 3, 3, 3), (C,)
+        if published:  # it has seen BGR, 0 to 255 before the mean
+            weight.copy_(weight.flip(1) * (255 * network.std))
+        elif imagenet:
+            shift = (network.mean.flatten() - torch.tensor(MEAN)) / network.std.flatten()
+            bias += weight.sum((2, 3)) @ shift  # 0 unless its zero is Caffe's mean
     if warning:
         log.warning("%s: %s", source, warning)
     return [layer for layer in head_layers(network) if layer not in loaded]
@@ -112,7 +123,7 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     """The tensors at `source`, under the names they have there (ours without `network.`)."""
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
-        return _read_file(weights)
+        return read_file(weights)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     cached.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
@@ -125,12 +136,12 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     except Exception as error:  # a damaged file raises anything
         if cached.exists():
             raise WeightsError(
-                f"{cached} cannot be read: {_brief(error)}. Delete it, and it is downloaded again"
+                f"{cached} cannot be read: {brief(error)}. Delete it, and it is downloaded again"
             ) from error
         if not isinstance(error, OSError | HTTPException | RuntimeError):
             raise
         raise WeightsError(
-            f"cannot download {weights.url} ({_brief(error)}). Put the file at {cached}, or give "
+            f"cannot download {weights.url} ({brief(error)}). Put the file at {cached}, or give "
             "a path: model.weights=FILE.pth, or null for a random start. "
             "`experiment=quickstart` needs no download."
         ) from error
@@ -201,6 +212,33 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
     return renamed, f"{layers} start{'s' if len(random) == 1 else ''} at random ({reasons})"
 
 
+def torchfcn_layers(network: FCN) -> dict[str, str]:
+    """Our layers, of all strides, with the names that torchfcn has from the authors' Caffe nets."""
+    names = {"conv6": "fc6", "conv7": "fc7", "score": "score_fr"}
+    for number, stage in enumerate(network.stages, start=1):
+        layers = [name for name, layer in stage.named_children() if isinstance(layer, nn.Conv2d)]
+        names |= {f"stages.{number - 1}.{j}": f"conv{number}_{i + 1}" for i, j in enumerate(layers)}
+    names |= {f"skips.{pool}": f"score_{pool}" for pool in POOL_CHANNELS}
+    names |= {"upsample.to_pool4": "upscore2", "upsample.to_pool3": "upscore_pool4"}
+    names |= {f"upsample.to_image_{stride}": f"upscore{stride}" for stride in SKIPS}
+    return names | {"upsample.to_image_32": "upscore"}
+
+
+def from_torchfcn(network: FCN, state: StateDict, source: str | Path) -> StateDict:
+    """torchfcn's tensors under our names; what has no place here keeps its name.
+
+    Raises:
+        WeightsError: the network has another alignment than those nets.
+    """
+    if network.alignment != "caffe":
+        raise WeightsError(
+            f"{source} is one of the authors' Caffe nets: they need model.alignment=caffe "
+            "model.backbone=vgg16"
+        )
+    ours = {theirs: layer for layer, theirs in torchfcn_layers(network).items()}
+    return {_renamed(name, ours): value for name, value in state.items()}
+
+
 def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
     """What a checkpoint of a coarser stride may lack, and what of it has no place (32s -> 16s)."""
     strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
@@ -213,7 +251,8 @@ def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], lis
     return may_miss, [n for n in state if n.startswith(f"upsample.to_image_{strides[0]}.")]
 
 
-def _read_file(path: Path) -> StateDict:
+def read_file(path: Path) -> StateDict:
+    """The tensors of a file, under the names they have there (ours without `network.`)."""
     content: Any
     try:
         if path.suffix == ".safetensors":
@@ -223,7 +262,7 @@ def _read_file(path: Path) -> StateDict:
             mapped = is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # bytes of any kind make torch raise errors of any kind
-        raise WeightsError(f"{path} cannot be read as weights: {_brief(error)}") from error
+        raise WeightsError(f"{path} cannot be read as weights: {brief(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # of a Lightning checkpoint
     if (
@@ -239,7 +278,12 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _brief(error: BaseException) -> str:
+def _renamed(name: str, layers: dict[str, str]) -> str:
+    layer, dot, kind = name.rpartition(".")
+    return f"{layers.get(layer, layer)}{dot}{kind}"
+
+
+def brief(error: BaseException) -> str:
     """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
     if isinstance(error, pickle.UnpicklingError):
         code = re.search(r"GLOBAL (\S+)", str(error))

@@ -94,6 +94,39 @@ def test_accumulated_batches_count_as_one_step() -> None:
     assert recorder.logged[2]["train/loss"] == pytest.approx(4)
 
 
+def test_averaged_weights_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, seen = "network.score.weight", dict[str, list[torch.Tensor]](current=[], validated=[])
+
+    def note(kind: str, of: str, module: type) -> None:
+        own = getattr(module, of)
+
+        def noted(self: Any, *args: Any) -> Any:
+            network = self if isinstance(self, SegmentationModule) else args[1]
+            seen[kind].append(network.state_dict()[name].clone())
+            return own(self, *args)
+
+        monkeypatch.setattr(module, of, noted)
+
+    note("current", "on_train_batch_end", LossStatistics)
+    note("validated", "validation_step", SegmentationModule)
+    train_tiny(
+        tmp_path / "run",
+        "callbacks.average_decay=0.3",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=4",
+        "trainer.accumulate_grad_batches=1",
+    )
+    average = seen["current"][0]
+    for number, current in enumerate(seen["current"][1:], start=1):
+        kept = min(0.3, (1 + number) / (10 + number))
+        average = kept * average + (1 - kept) * current
+    assert len(seen["current"]) == 4
+    checkpoint = torch.load(best_checkpoint(tmp_path / "run"), weights_only=True)
+    torch.testing.assert_close(seen["validated"][-1], average)
+    torch.testing.assert_close(checkpoint["state_dict"][name], average)
+    assert not torch.equal(average, seen["current"][-1])
+
+
 def test_read_at_times_but_every_step_has_its_row() -> None:
     each, third = (Recorder(LossStatistics(half_life=2), every=every) for every in (1, 3))
     losses = [5, 1, 4, 2, 8, 3, 7]

@@ -264,6 +264,15 @@ def test_pooling_avg() -> None:
     torch.testing.assert_close(network.stages[0](x), F.avg_pool2d(first(x), 2))
 
 
+def test_max_pooling_in_bfloat16_equals_torchs() -> None:
+    x = torch.randn(2, 3, 8, 6).to(torch.bfloat16)
+    x[0, 0, :2, :2] = float("nan")
+    pool = small().stages[0][-1]
+    assert torch.equal(pool(x).nan_to_num(9), F.max_pool2d(x, 2, 2).nan_to_num(9))
+    learned = x.clone().requires_grad_()
+    assert torch.equal(pool(learned).nan_to_num(9), F.max_pool2d(x, 2, 2).nan_to_num(9))
+
+
 def test_learn_upsampling_false_freezes_upsampling_only() -> None:
     frozen = {n for n, p in small(learn_upsampling=False).named_parameters() if not p.requires_grad}
     assert frozen == {
@@ -272,6 +281,9 @@ def test_learn_upsampling_false_freezes_upsampling_only() -> None:
         "upsample.to_image_8.weight",
     }
     assert all(p.requires_grad for p in small().parameters())
+    one = small(learn_last_upsampling=False)
+    frozen = {n for n, p in one.named_parameters() if not p.requires_grad}
+    assert frozen == {"upsample.to_image_8.weight"}
 
 
 @pytest.mark.parametrize("stages", [0, 2, 5])
@@ -377,3 +389,5 @@ def test_bad_arguments(name: str, value: object) -> None:
 def test_feature_fusion_must_learn_upsampling() -> None:
     with pytest.raises(ValueError, match="must learn"):
         small(fusion="feature", learn_upsampling=False)
+    with pytest.raises(ValueError, match="learn"):
+        small(fusion="feature", learn_last_upsampling=False)

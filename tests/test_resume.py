@@ -37,6 +37,7 @@ SETTINGS = [
     "trainer.enable_progress_bar=false",
     "callbacks.checkpoint_every_n_steps=3",
     "callbacks.panel_images=1",
+    "callbacks.average_decay=0.9",
 ]
 
 

@@ -1,15 +1,12 @@
-"""Run folders, JSON and the table of a sweep."""
+"""Run folders and JSON."""
 
-import csv
 import json
 import math
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from fcn.runs import create_run_folder, git_revision, write_json
-from fcn.summary import write_sweep_table
 
 
 def test_folders_of_two_runs_differ(tmp_path: Path) -> None:
@@ -50,37 +47,6 @@ def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_sweep_table(tmp_path: Path) -> None:
-    notes = "logger.notes=what I tried, at length: " + "a word and another, " * 9 + "x=1"
-    jobs: list[list[str]] = [[f"optimizer.lr={10.0**-n}", "model=fcn8s"] for n in range(12)]
-    jobs[3] = ["data.scale=[0.5,2.0]", "data.root='a: b'", notes, "~logger", "name=${x}"]
-    for number, overrides in enumerate(jobs):
-        run = tmp_path / str(number)
-        run.mkdir()
-        OmegaConf.save(OmegaConf.create(overrides), run / "overrides.yaml")
-        summary = {"status": "finished", "steps": 3, "val/miou": 0.5 if number else math.nan}
-        extra = {"val/iou/cat": 0.25, "versions": {"torch": "2"}, "device": "cpu"}
-        if number != 11:  # which diverged
-            write_json(run / "summary.json", summary | extra)
-    (tmp_path / "multirun.yaml").touch()
-    (tmp_path / "other").mkdir()
-
-    write_sweep_table(tmp_path)
-    write_sweep_table(tmp_path)  # as each job does
-    with (tmp_path / "sweep.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows] == [str(number) for number in range(12)]
-    assert [row["status"] for row in rows] == ["finished"] * 11 + ["unfinished"]
-    assert [row["val/miou"] for row in rows] == ["", *["0.5"] * 10, ""]
-    assert rows[1]["optimizer.lr"] == "0.1"
-    assert rows[3]["data.scale"] == "[0.5,2.0]"
-    assert rows[3]["data.root"] == "'a: b'"
-    assert rows[3]["name"] == "${x}"
-    assert rows[3]["logger.notes"] == notes.partition("=")[2]
-    columns = {"run", "status", "optimizer.lr", "model", "data.scale", "data.root", "logger.notes"}
-    assert set(rows[0]) == columns | {"name", "steps", "val/miou"}
 
 
 def test_git_revision() -> None:

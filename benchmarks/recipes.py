@@ -1,0 +1,205 @@
+"""What each choice is worth, on 335 photographs: the table of RESULTS.md.
+
+    python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
+    python benchmarks/recipes.py ... --only base fixed --seeds 0 1
+
+Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by
+evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so
+what comes out of them for a batch is computed once and kept in memory: the numbers are those of the
+plain commands, which are printed. A row that is in the output folder already is not run again.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peers import composed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fcn.network
+from evaluate import evaluate, offer_checkpoint_data
+from fcn.module import SegmentationModule
+from fcn.runs import best_checkpoint, write_json
+from train import train
+
+BUDGET = (
+    "experiment=voc_mini",
+    "trainer.max_time=null",
+    "trainer.max_steps=200",
+    "data.batch_size=4",
+    "data.crop_size=256",
+    "data.scale=null",
+)
+SGD = ("optimizer=sgd", "model.head_lr_multiplier=20")
+ROWS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "16s": ("model=fcn16s",),
+    "32s": ("model=fcn32s",),
+    "staged 32s": ("model=fcn32s", "trainer.max_steps=67"),
+    "staged 16s": ("model=fcn16s", "trainer.max_steps=67", "model.weights=staged 32s"),
+    "staged 8s": ("trainer.max_steps=66", "model.weights=staged 16s"),
+    "fixed upsampling": ("model.learn_upsampling=false",),
+    "fixed last upsampling": ("model.learn_last_upsampling=false",),
+    "feature fusion": ("model.fusion=feature",),
+    "lr 1e-5": ("optimizer.lr=1e-5", "model.head_lr_multiplier=1"),
+    "lr 1e-4": ("optimizer.lr=1e-4", "model.head_lr_multiplier=1"),
+    "lr 1e-3": ("optimizer.lr=1e-3", "model.head_lr_multiplier=1"),
+    "lr 1e-2": ("optimizer.lr=1e-2", "model.head_lr_multiplier=1"),
+    "momentum 0.99": (*SGD, "optimizer.lr=1e-4", "optimizer.momentum=0.99"),
+    "momentum 0.9, 5 batches a step": (
+        *SGD,
+        "optimizer.lr=5e-3",
+        "trainer.accumulate_grad_batches=5",
+        "trainer.max_steps=40",
+        "scheduler.warmup_steps=10",
+    ),
+    "no schedule": ("scheduler=none",),
+    "averaged weights": ("callbacks.average_decay=0.98",),
+    "scale augmentation": ("data.scale=[0.5,1.5]",),
+    "colour jitter": ("data.jitter=0.3",),
+    "label smoothing": (),
+    "hard pixels": (),
+    "class weights": (),
+    "Dice": (),
+    "whole VGG learns": ("model.freeze_stages=0", "trainer.gradient_clip_val=1.0"),
+    "random VGG": ("model.freeze_stages=0", "model.weights=null", "model.pool_scales=[1,1,1]"),
+}
+
+
+def smoothed(logits: Tensor, mask: Tensor) -> Tensor:
+    return F.cross_entropy(
+        logits, mask, ignore_index=255, reduction="sum", label_smoothing=0.1
+    ) / valid(mask)
+
+
+def hard_pixels(logits: Tensor, mask: Tensor) -> Tensor:
+    """The quarter with the largest loss (Shrivastava et al. 2016, for pixels)."""
+    each = F.cross_entropy(logits, mask, ignore_index=255, reduction="none").flatten()
+    return each.topk(max(1, int(valid(mask)) // 4)).values.mean()
+
+
+def class_weights(logits: Tensor, mask: Tensor) -> Tensor:
+    """1 / sqrt(share of the class's pixels): background is 3/4 of all, others about 1 % each."""
+    weights = torch.full((21,), 0.01**-0.5)
+    weights[0] = 0.75**-0.5
+    return F.cross_entropy(logits, mask, weight=weights / weights.mean(), ignore_index=255)
+
+
+def dice(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy plus 1 - the mean Dice coefficient of the classes that are there."""
+    known = (mask != 255).unsqueeze(1)
+    target = F.one_hot(mask.where(mask != 255, 0), 21).permute(0, 3, 1, 2) * known
+    p = logits.softmax(1) * known
+    both, each = (p * target).sum((0, 2, 3)), (p + target).sum((0, 2, 3))
+    there = target.sum((0, 2, 3)) > 0
+    coefficient = (2 * both / each.clamp(min=1))[there].mean()
+    return F.cross_entropy(logits, mask, ignore_index=255) + 1 - coefficient
+
+
+def valid(mask: Tensor) -> Tensor:
+    return (mask != 255).sum().clamp(min=1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "label smoothing": smoothed,
+    "hard pixels": hard_pixels,
+    "class weights": class_weights,
+    "Dice": dice,
+}
+
+
+class KeptStage(nn.Sequential):
+    """A frozen VGG stage that computes each batch once; stands in for a stage, weights and all."""
+
+    number = 0
+    kept: ClassVar[dict[bytes, dict[int, Tensor]]] = {}
+    key = b""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.number == 1:
+            KeptStage.key = hashlib.sha1(x.numpy().tobytes()).digest()
+        if self.key in self.kept and 4 in self.kept[self.key]:
+            return self.kept[self.key].get(self.number, x)  # pool3 and pool4; nobody reads 1 and 2
+        with torch.no_grad():
+            y = super().forward(x)
+        if self.number >= 3:
+            self.kept.setdefault(self.key, {})[self.number] = y
+        return y
+
+
+def keep_frozen_stages() -> None:
+    """Every FCN from now on that freezes four stages keeps what they give."""
+    build = fcn.network.FCN.__init__
+
+    def init(self: fcn.network.FCN, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        if options.get("freeze_stages") == 4:
+            for number, stage in enumerate(self.stages[:4], start=1):
+                stage.__class__, stage.number = KeptStage, number
+
+    fcn.network.FCN.__init__ = init
+
+
+def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dict[str, Any]:
+    """Train and evaluate one row, unless that is done; its metrics.json."""
+    run = output / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
+    result = run / "evaluation" / "metrics.json"
+    if not result.is_file():
+        plain_loss = SegmentationModule.training_step
+        if name in LOSSES:
+            loss = LOSSES[name]
+            SegmentationModule.training_step = lambda self, batch, number: loss(
+                self(batch["image"]).float(), batch["mask"].long()
+            )
+        last = ["trainer.limit_val_batches=1", "callbacks.panel_images=1"]  # evaluate.py judges
+        last += [f"seed={seed}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+        try:
+            train(composed("train", *overrides, *last, "logger=none"), run)
+        finally:
+            SegmentationModule.training_step = plain_loss
+        ckpt = f"ckpt={best_checkpoint(run)}"
+        offer_checkpoint_data([ckpt])
+        evaluate(composed("evaluate", ckpt, "report.images=0"))
+    return json.loads(result.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args()
+    keep_frozen_stages()
+    for seed in args.seeds:
+        for name in args.only:
+            own = [o for o in ROWS[name] if not o.startswith("model.weights=")]
+            weights = next((o[14:] for o in ROWS[name] if o.startswith("model.weights=")), None)
+            if weights is None:
+                weights = args.weights
+            elif weights != "null":
+                folder = args.output / weights.replace(" ", "_") / f"seed{seed}"
+                weights = str(best_checkpoint(folder).absolute())
+            given = [*BUDGET, *own, f"data.root={args.data}", f"model.weights={weights}"]
+            metrics = run_row(name, given, args.output, seed)
+            boundary = list(metrics["boundary_miou"].values())
+            row = {
+                "row": name,
+                "seed": seed,
+                **{key: metrics[key] for key in ("miou", "pixel_acc", "mean_acc", "fwiou")},
+                "boundary_miou": sum(boundary) / len(boundary),
+                "command": shlex.join(["python", "train.py", *given, f"seed={seed}"]),
+            }
+            write_json(args.output / f"{name}_{seed}.json", row)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

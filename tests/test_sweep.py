@@ -1,0 +1,298 @@
+"""Sweeps: crashes, a second start, the table, the figure, W&B's sweeps, other launchers."""
+
+import csv
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import PROJECT, TINY
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from test_train import script
+
+import train
+from fcn import sweep as sweeps
+from fcn import visualize
+from fcn.csv_logger import read_metrics
+from fcn.errors import ConfigError, Stopped
+from fcn.module import SegmentationModule
+from fcn.runs import write_json
+
+Start = Callable[..., int]
+Job = Callable[[Path | None], None]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """`python train.py -m ...` in `tmp_path`, within this process; its exit code."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def start(*arguments: str) -> int:
+        config = f"--config-path={PROJECT / 'conf'}"
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", config, *arguments])
+        try:
+            train.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    yield start
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    HydraConfig.instance().cfg = None
+
+
+def table(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_crashed_job_goes_on_when_the_sweep_is_started_again(
+    tmp_path: Path,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = SegmentationModule.training_step
+
+    def crash(self: SegmentationModule, *args: Any) -> Any:
+        if self.trainer.global_step == 3 and self.trainer.optimizers[0].defaults["lr"] == 1e-2:
+            raise RuntimeError("the disk is\nfull")
+        return step(self, *args)
+
+    command = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
+    command += ["optimizer.lr=1e-2,1e-3", "callbacks.checkpoint_every_n_steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationModule, "training_step", crash)
+        assert start(*command) == 1
+    (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
+    first, second = table(sweep)
+    assert (first["status"], second["status"]) == ("crashed", "finished")
+    assert first["error"] == "RuntimeError: the disk is full"
+    assert "in crash" in (sweep / "0" / "error.txt").read_text()
+    assert "1 crashed, 1 finished" in capsys.readouterr().out
+    before = read_metrics(sweep / "0" / "metrics.csv")
+    summary = (sweep / "1" / "summary.json").stat().st_mtime_ns
+
+    assert start(*command) == 0
+    assert list((tmp_path / "runs" / "sweep").iterdir()) == [sweep]
+    assert [row["status"] for row in table(sweep)] == ["finished", "finished"]
+    assert (sweep / "1" / "summary.json").stat().st_mtime_ns == summary
+    assert f"{sweep.relative_to(tmp_path)}/1: finished before" in capsys.readouterr().out
+    after = read_metrics(sweep / "0" / "metrics.csv")
+    assert [row["step"] for row in after] == ["1", "2", "3", "4"]
+    assert after[:2] == before[:2]  # speed included: these steps have not been made again
+    assert not (sweep / "0" / "error.txt").exists()
+    assert (sweep / "sweep.png").is_file()
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0", "1"}
+
+
+def crash_with(error: BaseException) -> Job:
+    def train(earlier: Path | None) -> None:
+        assert earlier is None
+        raise error
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("a\nb"), "RuntimeError: a b"),
+        (torch.OutOfMemoryError("x"), "OutOfMemoryError: x"),
+        (SystemExit(3), "SystemExit: 3"),
+        (ConfigError("a.b=1: must be 2"), "a.b=1: must be 2"),
+    ],
+)
+def test_crash_is_written_down(tmp_path: Path, error: BaseException, reason: str) -> None:
+    overrides = ["a=1", "b='x: ${y}'"]
+    for _ in range(2):  # a second start leaves one folder and one row
+        (tmp_path / "7").mkdir(exist_ok=True)  # as Hydra does
+        sweeps.run_job(tmp_path, tmp_path / "7", overrides, crash_with(error), ())
+    assert sweeps.find_job(tmp_path, overrides) == tmp_path / "7"
+    text = (tmp_path / "7" / "error.txt").read_text()
+    assert ("Traceback" in text) == (not isinstance(error, ConfigError))
+    (row,) = table(tmp_path)
+    assert row == {"run": "7", "status": "crashed", "a": "1", "b": "'x: ${y}'", "error": reason}
+    assert not sweeps.resumable(tmp_path / "7")
+    assert not (tmp_path / "7").exists()
+
+
+def test_crash_takes_no_other_jobs_folder(tmp_path: Path) -> None:
+    """A larger grid in the same folder: the number is another job's."""
+    write_run(tmp_path / "0", ["a=1"], status="finished")
+    sweeps.run_job(tmp_path, tmp_path / "0", ["a=2"], crash_with(ConfigError("no")), ())
+    assert [row["status"] for row in table(tmp_path)] == ["finished", "crashed"]
+    assert sweeps.find_job(tmp_path, ["a=2"]) == tmp_path / "0_2"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped(signal.SIGTERM, 3)])
+def test_interrupted_sweep_ends(tmp_path: Path, error: BaseException) -> None:
+    def job(earlier: Path | None) -> None:
+        try:
+            raise error
+        except BaseException:  # as Lightning and train.py turn them into exit codes
+            sys.exit(1)
+
+    for train_ in (job, crash_with(KeyboardInterrupt())):
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], train_, ())
+    assert not (tmp_path / "0").exists()
+
+
+def test_job_that_runs_elsewhere_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.05)
+    sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: None, ())
+    ran: list[int] = []
+    with FileLock(next(tmp_path.glob(".*.lock"))):
+        sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: ran.append(1), ())
+        sweeps.run_job(tmp_path, tmp_path / "1", ["a=2"], lambda _: ran.append(2), ())
+    assert ran == [2]
+    assert "running in another process" in capsys.readouterr().out
+
+
+def test_sweep_is_known_by_command_and_settings(tmp_path: Path) -> None:
+    def config(folder: str, task: list[str], **settings: Any) -> Any:
+        hydra = {"sweep": {"dir": str(tmp_path / folder)}, "overrides": {"task": task}}
+        return OmegaConf.create({"hydra": hydra, "lr": 1e-5, "name": "${x}", **settings})
+
+    for folder, task in (("1", ["a=1,2"]), ("2", ["a=1,2"]), ("3", ["a=1"])):
+        (tmp_path / folder).mkdir()
+        OmegaConf.save(config("elsewhere", task), tmp_path / folder / "multirun.yaml")
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "multirun.yaml").write_text("hydra: {over")
+    assert sweeps.find_sweep(config("new", ["a=1,2"])) == tmp_path / "2"
+    assert sweeps.find_sweep(config("new", ["a=1,2", "b=3"])) is None
+    assert sweeps.find_sweep(config("new", ["a=1,2"], lr=1e-4)) is None  # in a file of conf/
+    assert sweeps.find_sweep(config("none/new", ["a=1,2"])) is None
+
+
+def write_run(run: Path, overrides: list[str], **summary: Any) -> None:
+    run.mkdir()
+    OmegaConf.save(OmegaConf.create(overrides), run / "overrides.yaml")
+    if summary:
+        write_json(run / "summary.json", summary)
+
+
+def test_sweep_table(tmp_path: Path) -> None:
+    notes = "logger.notes=what I tried, at length: " + "a word and another, " * 9 + "x=1"
+    jobs: list[list[str]] = [[f"optimizer.lr={10.0**-n}", "model=fcn8s"] for n in range(12)]
+    jobs[3] = ["data.scale=[0.5,2.0]", "data.root='a: b'", notes, "~logger", "name=${x}"]
+    for number, overrides in enumerate(jobs):
+        summary = {"status": "finished", "steps": 3, "val/miou": 0.5 if number else math.nan}
+        extra = {"val/iou/cat": 0.25, "versions": {"torch": "2"}, "device": "cpu"}
+        if number == 11:  # killed
+            summary = extra = {}
+        write_run(tmp_path / str(number), overrides, **summary, **extra)
+    (tmp_path / "multirun.yaml").touch()
+    (tmp_path / "other").mkdir()
+
+    sweeps.write_results(tmp_path)
+    sweeps.write_results(tmp_path)  # as each job does
+    rows = table(tmp_path)
+    assert [row["run"] for row in rows] == [str(number) for number in range(12)]
+    assert [row["status"] for row in rows] == ["finished"] * 11 + ["unfinished"]
+    assert [row["val/miou"] for row in rows] == ["", *["0.5"] * 10, ""]
+    assert rows[1]["optimizer.lr"] == "0.1"
+    assert rows[3]["data.scale"] == "[0.5,2.0]"
+    assert rows[3]["data.root"] == "'a: b'"
+    assert rows[3]["name"] == "${x}"
+    assert rows[3]["logger.notes"] == notes.partition("=")[2]
+    columns = {"run", "status", "optimizer.lr", "model", "data.scale", "data.root", "logger.notes"}
+    assert set(rows[0]) == columns | {"name", "steps", "val/miou"}
+    assert not (tmp_path / "sweep.png").exists()  # no run has a best score
+
+
+def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    save = visualize._save
+    monkeypatch.setattr(
+        visualize,
+        "_save",
+        lambda figure, *rest, **more: (figures.append(figure), save(figure, *rest, **more)),
+    )
+    scores = iter((0.1, 0.4, 0.2, 0.3, 0.6, 0.5, 0.7, 0.9))
+    number = 0
+    for model in ("fcn32s", "fcn8s"):
+        for lr in ("1e-3", "1e-5"):
+            for seed in (0, 1):
+                overrides = [f"model={model}", f"optimizer.lr={lr}", f"seed={seed}", "data=x"]
+                best = {"best/val/miou": next(scores)}
+                write_run(tmp_path / str(number), overrides, status="finished", **best)
+                number += 1
+    write_run(tmp_path / "8", ["model=fcn8s", "optimizer.lr=1", "seed=0", "data=x"])  # killed
+    sweeps.write_results(tmp_path)
+    assert (tmp_path / "sweep.png").read_bytes()[1:4] == b"PNG"
+    models, rates, seeds = figures[0].axes  # data is the same in all
+    assert [axes.get_title() for axes in figures[0].axes] == ["model", "optimizer.lr", "seed"]
+    assert [t.get_text() for t in models.get_xticklabels()] == ["fcn32s", "fcn8s"]
+    assert models.lines[0].get_ydata() == pytest.approx([0.25, 0.65])  # medians
+    assert rates.lines[0].get_xdata() == pytest.approx([1e-5, 1e-3])
+    assert rates.lines[0].get_ydata() == pytest.approx([0.5, 0.45])
+    assert (rates.get_xscale(), seeds.get_xscale()) == ("log", "linear")
+    assert [len(axes.collections[0].get_offsets()) for axes in figures[0].axes] == [8, 8, 8]
+
+
+def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
+    engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
+    from wandb.wandb_agent import Agent
+
+    text = (PROJECT / "conf" / "sweep" / "wandb.yaml").read_text()
+    sweep = yaml.safe_load(text)
+    assert engine.schema_violations_from_proposed_config(sweep) == []
+    assert engine.schema_violations_from_proposed_config(yaml.safe_load(text.replace("3", "-3")))
+    chosen = engine.next_run(sweep, [], validate=True).config
+    arguments = json.loads(json.dumps(chosen, default=float))  # as they come from W&B's server
+    assert arguments.keys() == sweep["parameters"].keys()
+    assert sweep["metric"] == {"name": "val/miou", "goal": "maximize"}
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "thesweep")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    agent = Agent(None, None)
+    tiny = [o for o in TINY if o.partition("=")[0] not in arguments and o != "logger=none"]
+    agent._sweep_command = [*sweep["command"], *tiny, "trainer.max_steps=1"]
+    program = str(PROJECT / sweep["program"])
+    agent._command_run({"run_id": "therun", "program": program, "args": arguments})
+    assert agent._run_processes["therun"].wait(timeout=300) == 0
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.logger.id == "therun"  # also when it is resumed without the agent
+    for key, value in arguments.items():
+        assert OmegaConf.select(config, key) == value["value"]
+    (offline,) = (run / "wandb").glob("offline-run-*-therun")
+    assert b"thesweep" in next(offline.glob("*.wandb")).read_bytes()
+
+
+def test_jobs_in_processes_of_their_own(tmp_path: Path) -> None:
+    """As Slurm's: another launcher, from a folder that is not the project's."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    tiny = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
+    command = ["train.py", "-m", "hydra/launcher=submitit_local", "optimizer.lr=1e-3,-1", *tiny]
+    result = script(tmp_path, *command)
+    assert result.returncode == 1, result.stderr
+    (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
+    first, second = table(sweep)
+    assert (first["status"], first["steps"]) == ("finished", "4")
+    assert (second["status"], second["error"]) == (
+        "crashed",
+        "optimizer.lr=-1: must be a number above 0",
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
