@@ -61,8 +61,8 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     chosen = chosen_checkpoints(cfg)
 
     from fcn.callbacks import print_scores
+    from fcn.checkpoints import find_checkpoint, read_checkpoint
     from fcn.devices import quiet_lightning
-    from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.report import write_report
     from fcn.runs import output_folder, write_json
 
@@ -195,7 +195,7 @@ def offer_checkpoint_data(arguments: list[str]) -> None:
         path = str(pair[0]) if isinstance(pair, list) and pair else None
     data: dict[str, Any] = {"_target_": "fcn.datamodule.SegmentationDataModule"}
     if path and not any(a.startswith("data=") for a in arguments):
-        from fcn.evaluation import checkpoint_data, find_checkpoint  # torch: not for --help
+        from fcn.checkpoints import checkpoint_data, find_checkpoint  # torch: not for --help
 
         data = checkpoint_data(find_checkpoint(path))
     ConfigStore.instance().store(group="data", name="checkpoint", node=data)

@@ -2,9 +2,11 @@
 
     python export.py ckpt=runs/.../checkpoints/best.ckpt                  # export/best.onnx
     python export.py ckpt=... format=torch output=model.pt2 argmax=true
+    python export.py ckpt=... format=safetensors                          # weights and settings
 
 uint8 RGB (N, 3, H, W) goes in, of any N, H and W; scores (N, K, H, W) come out and, with argmax,
-mask (N, H, W) uint8. ONNX needs `pip install -r requirements-export.txt`.
+mask (N, H, W) uint8. ONNX needs `pip install -r requirements-export.txt`. A .safetensors is no
+program: evaluate.py, predict.py and model.weights take it where they take a checkpoint.
 """
 
 import os
@@ -41,11 +43,12 @@ def export(cfg: DictConfig) -> Path:
             disagrees with the network; there is no file then.
     """
     check_values(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    endings = {"onnx": ".onnx", "torch": ".pt2"}
+    endings = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
     if cfg.format not in endings:
-        raise ConfigError(f"format={cfg.format}: must be onnx or torch")
+        raise ConfigError(f"format={cfg.format}: must be onnx, torch or safetensors")
 
-    from fcn.evaluation import find_checkpoint, open_checkpoint
+    from fcn.checkpoints import find_checkpoint, write_safetensors
+    from fcn.evaluation import open_checkpoint
     from fcn.export import write_checked
     from fcn.runs import output_folder
 
@@ -55,7 +58,11 @@ def export(cfg: DictConfig) -> Path:
     if path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={cfg.format} ends with {ending}")
 
-    module, _ = open_checkpoint(ckpt)
+    module, checkpoint = open_checkpoint(ckpt)
+    if cfg.format == "safetensors":
+        write_safetensors(checkpoint, module, path)
+        print(f"{path}, {path.stat().st_size / 2**20:.0f} MB: takes the place of a checkpoint")
+        return path
     difference, equal = write_checked(module, path, argmax=cfg.argmax)
     size = path.stat().st_size / 2**20
     print(

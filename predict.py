@@ -47,8 +47,8 @@ def predict(cfg: DictConfig) -> Path:
     if cfg.format not in (None, "voc") or (cfg.format is None) == (cfg.input is None):
         raise ConfigError("choose input=FILE, FOLDER or GLOB, or format=voc for a list of VOC's")
 
+    from fcn.checkpoints import find_checkpoint, read_checkpoint
     from fcn.datasets.voc2012 import VOC2012
-    from fcn.evaluation import find_checkpoint, read_checkpoint
     from fcn.prediction import TestTime, find_photos, load_model, predict_files, voc_photos
     from fcn.runs import output_folder
 

@@ -14,6 +14,8 @@ import secrets
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +130,9 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> None:
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)
         raise
+    finally:
+        with suppress(OSError):
+            run.rmdir()  # Hydra has made it; only an empty one goes
 
 
 def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
@@ -143,8 +148,29 @@ def resumed_config(run: Path, overrides: list[str]) -> DictConfig:
         if OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)) or key == "experiment":
             raise ConfigError(f"{change}: a resumed run keeps its groups; change single settings")
     cfg.merge_with_dotlist(changes)
+    OmegaConf.resolve(cfg)  # what an interpolation makes is looked at too
+    conf = Path(__file__).parent.glob("conf/**/*.yaml")
+    known = {target for path in conf for _, target in targets(OmegaConf.load(path))}
+    for key, target in targets(cfg):
+        if target not in known and f"{key}={target}" not in changes:
+            raise ConfigError(
+                f"resume={run}: its config.yaml wants to call {target}, which conf/ does not name. "
+                f"If that is code of yours, say so: {key}={target}"
+            )
     cfg.resume = str(run)
     return cfg
+
+
+def targets(cfg: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every `_target_` in a configuration, which Hydra would import and call, with its place."""
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg)
+    for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
+        inner = f"{place}.{key}".lstrip(".")
+        if key == "_target_":
+            yield inner, str(value)
+        elif isinstance(value, dict | list):
+            yield from targets(value, inner)
 
 
 def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -304,7 +330,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or on a CPU whose system refuses."""
     from torch import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, OutOfMemoryError | MemoryError) or any(t in str(error) for t in told)
 
 
 def advice_on_memory(cfg: DictConfig, trainer: "pl.Trainer") -> str:

@@ -18,10 +18,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fcn runs from the checkout
 
+from fcn.checkpoints import checkpoint_data, read_checkpoint
 from fcn.config import short_messages
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError
-from fcn.evaluation import checkpoint_data, read_checkpoint
 from fcn.metrics import segmentation_scores
 from fcn.prediction import load_model
 from fcn.visualize import VOID_COLOUR, Cell, colourise, fit, image_iou, iou_text, sheet, whole

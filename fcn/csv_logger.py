@@ -6,6 +6,7 @@ Lightning's CSVLogger starts a file anew when a run is resumed; this one goes on
 import csv
 import math
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class MetricsCSV(Logger):
                 values = self.last | values
             self._rewrite(rows)
         self.last = {"step": str(step)} | values
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)
 
     def _rewrite(self, rows: list[Row]) -> None:
@@ -70,9 +71,9 @@ class MetricsCSV(Logger):
 
 def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a metrics.csv as text; a last line that a kill cut short is left out."""
-    with Path(path).open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return list(csv.DictReader(lines))
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    return list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 def read_column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:

@@ -1,18 +1,14 @@
-"""What an evaluation needs beside the module's own metrics: checkpoints read, each image and the
-pixels near boundaries scored, results written."""
+"""What an evaluation needs beside the module's own metrics: each image and the pixels near
+boundaries scored, results written."""
 
 import csv
 import logging
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,48 +17,17 @@ from pytorch_lightning.callbacks import Callback
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from fcn.errors import WeightsError
+from fcn.checkpoints import read_checkpoint
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.published import VOC_DATA, as_checkpoint, is_published
-from fcn.runs import atomic_write, best_checkpoint
-from fcn.weights import brief
+from fcn.published import is_published
+from fcn.runs import atomic_write
 
 log = logging.getLogger(__name__)
 
-CONTENTS = {"state_dict", "hyper_parameters", "config", "precision", "global_step"}
 WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # of the bands around label boundaries, in pixels
 # The first of WIDTHS that reaches a pixel at distance 0, 1, ..., 40 from the boundary's pixels
 NARROWEST = np.searchsorted(WIDTHS, np.arange(1, WIDTHS[-1] + 2)).astype(np.int32)
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The best checkpoint of a run folder; any other path is a checkpoint's own."""
-    return best_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, or what it would be of a published net (fcn/published.py); tensors
-    stay on disk until they are used.
-
-    Raises:
-        WeightsError: there is none at `path`, it is broken, not ours, or could run code.
-    """
-    if not path.is_file():
-        raise WeightsError(f"ckpt={path}: no such file")
-    try:
-        mmap = is_zipfile(path)  # files of torch before 1.6, as the published ones are, are not
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # bytes of any kind make torch raise errors of any kind
-        raise WeightsError(f"ckpt={path} cannot be read: {brief(error)}") from error
-    if is_published(checkpoint):
-        return as_checkpoint(path, checkpoint)
-    missing = CONTENTS - set(checkpoint) if isinstance(checkpoint, dict) else CONTENTS
-    if missing:
-        raise WeightsError(
-            f"ckpt={path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
-        )
-    return checkpoint
 
 
 def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
@@ -78,50 +43,6 @@ def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
     if settings["stride"] == 8:
         log.info("%s is taken as trained in stages; if at once: python -m fcn.published", path)
     return SegmentationModule(**settings), checkpoint
-
-
-def checkpoint_data(path: Path) -> dict[str, Any]:
-    """The data settings of the run that made a checkpoint.
-
-    Raises:
-        WeightsError: as `read_checkpoint`; also if the settings name code that is not ours, since
-            Hydra would call it.
-    """
-    config = read_checkpoint(path)["config"]
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict):
-        raise WeightsError(f"ckpt={path} has no data settings; choose the data with data=...")
-    _check_harmless(path, data)
-    return data
-
-
-def _check_harmless(path: Path, value: Any) -> None:
-    """Refuse what Hydra or OmegaConf would call while they turn settings into a data module."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            call = key == "_target_" and not _is_ours(inner)
-            if call or (key == "defaults" and inner != VOC_DATA["defaults"]):  # of Hydra's groups
-                raise WeightsError(
-                    f"ckpt={path} wants to call {inner}; choose the data with data=..."
-                )
-            _check_harmless(path, key)
-            _check_harmless(path, inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_harmless(path, inner)
-    elif isinstance(value, str) and "${" in value:  # a run's settings are resolved when saved
-        raise WeightsError(f"ckpt={path} wants to run {value}; choose the data with data=...")
-
-
-def _is_ours(target: Any) -> bool:
-    """Whether this names our data module, or a class that a file of fcn/datasets/ defines."""
-    module, _, name = str(target).rpartition(".")
-    if str(target) == "fcn.datamodule.SegmentationDataModule":
-        return True
-    if not re.fullmatch(r"fcn\.datasets\.\w+", module) or find_spec(module) is None:
-        return False
-    found = getattr(import_module(module), name, None)
-    return isinstance(found, type) and found.__module__ == module
 
 
 class ImageScores(Callback):
@@ -198,16 +119,22 @@ class ImageScores(Callback):
             writer = csv.writer(file)
             writer.writerow(("id", "pixel_acc", "miou"))
             for name, *values in self.rows:
-                writer.writerow((name, *("" if v != v else v for v in values)))
+                writer.writerow((no_formula(name), *("" if v != v else v for v in values)))
 
 
 def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> None:
     """The confusion matrix in pixels: a row for each label, a column for each prediction."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(("label", *class_names))
-        for name, row in zip(class_names, confusion.tolist(), strict=True):
+        names = list(map(no_formula, class_names))
+        writer.writerow(("label", *names))
+        for name, row in zip(names, confusion.tolist(), strict=True):
             writer.writerow((name, *row))
+
+
+def no_formula(name: str) -> str:
+    """A name that a spreadsheet will not compute: as OWASP has it, an apostrophe goes before."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 @dataclass

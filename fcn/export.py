@@ -95,6 +95,7 @@ def _write_onnx(program: nn.Module, example: Tensor, path: Path, extra: dict[str
     )
     assert written is not None
     for value in written.model.graph.outputs:  # the crop's arithmetic, in place of these names
+        assert value.shape is not None
         channels = value.shape[1:-2]
         value.shape = type(value.shape)([AXES[0], *channels, AXES[2], AXES[3]])
     written.model.metadata_props.update(extra)

@@ -20,6 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from fcn.checkpoints import check_sizes, read_checkpoint
+from fcn.errors import WeightsError
 from fcn.metrics import Scores, segmentation_scores
 from fcn.network import FCN
 
@@ -211,12 +213,31 @@ class SegmentationModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.network.fresh_layers = checkpoint["fresh_layers"]
+        self.network.fresh_layers = checkpoint.get("fresh_layers", [])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, **kwargs: Any
+        cls, checkpoint_path: str | Path, **changes: Any
     ) -> Self:
-        """As Lightning's, but on the CPU, and without running code that the file may hold."""
-        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True} | kwargs
-        return super().load_from_checkpoint(checkpoint_path, **options)
+        """Of a .ckpt or .safetensors, on the CPU, without running code that the file may hold.
+
+        Lightning's own imports and calls what a file's settings name, before 2.6.6 anything.
+
+        Args:
+            changes: arguments that replace the checkpoint's.
+
+        Raises:
+            WeightsError: the file is missing, broken, not ours, or hostile.
+        """
+        path = Path(checkpoint_path)
+        checkpoint = read_checkpoint(path)
+        check_sizes(path, checkpoint)
+        settings = {**checkpoint["hyper_parameters"], "weights": None}
+        try:
+            module = cls(**settings | changes)
+            module.load_state_dict(checkpoint["state_dict"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise WeightsError(f"ckpt={path} does not build a network: {why}") from error
+        module.on_load_checkpoint(checkpoint)
+        return module

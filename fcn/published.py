@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fcn.checkpoints import VOC_DATA
 from fcn.config import short_messages
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, reason
@@ -23,7 +24,6 @@ from fcn.module import SegmentationModule
 from fcn.weights import read_file
 
 AT_ONCE = (1.0, 0.01, 0.0001)  # scale_pool4, scale_pool3 in the authors' voc-fcn8s-atonce
-VOC_DATA = {"defaults": ["voc2012", "_self_"], "root": "data"}  # conf/data/voc2012.yaml
 
 
 def is_published(content: Any) -> bool:

@@ -12,16 +12,19 @@ A layer is loaded, named in a warning, or named in an error: none is skipped in 
 import logging
 import pickle
 import re
+import socket
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
+from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError, reason
 from fcn.network import FCN, MEAN, POOL_CHANNELS, SKIPS, STD, head_layers
 
@@ -122,10 +125,14 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     if isinstance(weights, Path):
         return read_file(weights)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
     try:
-        state = weights.get_state_dict(
-            progress=True, check_hash=True, weights_only=True, map_location="cpu"
-        )
+        with locked(cached):  # of two runs at once, one downloads
+            socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever
+            state = weights.get_state_dict(
+                progress=True, check_hash=True, weights_only=True, map_location="cpu"
+            )
     except Exception as error:  # a damaged file raises anything
         if cached.exists():
             raise WeightsError(
@@ -138,6 +145,8 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
             "a path: model.weights=FILE.pth, or null for a random start. "
             "`experiment=quickstart` needs no download."
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
     transforms = weights.transforms()
     return fold_normalization(state, transforms.mean, transforms.std)
 
@@ -249,7 +258,9 @@ def read_file(path: Path) -> StateDict:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where the format allows it: a compressed file would unpack to any size
+            mapped = is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # bytes of any kind make torch raise errors of any kind
         raise WeightsError(f"{path} cannot be read as weights: {brief(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -14,11 +14,11 @@ from test_train import script
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcn.checkpoints import read_checkpoint
 from fcn.config import quoted
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import ConfigError, DataError, WeightsError
-from fcn.evaluation import read_checkpoint
 from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.prediction import TestTime, find_photos, load_model, read_photo, tiles

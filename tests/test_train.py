@@ -477,3 +477,15 @@ def test_panel_shows_validation_images(finished_run: Path) -> None:
     with Image.open(finished_run / "panels" / "step_0000004.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert abs(pixels[60:270, 15:245].mean() - sample.float().mean()) < 12
+
+
+def test_refused_settings_leave_no_folder_of_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, "hydra.run.dir=chosen", "optimizer.lr=-1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
+    assert "optimizer.lr=-1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
