@@ -285,7 +285,7 @@ def test_time_is_up_between_accumulated_batches(tmp_path: Path) -> None:
 
 
 def test_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, saver = tmp_path / "new" / "last.ckpt", AtomicCheckpointIO()
+    path, saver = tmp_path / "last.ckpt", AtomicCheckpointIO()
     saver.save_checkpoint({"step": 1}, path)
 
     def killed(_: object, file: Any) -> None:
@@ -296,3 +296,4 @@ def test_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         saver.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
