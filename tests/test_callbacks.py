@@ -244,7 +244,7 @@ def interrupt_when(
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
