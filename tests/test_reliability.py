@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FINISHED, TINY, train_tiny
+from conftest import FINISHED, PROJECT, TINY, train_tiny
 from forks import at_call, fork, wait
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fcn.callbacks import AtomicCheckpointIO, BestCheckpoint
 from fcn.checkpoints import read_checkpoint
@@ -29,7 +31,7 @@ from fcn.module import SegmentationModule
 from fcn.pictures import dispensable
 from fcn.resume import find_run, whole_checkpoint
 from fcn.runs import best_checkpoint, create_run_folder, last_checkpoint, locked
-from train import main, resumed_config, train
+from train import resumed_config, train
 
 
 def steps(run: Path) -> list[str]:
@@ -166,7 +168,7 @@ def test_going_on_from_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def begin(*arguments: str) -> None:
     """train.py as a script, in this process."""
     sys.argv = ["train.py", *TINY, "trainer.log_every_n_steps=1", *arguments]
-    main()
+    runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
 
 
 def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +371,7 @@ def test_loader_killed_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """torch would tell in the middle of the step; the step is finished and saved first."""
 
     def kill_loader() -> None:
-        (loader,) = multiprocessing.active_children()
+        loader = multiprocessing.active_children()[0]
         assert loader.pid
         os.kill(loader.pid, signal.SIGKILL)
         loader.join()
@@ -390,14 +392,16 @@ def test_loader_killed_while_it_loads(tmp_path: Path, monkeypatch: pytest.Monkey
         worker = get_worker_info()
         greedy.images += 1  # type: ignore[attr-defined]
         if worker and greedy.images == 7:  # type: ignore[attr-defined]
-            time.sleep(0.5)  # the steps before have been made
+            while len(read_metrics(run / "metrics.csv")) < 2:  # one batch is fetched ahead
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return load(self, index)
 
     greedy.images = 0  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
         patch.setattr(Shapes, "__getitem__", greedy)
-        check_loader_error(run, "trainer.val_check_interval=4", saved=3)
+        patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+        check_loader_error(run, "trainer.val_check_interval=4", saved=2)
     summary = train(resumed_config(run, ["data.num_workers=0"]), run)
     assert summary["steps"] == 4
     assert steps(run) == ["1", "2", "3", "4"]
