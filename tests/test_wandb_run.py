@@ -121,7 +121,6 @@ def test_in_the_middle(
     server: Server,
     fault: str,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     start = SegmentationModule.on_validation_epoch_start
 
@@ -134,12 +133,9 @@ def test_in_the_middle(
 
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", fail)
     run = tmp_path / "run"
-    train_tiny(run, "logger=wandb", "trainer.log_every_n_steps=1")
-    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == ["1", "2", "3", "4"]
-    assert (run / "summary.json").is_file()
+    train_and_warn(run)  # the tables at the end need the server; until then, W&B tries again
     (log,) = (run / "wandb").glob("run-*/*.wandb")
     assert b"train/loss_smooth" in log.read_bytes()
-    assert "wandb sync" in "".join(capfd.readouterr())  # W&B's own advice
 
 
 def test_a_service_that_dies(tmp_path: Path) -> None:
