@@ -214,7 +214,7 @@ def fit(
     """Train, and leave a summary: how it ended, or how to go on."""
     from fcn.callbacks import loader_died
     from fcn.devices import is_main_process
-    from fcn.runs import write_settings
+    from fcn.runs import last_checkpoint, write_settings
 
     if is_main_process():
         write_settings(run, cfg, overrides)
@@ -236,6 +236,8 @@ def fit(
         raise
     except WriteError as error:
         exit_code = 1
+        if not last_checkpoint(run).is_file():
+            raise
         raise WriteError(f"{error}\nThe checkpoint before it is whole; {go_on}") from error
     except BaseException as error:
         exit_code = 1

@@ -1,7 +1,7 @@
 """Whether a long run grows: resident memory and open files of train.py over its steps.
 
     python benchmarks/long_run.py                        5,000 steps, a tiny network
-    python benchmarks/long_run.py --output long_run.csv model.head_width=64 trainer.max_steps=100000
+    python benchmarks/long_run.py --every 60 model.head_width=64 trainer.max_steps=100000
 
 The quickstart with a tiny network and small pictures, 100 validations with panels, curves and
 animations. train.py runs as anybody would start it; this script looks at it from outside, through
@@ -9,7 +9,6 @@ Linux's /proc.
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -28,11 +27,11 @@ def main(argv: list[str] | None = None) -> list[tuple[int, float, int]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="a CSV of what was measured")
     parser.add_argument("--every", type=float, default=5, help="seconds from one look to the next")
     parser.add_argument("overrides", nargs="*", help="of conf/")
     args = parser.parse_args(argv)
     measured: list[tuple[int, float, int]] = []  # step, MB, open files
+    print("step, resident MB, open files", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, ROOT / "train.py", *SETTINGS, *args.overrides]
@@ -42,17 +41,11 @@ def main(argv: list[str] | None = None) -> list[tuple[int, float, int]]:
                 time.sleep(args.every)
                 if (step := last_step(run / "metrics.csv")) and (now := look(process.pid)):
                     measured.append((step, *now))
+                    print(*measured[-1], sep=", ", flush=True)
         finally:
             process.kill()
     if process.returncode or not measured:
         raise SystemExit(f"train.py ended with {process.returncode} after {len(measured)} looks")
-    rows = [("step", "resident_MB", "open_files"), *measured]
-    if args.output:
-        with args.output.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    quarter = len(measured) // 4
-    for step, size, files in [measured[0], *measured[quarter :: quarter or 1], measured[-1]]:
-        print(f"step {step:6}: {size:7.1f} MB resident, {files} open files")
     return measured
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fcn.checkpoints import read_checkpoint
+from fcn.devices import is_main_process
 from fcn.errors import ConfigError, WeightsError
 from fcn.runs import is_locked, last_checkpoint
 
@@ -77,7 +78,7 @@ def whole_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> Path:
     newest = max(steps, key=lambda path: (steps[path], path == last_checkpoint(run)), default=None)
     if newest is None:
         raise ConfigError(f"resume={run}: " + ("; ".join(wrong) or "there is no checkpoint in it"))
-    if wrong:
+    if wrong and is_main_process():
         print(
             f"warning: {'; '.join(wrong)}\ngoing on from {newest}, step {steps[newest]}", flush=True
         )
