@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,8 @@ def run_job(cfg: DictConfig) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     finally:
+        with suppress(OSError):
+            run.rmdir()  # Hydra has made it; only an empty one goes
         if sweep is not None:
             from fcn.summary import write_sweep_table
 
@@ -340,7 +342,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or on a CPU whose system refuses."""
     from torch import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, OutOfMemoryError | MemoryError) or any(t in str(error) for t in told)
 
 
 def advice_on_memory(cfg: DictConfig, trainer: "pl.Trainer") -> str:

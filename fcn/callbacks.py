@@ -17,12 +17,14 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, R
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fcn.datamodule import random_generator
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
 from fcn.runs import best_checkpoint, last_checkpoint, versions, writing
+from fcn.visualize import one_line
 
 Outputs = Mapping[str, Any]
 
@@ -426,7 +428,7 @@ def print_scores(scores: Mapping[str, Any], class_names: list[str]) -> None:
     table.add_column("class")
     table.add_column("IoU", justify="right")
     for name, iou in zip(class_names, scores["iou"], strict=True):
-        table.add_row(name, "absent" if math.isnan(iou) else f"{100 * iou:.1f}")
+        table.add_row(Text(one_line(name, 60)), "absent" if math.isnan(iou) else f"{100 * iou:.1f}")
     table.add_section()
     for name in ("miou", "pixel_acc", "mean_acc", "fwiou"):
         table.add_row(name, f"{100 * scores[name]:.2f}")

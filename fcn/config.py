@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 from fcn.errors import ConfigError, FCNError
@@ -19,12 +20,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(low: int) -> Test:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
-
-
-def _whole_between(low: int, high: int) -> Test:
-    return lambda v: _whole(low)(v) and v <= high
+def _whole(low: int, high: int = 2**31 - 1) -> Test:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
 def _between(low: float, high: float) -> Test:
@@ -52,7 +49,7 @@ def _pair(test: Test) -> Test:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
 
 
 def _duration(value: Any) -> bool:
@@ -62,15 +59,24 @@ def _duration(value: Any) -> bool:
     return bool(is_time) and value.strip("0:") != ""
 
 
+def _strategy(value: Any) -> bool:
+    """Lightning's name, or what conf/trainer/ddp.yaml has; others' options are their own."""
+    options = ("broadcast_buffers", "gradient_as_bucket_view")
+    is_table = isinstance(value, dict) and _text(value.get("_target_"))
+    return _text(value) or (is_table and all(isinstance(value.get(k, True), bool) for k in options))
+
+
 TRUTH = (lambda v: isinstance(v, bool), "true or false")
-COUNT = (_whole(1), "a whole number from 1 up")
-COUNT_OR_NONE = (_optional(_whole(1)), "null or a whole number from 1 up")
-WHOLE = (_whole(0), "a whole number from 0 up")
+COUNT = (_whole(1), "a whole number from 1 up, below 2^31")
+COUNT_OR_NONE = (_optional(_whole(1)), "null or a whole number from 1 up, below 2^31")
+MOST = 2**14  # of what takes memory: 1 GB for an image or a layer of that side; more is a slip
+SIZE = (_whole(1, MOST), "a whole number from 1 to 16384")
+WHOLE = (_whole(0), "a whole number from 0 up, below 2^31")
 POSITIVE = (_positive, "a number above 0")
 NOT_NEGATIVE = (_between(0, math.inf), "a number from 0 up")
 FRACTION = (_between(0, 1), "a number from 0 to 1")
 TEXT_OR_NONE = (_optional(_text), "null or a text")
-SEED = (_whole_between(0, 2**32 - 1), "a whole number from 0 to 4294967295")
+SEED = (_whole(0, 2**32 - 1), "a whole number from 0 to 4294967295")
 SPLIT = (_text, "the name of a split, such as train")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -85,13 +91,16 @@ RULES: dict[str, tuple[Test, str]] = {
     "data.download": TRUTH,
     "data.train_split": SPLIT,
     "data.val_split": SPLIT,
-    "data.batch_size": (lambda v: v == "auto" or _whole(1)(v), "auto or a whole number from 1 up"),
-    "data.eval_batch_size": COUNT,
-    "data.num_workers": (_optional(_whole(0)), "null or a whole number from 0 up"),
+    "data.batch_size": (
+        lambda v: v == "auto" or _whole(1, MOST)(v),
+        "auto or a whole number from 1 to 16384",
+    ),
+    "data.eval_batch_size": SIZE,
+    "data.num_workers": (_optional(_whole(0, 256)), "null or a whole number from 0 to 256"),
     "data.limit": COUNT_OR_NONE,
     "data.crop_size": (
-        lambda v: v is None or _whole(1)(v) or _pair(_whole(1))(v),
-        "null, a number of pixels, or [height, width]",
+        lambda v: v is None or _whole(1, MOST)(v) or _pair(_whole(1, MOST))(v),
+        "null, a number of pixels up to 16384, or [height, width]",
     ),
     "data.scale": (
         lambda v: v is None or (_pair(_positive)(v) and v[0] <= v[1]),
@@ -103,9 +112,9 @@ RULES: dict[str, tuple[Test, str]] = {
     "model.stride": (_one_of(32, 16, 8), "32, 16 or 8"),
     "model.backbone": (_one_of("vgg11", "vgg13", "vgg16", "vgg19"), "vgg11, vgg13, vgg16 or vgg19"),
     "model.weights": TEXT_OR_NONE,
-    "model.num_classes": (_optional(_whole(2)), "null or a whole number from 2 up"),
-    "model.head_width": COUNT,
-    "model.head_kernel": (lambda v: _whole(1)(v) and v % 2 == 1, "an odd number from 1 up"),
+    "model.num_classes": (_optional(_whole(2, 255)), "null or a whole number from 2 to 255"),
+    "model.head_width": SIZE,
+    "model.head_kernel": (lambda v: _whole(1, 63)(v) and v % 2 == 1, "an odd number, 1 to 63"),
     "model.dropout": (_below(0, 1), "at least 0 and below 1"),
     "model.pooling": (_one_of("max", "avg"), "max or avg"),
     "model.fusion": (_one_of("score", "feature"), "score or feature"),
@@ -114,8 +123,8 @@ RULES: dict[str, tuple[Test, str]] = {
         "three numbers above 0, for pool5, pool4 and pool3",
     ),
     "model.learn_upsampling": TRUTH,
-    "model.freeze_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
-    "model.checkpoint_stages": (_whole_between(0, 5), "a whole number from 0 to 5"),
+    "model.freeze_stages": (_whole(0, 5), "a whole number from 0 to 5"),
+    "model.checkpoint_stages": (_whole(0, 5), "a whole number from 0 to 5"),
     "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
     "model.head_lr_multiplier": POSITIVE,
     "model.bias_lr_multiplier": POSITIVE,
@@ -138,9 +147,12 @@ RULES: dict[str, tuple[Test, str]] = {
     "trainer.precision": (_one_of(*PRECISIONS), ", ".join(PRECISIONS)),
     "trainer.accelerator": (_text, "auto, cpu, gpu, mps or another of Lightning's"),
     "trainer.devices": (
-        lambda v: v in ("auto", -1) or _whole(1)(v) or (isinstance(v, list) and v != []),
-        "a count, a list or auto",
+        lambda v: (
+            v in ("auto", -1) or _whole(1, 256)(v) or (isinstance(v, list) and v != [])
+        ),
+        "a count up to 256, a list or auto",
     ),
+    "trainer.strategy": (_strategy, "the name of a strategy, or its _target_ and true or false"),
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "warn", "true, false or warn"),
     "trainer.benchmark": (_optional(lambda v: isinstance(v, bool)), "null, true or false"),
     "trainer.limit_val_batches": (
@@ -161,7 +173,13 @@ RULES: dict[str, tuple[Test, str]] = {
         lambda v: isinstance(v, list) and v != [] and all(map(_positive, v)),
         "a list of numbers above 0, such as [0.75, 1, 1.25]",
     ),
-    "batch_size": COUNT,
+    "ckpt": (_text, "a checkpoint, or a run's folder"),
+    "input": TEXT_OR_NONE,
+    "output": TEXT_OR_NONE,
+    "format": TEXT_OR_NONE,
+    "split": TEXT_OR_NONE,
+    "accelerator": (_text, "auto, cpu, gpu, mps or another of Lightning's"),
+    "batch_size": SIZE,
     "device": (
         lambda v: isinstance(v, str) and bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)),
         "auto, cpu, mps, cuda or cuda:1",
@@ -223,7 +241,9 @@ def short_messages(*mendable: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (FCNError, *mendable)
     try:
         yield
-    except expected as error:
+    except Exception as error:
+        if not isinstance(error, expected) and not _raised_by_hydra(error):
+            raise
         known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
         message = str(known) if known is not None else _of_hydra(error)
         print(f"error: {message}", file=sys.stderr)
@@ -256,6 +276,12 @@ def _of_hydra(error: Exception) -> str:
     if options:
         return f"{first}\nAvailable: {', '.join(options)}"
     return f"{first}\n`--cfg job` shows every setting, `--help` the groups."
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Its own complaints are of any type (`data=1`: ValueError); those of what it calls are not."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

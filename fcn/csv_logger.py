@@ -7,6 +7,7 @@ import csv
 import math
 import os
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class MetricsCSV(Logger):
 
 def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a metrics.csv as text; a last line that a kill cut short is left out."""
-    with Path(path).open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return list(csv.DictReader(lines))
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    return list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 def read_column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:

@@ -99,16 +99,22 @@ class ImageScores(Callback):
             writer = csv.writer(file)
             writer.writerow(("id", "pixel_acc", "miou"))
             for name, *values in self.rows:
-                writer.writerow((name, *("" if v != v else v for v in values)))
+                writer.writerow((no_formula(name), *("" if v != v else v for v in values)))
 
 
 def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> None:
     """The confusion matrix in pixels: a row for each label, a column for each prediction."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(("label", *class_names))
-        for name, row in zip(class_names, confusion.tolist(), strict=True):
+        names = list(map(no_formula, class_names))
+        writer.writerow(("label", *names))
+        for name, row in zip(names, confusion.tolist(), strict=True):
             writer.writerow((name, *row))
+
+
+def no_formula(name: str) -> str:
+    """A name that a spreadsheet will not compute: as OWASP has it, an apostrophe goes before."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 @dataclass

@@ -24,15 +24,16 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from fcn.checkpoints import read_checkpoint
-from fcn.datasets.reading import check_exist, read_ids
+from fcn.datasets.reading import check_exist, is_picture, open_picture, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, LISTS, voc_palette
 from fcn.devices import best_precision
 from fcn.errors import ConfigError, reason
 from fcn.module import SegmentationModule
-from fcn.visualize import FAINT, INK, overlay, to_pil, whole
+from fcn.visualize import FAINT, INK, one_line, overlay, to_pil, whole
 
 Scores = Callable[[Tensor], Tensor]  # images (N, 3, H, W) uint8 -> logits (N, K, H, W)
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+WHOLE, LARGE_TILE = 2**22, 1024  # pixels of an image seen as a whole; side of tiles above that
 CELL = 32  # pixels of the coarsest pool: tiles on this grid pool as the whole image does
 
 
@@ -49,7 +50,8 @@ class TestTime(nn.Module):
         network: images (N, 3, H, W) uint8 -> logits (N, K, H, W).
         flip: also mirrored.
         scales: factors on height and width; [1] is the image alone.
-        tile: side in pixels, rounded down to a multiple of 32; None: images as a whole.
+        tile: side in pixels, rounded down to a multiple of 32; None: images as a whole, but in
+            tiles of 1024 above 4 million pixels, where a VGG would need gigabytes.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -86,10 +88,11 @@ class TestTime(nn.Module):
     def _bands(self, image: Tensor) -> Iterator[Tensor]:
         """The scores from the top down, in bands (N, K, h, W)."""
         height, width = image.shape[-2:]
-        if self.tile is None or max(height, width) <= self.tile:
+        tile = self.tile or (LARGE_TILE if height * width > WHOLE else max(height, width))
+        if max(height, width) <= tile:
             yield self._views(image)
             return
-        rows, columns = tiles(height, self.tile), tiles(width, self.tile)
+        rows, columns = tiles(height, tile), tiles(width, tile)
         band = None
         for number, (top, bottom, down) in enumerate(rows):
             for left, right, across in columns:
@@ -173,6 +176,7 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple]]) -> I
     """The picture on top of a strip of names, each beside its colour."""
     size = max(13, picture.width // 50)
     font, line = ImageFont.load_default(size), round(1.8 * size)
+    entries = [(one_line(name, 60), colour) for name, colour in entries]
     cell = 2 * line + round(max(font.getlength(name) for name, _ in entries))
     columns = max(1, picture.width // cell)
     height = picture.height + line * -(-len(entries) // columns)
@@ -239,7 +243,7 @@ def find_device(name: str) -> torch.device:
 def find_photos(pattern: str, output: Path) -> dict[Path, Path]:
     """Photographs, and where the results of each go: see `results`.
 
-    Of folders (with all below) and globs, these are the files with an ending of Pillow's formats
+    Of folders (with all below) and globs, these are the files with an ending of a picture's
     that are not hidden and not in `output`. a/photo.jpg becomes output/a/photo.png and
     output/a/photo_overlay.jpg; beside a photo.tif, photo.jpg.png and photo.jpg_overlay.jpg.
 
@@ -256,8 +260,7 @@ def find_photos(pattern: str, output: Path) -> dict[Path, Path]:
         found = glob(str(given), recursive=True)
     paths = sorted({Path(os.path.abspath(path)) for path in found})
     root = Path(os.path.commonpath([os.path.abspath(root), *(path.parent for path in paths)]))
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    photos = [path for path in paths if path.suffix.lower() in endings and not path.is_dir()]
+    photos = [path for path in paths if is_picture(path) and not path.is_dir()]
     if output != root:
         photos = [path for path in photos if output not in path.parents]
     photos = paths if given.is_file() else photos
@@ -357,7 +360,7 @@ def read_photo(path: Path, *, upright: bool = True) -> Tensor:
     Args:
         upright: turn it as its EXIF orientation says.
     """
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+    with warnings.catch_warnings(action="ignore"), open_picture(path) as file:
         photo = ImageOps.exif_transpose(file) if upright else file
         if photo.mode[0] in "IF":  # I, I;16, I;16B, F: convert("RGB") would clip
             values = np.nan_to_num(np.asarray(photo, np.float32))

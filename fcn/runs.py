@@ -148,7 +148,8 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
 def _atomic_write(path: Path) -> Iterator[TextIO]:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", newline="") as file:
+        # of file names that are no UTF-8, the odd bytes come out as \udcff and the like
+        with open(descriptor, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

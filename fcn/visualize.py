@@ -94,6 +94,12 @@ def fit(picture: Tensor, width: int, height: int) -> Tensor:
     return pixels.permute(2, 0, 1) if picture.ndim == 3 else pixels  # (h, w, 3) -> (3, h, w)
 
 
+def one_line(text: str, most: int) -> str:
+    """A name from outside, to be drawn or printed: what no screen shows, or obeys, left out."""
+    text = "".join(c if c.isprintable() else " " for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def sheet(
     rows: Sequence[Sequence[Cell]],
     *,
@@ -110,6 +116,7 @@ def sheet(
         width: of a column, in pixels.
     """
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    legend = [(one_line(name, 40), colour) for name, colour in legend]
     heights = [max(picture.shape[1] for picture, _ in row) + LINE + GAP for row in rows]
     entry = 24 + GAP + max([66, *(round(font.getlength(name)) for name, _ in legend)])
     per_line = max(1, (len(headings) * (width + GAP)) // entry)
@@ -123,7 +130,7 @@ def sheet(
     draw = ImageDraw.Draw(canvas)
 
     def write(left: int, top: int, text: str) -> None:
-        text = "".join(c if c.isprintable() else " " for c in text[:200])
+        text = one_line(text, 200)
         while len(text) > 1 and font.getlength(text) > width:
             text = f"{text[:-2]}…"
         draw.text((left, top), text, INK, font)

@@ -10,6 +10,7 @@ A layer is loaded, named in a warning, or named in an error: none is skipped in 
 import logging
 import pickle
 import re
+import socket
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights
 
+from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError, reason
 from fcn.network import FCN, MEAN, SKIPS, STD, head_layers
 
@@ -112,10 +114,14 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     if isinstance(weights, Path):
         return _read_file(weights)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
     try:
-        state = weights.get_state_dict(
-            progress=True, check_hash=True, weights_only=True, map_location="cpu"
-        )
+        with locked(cached):  # of two runs at once, one downloads
+            socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever
+            state = weights.get_state_dict(
+                progress=True, check_hash=True, weights_only=True, map_location="cpu"
+            )
     except Exception as error:  # a damaged file raises anything
         if cached.exists():
             raise WeightsError(
@@ -128,6 +134,8 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
             "a path: model.weights=FILE.pth, or null for a random start. "
             "`experiment=quickstart` needs no download."
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
     transforms = weights.transforms()
     return fold_normalization(state, transforms.mean, transforms.std)
 

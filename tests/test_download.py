@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
     """Serves DATA in the ways servers do; `log` has each request's path and Range header."""
 
     log: list[tuple[str, str | None]]
+    stopped: Event
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
@@ -38,10 +39,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None: ...
 
     def do_GET(self) -> None:
-        path, wanted = self.path.strip("/"), self.headers.get("Range")
+        path, wanted = self.path.strip("/").partition("?")[0], self.headers.get("Range")
         self.server.log.append((path, wanted))
         if path == "gone":
             self.send_error(404)
+            return
+        if path == "loop":
+            self.send_response(302)
+            self.send_header("Location", f"/loop?{len(self.server.log)}")
+            self.end_headers()
             return
         body, start, kind = DATA, 0, "application/x-tar"
         if path == "html":
@@ -60,15 +66,22 @@ class Handler(BaseHTTPRequestHandler):
             first = start + 5 if path == "shifted" else start
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         self.end_headers()
+        if path in ("half", "drip"):
+            self.wfile.write(body[start : len(body) // 2])
+            while path == "drip" and not self.server.stopped.wait(0.05):
+                self.wfile.write(b"\0")
+            self.server.stopped.wait(20)
+            return
         self.wfile.write(body[start : start + 1000] if path == "cut" else body[start:])
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.log = []
+        server.log, server.stopped = [], Event()
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
+        server.stopped.set()
         server.shutdown()
 
 
@@ -140,6 +153,32 @@ def test_stalled_server(dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = Server(("127.0.0.1", 0), Handler)  # accepts, answers nothing
     with silent, pytest.raises(DataError, match="timed out"):
         fetch([silent.url("file")], md5=MD5, dest=dest)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("half", "timed out after"),
+        ("drip", "sent only"),
+        ("loop", "HTTP 302"),
+        ("html", "web page"),
+    ],
+)
+def test_next_mirror_after_a_bad_one(
+    server: Server,
+    dest: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    why: str,
+) -> None:
+    """One that goes silent half-way, sends a byte now and then, redirects for ever, or lies."""
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "SLOWEST", 10 * len(DATA))
+    fetch([server.url(path), server.url("file")], md5=MD5, dest=dest)
+    assert dest.read_bytes() == DATA
+    assert why in caplog.text
+    assert {p.name for p in dest.parent.iterdir()} <= {"a.tar", ".a.tar.lock"}
 
 
 def test_wrong_archive_in_place(server: Server, dest: Path) -> None:
@@ -217,6 +256,7 @@ def test_unpack_interrupted(
         entry("kit/link", tarfile.SYMTYPE, "tree/a.txt"),
         entry("kit/hard", tarfile.LNKTYPE, "kit/tree/a.txt"),
         entry("kit/device", tarfile.CHRTYPE),
+        entry("kit/disk", tarfile.BLKTYPE),
         entry("kit/pipe", tarfile.FIFOTYPE),
     ],
     ids=lambda info: f"{info.name}-{info.type.decode()}",

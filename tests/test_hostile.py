@@ -1,5 +1,6 @@
 """Files and names that someone handed over: nothing in them is run, nothing of them breaks out."""
 
+import csv
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compose_config, train_tiny
+from conftest import TINY, compose_config, train_tiny
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,7 +21,10 @@ from test_train import evaluate_checkpoint
 
 from export import export
 from fcn.checkpoints import read_checkpoint
-from fcn.errors import ConfigError, FCNError, WeightsError
+from fcn.csv_logger import read_metrics
+from fcn.datasets.check import check
+from fcn.datasets.folder import Folder
+from fcn.errors import ConfigError, DataError, FCNError, WeightsError
 from fcn.module import SegmentationModule
 from fcn.runs import best_checkpoint, last_checkpoint
 from predict import predict
@@ -191,3 +196,87 @@ def test_own_code_is_resumed_when_it_is_named(place: Path, finished_run: Path) -
         resumed_config(run, ["trainer.max_steps=5"])
     assert resumed_config(run, [named]).optimizer._target_ == "torch.optim.sgd.SGD"
     assert last_checkpoint(run).is_file()
+
+
+NAMES = [
+    "ground",
+    "</script><script>alert(1)</script>",
+    "two\nlines\tand\ra \"quote\", 'two', a comma",
+    "[red]Straße 東京 🦒 \x1b[31m[/]",
+    "=HYPERLINK(1)",
+    "long " * 700,
+]
+IDS = ["=1+1", 'a\'b "c"', "<script>alert(1)</script>"[:7], "new\nline", "東京 🦒", "x" * 250]
+IDS += [os.fsdecode(b"not utf-8 \xff")]
+
+
+def write_hostile_data(root: Path) -> list[str]:
+    """Pairs with the names above as files'; overrides to train on them."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for number, name in enumerate(IDS):
+        Image.effect_noise((48, 40), 90).convert("RGB").save(root / "images" / f"{name}.jpg")
+        mask = Image.new("L", (48, 40), number % len(NAMES))
+        mask.paste(0, (0, 0, 10, 10))
+        mask.save(root / "masks" / f"{name}.png")
+    return ["data=folder", f"data.root={root}", "data.num_workers=0", "data.crop_size=32"]
+
+
+def test_hostile_names(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through check, training with W&B, evaluation and prediction; all is written and escaped."""
+    data = write_hostile_data(place / "root")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny = [o for o in TINY if not o.startswith(("data", "logger"))]
+    cfg = compose_config("train", *tiny, *data, "trainer.max_steps=2")
+    cfg.data.dataset.classes = NAMES
+    config: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    make = instantiate(cfg.data.dataset, _convert_="all")
+    assert check(config, make, place / "checked") == 0
+    run = place / "run"
+    summary = train(cfg, run)
+    assert {f"val/iou/{name}" for name in NAMES} <= set(read_metrics(run / "metrics.csv")[0])
+    assert summary["steps"] == 2
+    (log,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/iou/</script>" in log.read_bytes()
+
+    metrics = evaluate_checkpoint(run, "split=all", f"output={place / 'judged'}")
+    assert list(metrics["iou"]) == NAMES
+    judged = place / "judged"
+    assert list(json.loads((judged / "metrics.json").read_text("utf-8"))["iou"]) == NAMES
+    with (judged / "images.csv").open(newline="", encoding="utf-8") as file:
+        ids = [row["id"] for row in csv.DictReader(file)]
+    shown = {"=1+1": "'=1+1", IDS[-1]: "not utf-8 \\udcff"}
+    assert ids == [shown.get(name, name) for name in sorted(IDS)]
+    with (judged / "confusion.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][1:] == [row[0] for row in rows[1:]]
+    assert rows[0][1:] == [f"'{name}" if name[0] == "=" else name for name in NAMES]
+    report = (judged / "report.html").read_bytes().decode("ascii")
+    assert "<script>alert" not in report
+    assert "&lt;script&gt;alert" in report
+
+    with pytest.raises(DataError, match="1 of 7 images failed") as error:
+        predict(
+            compose_config(
+                "predict", f"ckpt={run}", "input=root/images", "output=out", "device=cpu"
+            )
+        )
+    assert "xxx.jpg: File name too long" in str(error.value)  # with _overlay.jpg behind it
+    sizes = [Image.open(path).size for path in Path("out").glob("*_overlay.jpg")]
+    assert len(sizes) == 6
+    assert max(width for width, _ in sizes) < 2000  # a name of 3500 characters is cut off
+    printed = "".join(capsys.readouterr())
+    assert "\x1b[31m" not in printed
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "none"])
+def test_ids_of_a_list_stay_in_the_data_root(place: Path, name: str) -> None:
+    """VOC's and CamVid's lists: tests/test_voc2012.py, tests/test_camvid.py."""
+    write_hostile_data(place / "root")
+    Image.new("RGB", (48, 40)).save(place / "secret.jpg")
+    Image.new("L", (48, 40)).save(place / "secret.png")
+    (place / "root" / "val.txt").write_text(f"{name}\n")
+    with pytest.raises(DataError, match=f"1 of 1 pairs incomplete: {name}: there is no image"):
+        Folder(split="val", root=place / "root", classes=["a", "b"], val="val.txt")

@@ -476,3 +476,20 @@ def test_panel_shows_validation_images(finished_run: Path) -> None:
     with Image.open(finished_run / "panels" / "step_0000004.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert abs(pixels[60:270, 15:245].mean() - sample.float().mean()) < 12
+
+
+@pytest.mark.parametrize("chosen", ["hydra.run.dir=chosen", "hydra.sweep.dir=chosen"])
+def test_refused_settings_leave_no_folder_of_hydra(
+    tmp_path: Path,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["-m"] if "sweep" in chosen else []
+    monkeypatch.setattr(sys, "argv", ["train.py", *more, *TINY, chosen, "optimizer.lr=-1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
+    assert "optimizer.lr=-1" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "chosen"]
+    assert more or not (tmp_path / "chosen").exists()

@@ -4,7 +4,10 @@ import io
 import logging
 import os
 import pickle
+import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -468,6 +471,40 @@ def test_without_network(torch_home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "model.weights=FILE.pth" in message
     assert "experiment=quickstart" in message
     assert not file.exists()
+
+
+def test_a_server_that_says_nothing(torch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.hub alone would wait for ever."""
+    monkeypatch.setattr("fcn.weights.TIMEOUT", 0.2)
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(
+            torchvision.models.VGG11_Weights.IMAGENET1K_V1.value,
+            "url",
+            f"http://127.0.0.1:{silent.getsockname()[1]}/vgg11-8a719046.pth",
+        )
+        with pytest.raises(WeightsError, match=r"cannot download .*timed out"):
+            small(weights="IMAGENET1K_V1")
+    assert socket.getdefaulttimeout() == before
+    assert not list(torch_home.glob("vgg*"))
+
+
+def test_two_runs_at_once_download_once(torch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = vgg_state() | classifier(kernel=1)
+    fetched: list[str] = []
+
+    def download(url: str, file: str, *args: object, **kwargs: object) -> None:
+        fetched.append(url)
+        time.sleep(0.2)
+        torch.save(state, file)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(small, head_kernel=1, weights="IMAGENET1K_V1") for _ in range(2)]
+        networks = [run.result() for run in runs]
+    assert len(fetched) == 1
+    for network in networks:
+        assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT"])

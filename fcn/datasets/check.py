@@ -33,7 +33,7 @@ from fcn.datasets.reading import (
     missing_allowed,
 )
 from fcn.errors import DataError
-from fcn.visualize import colourise, overlay
+from fcn.visualize import colourise, one_line, overlay
 
 SHOWN = 40  # lines of errors
 PICTURED = 3  # samples of each split
@@ -91,7 +91,7 @@ class Survey:
 
 def table(surveys: list[Survey], data: SegmentationDataset) -> Iterator[str]:
     """Pixels and images of each class in each split, as lines."""
-    names = {**dict(enumerate(data.classes)), data.void: "void"}
+    names = {k: one_line(name, 60) for k, name in enumerate(data.classes)} | {data.void: "void"}
     wide = max(map(len, names.values()))
     heads = (f"{s.split + ' pixels':>18} {'%':>6} {'images':>7}" for s in surveys)
     yield f"{'label':>5} {'class':{wide}}{''.join(heads)}"
@@ -103,7 +103,7 @@ def table(surveys: list[Survey], data: SegmentationDataset) -> Iterator[str]:
         )
         yield f"{k:>5} {name:{wide}}{''.join(cells)}"
     for s in surveys:
-        unseen = [name for k, name in enumerate(data.classes) if not s.pixels[k]]
+        unseen = [names[k] for k in range(len(data.classes)) if not s.pixels[k]]
         if unseen:
             yield f"never in {s.split}: {', '.join(unseen)}"
 
@@ -127,13 +127,14 @@ def draw(samples: list[Sample], data: SegmentationDataset, width: int = 300) -> 
         image, mask = sample["image"], sample["mask"]
         colours = colourise(mask, data.palette, data.void)
         strip = torch.cat((image, colours, overlay(image, mask, data.palette)), 2)  # (3, H, 3 W)
-        height = max(1, round(width * image.shape[1] / image.shape[2]))
+        height = min(max(1, round(width * image.shape[1] / image.shape[2])), 3 * width)
         picture = Image.fromarray(strip.permute(1, 2, 0).numpy()).resize((3 * width, height))
         row = Image.new("RGB", (3 * width, height + 24), "white")
         row.paste(picture, (0, 24))
         pen, left = ImageDraw.Draw(row), 4.0
         labels = [k for k in mask.unique().tolist() if k != data.void]
         for text, colour in [(sample["id"], None), *((data.classes[k], k) for k in labels)]:
+            text = one_line(text, 40)
             if colour is not None:
                 pen.rectangle((left, 6, left + 11, 17), data.palette[colour])
             pen.text((left + 15, 12), text, "black", anchor="lm")
@@ -177,7 +178,7 @@ def check(config: dict[str, Any], make: Callable[..., SegmentationDataset], outp
         output.mkdir(parents=True, exist_ok=True)
         draw(samples, data).save(output / "data_check.png")
         print(f"some samples: {output / 'data_check.png'}")
-    texts = (" ".join(map(str.strip, str(error).splitlines())) for error in errors)
+    texts = (one_line(" ".join(map(str.strip, str(e).splitlines())), 1000) for e in errors)
     lines = list(dict.fromkeys(texts))
     print(*(f"error: {line}" for line in lines[:SHOWN]), sep="\n", end="\n" if lines else "")
     if len(lines) > SHOWN:

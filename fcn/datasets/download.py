@@ -14,6 +14,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -33,6 +34,7 @@ from fcn.errors import DataError, reason
 
 HINT = "`experiment=quickstart` needs no download."
 TIMEOUT = 30.0  # seconds to connect, and for the next bytes to arrive
+SLOWEST = 1000  # bytes a second, over all of a download: less is a mirror that stalls
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def fetch(urls: Sequence[str], md5: str, dest: Path) -> None:
     failures: list[str] = []
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(dest):
+        with locked(dest):
             if dest.exists():
                 if (found := calculate_md5(dest)) != md5:
                     raise DataError(
@@ -152,7 +154,11 @@ def _download(url: str, part: Path) -> None:
                 desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
             ) as bar,
         ):
+            begun, first = time.monotonic(), start
             while True:
+                waited = time.monotonic() - begun
+                if waited > TIMEOUT and start - first < SLOWEST * waited:
+                    raise _MirrorError(f"sent only {start - first:,} bytes in {waited:.0f} s")
                 try:
                     chunk = response.read1(1 << 20)
                 except (OSError, HTTPException) as e:
@@ -179,7 +185,7 @@ def unpack(archive: Path, into: Path, member_root: str) -> Path:
     target = into / member_root
     prefix = f".unpack-{archive.name}-"
     try:
-        with _lock(archive):
+        with locked(archive):
             if target.is_dir():
                 return target
             for leftover in into.glob(f"{prefix}*"):
@@ -225,7 +231,7 @@ def _check_member(name: str, *, plain: bool) -> None:
 
 
 @contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Holds `.<file>.lock` beside the file; the system frees it when the process dies."""
     lock = FileLock(file.with_name(f".{file.name}.lock"))
     try:

@@ -6,24 +6,25 @@
 For more than a trial, copy conf/data/folder.yaml to conf/data/<name>.yaml and write there what the
 data is; then it is `data=<name>`. On disk:
 
-    <images>/<id>.jpg    any format that Pillow reads
+    <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, …: FORMATS in reading.py
     <masks>/<id>.png     the label of each pixel, or its colour
     <train>, <val>       optional text lists, one id (or file name) a line
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
 from fcn.datasets import VOID, Labels, Sample
 from fcn.datasets.reading import (
     LABEL_MODES,
     UnknownLabelError,
+    is_picture,
     make_sample,
     read_image,
     read_lines,
@@ -132,7 +133,7 @@ class Folder(Dataset[Sample]):
             s: self._listed(base, file) for s, file in (("train", train), ("val", val)) if file
         }
         if not lists:  # by a hash, so that a new image changes nothing for the old ones
-            order = sorted(every, key=lambda name: hashlib.md5(f"{seed}/{name}".encode()).digest())
+            order = sorted(every, key=lambda n: hashlib.md5(os.fsencode(f"{seed}/{n}")).digest())
             lists["val"] = sorted(order[: max(1, round(val_share * len(order)))])
         given = {name for ids in lists.values() for name in ids}
         rest = [name for name in every if name not in given]
@@ -146,7 +147,7 @@ class Folder(Dataset[Sample]):
     def _listed(self, base: Path, file: str) -> list[str]:
         """The ids in a text list, which may name files."""
         lines = read_lines(base / Path(file).expanduser())
-        return [PurePath(x).stem if _is_picture(PurePath(x)) else x for x in lines]
+        return [PurePath(x).stem if is_picture(PurePath(x)) else x for x in lines]
 
     def _lone(self, name: str) -> str | None:
         """What this pair lacks, if anything."""
@@ -209,17 +210,13 @@ def _code(r: Any, g: Any, b: Any) -> Any:
     return r << 16 | g << 8 | b
 
 
-def _is_picture(path: PurePath) -> bool:
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
-
-
 def _pictures(folder: Path) -> dict[str, Path]:
-    """What Pillow opens in a folder, by stem; hidden files and others are left alone."""
+    """The pictures in a folder, by stem; hidden files and others are left alone."""
     if not folder.is_dir():
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if _is_picture(path) and not path.name.startswith("."):
+        if is_picture(path) and not path.name.startswith("."):
             if path.stem in files:
                 raise DataError(f"{path}: {files[path.stem].name} has the same stem; keep one")
             files[path.stem] = path

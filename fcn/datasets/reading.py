@@ -2,10 +2,11 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from torchvision import tv_tensors
 from fcn.datasets import VOID, Sample
 from fcn.errors import DataError, reason
 
+# Of Pillow's formats, those that its own code and plain libraries decode. The others start programs
+# (EPS is PostScript, which Ghostscript would run), or are no photographs.
+Image.init()
+KNOWN = "JPEG PNG WEBP TIFF BMP GIF PPM MPO JPEG2000 AVIF TGA"
+FORMATS = tuple(name for name in KNOWN.split() if name in Image.OPEN)
 LABEL_MODES = ("P", "L", "1", "I;16", "I")  # Pillow's palette, and grey of 8, 1, 16 and 32 bits
 
 _missing_allowed = ContextVar("missing_allowed", default=False)
@@ -97,10 +103,21 @@ def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
 # A damaged file raises nearly anything in there (OSError, SyntaxError, struct.error, zlib.error…).
 
 
+def is_picture(path: PurePath) -> bool:
+    """Whether a file's ending is one of FORMATS'; what is in it decides how it is read."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Not decoded yet; Pillow refuses what claims more than 179 million pixels."""
+    with warnings.catch_warnings(action="ignore"):  # of half as many
+        return Image.open(path, formats=FORMATS)
+
+
 def read_picture(path: Path, what: str) -> Image.Image:
     """Any picture, decoded; `what` is its part in the data, for the message of DataError."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             picture.load()
             return picture
     except Exception as e:

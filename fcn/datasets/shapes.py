@@ -111,12 +111,14 @@ class Shapes(Dataset[Sample]):
     ) -> None:
         if split not in self.splits:
             raise DataError(f"Shapes has no split '{split}': choose from {', '.join(self.splits)}")
-        if size < 48:
-            raise ConfigError(f"size must be 48 or more to hold the shapes' thin parts, not {size}")
-        if train_length < 1 or val_length < 1:
-            raise ConfigError(f"lengths must be 1 or more, not {train_length} and {val_length}")
-        if seed < 0:
-            raise ConfigError(f"seed must not be negative, as {seed} is")
+        lengths = {"train_length": (train_length, 1, 10**6), "val_length": (val_length, 1, 10**6)}
+        # thin parts of shapes need 48 pixels
+        given = {"size": (size, 48, 4096), "seed": (seed, 0, 2**63)} | lengths
+        for name, (value, low, high) in given.items():
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(
+                    f"data.dataset.{name}={value}: must be a whole number from {low} to {high}"
+                )
         self.size, self.seed, self.stream = size, seed, self.splits.index(split)
         length = train_length if split == "train" else val_length
         self.ids = [f"{split}_{i:06d}" for i in range(length)]

@@ -1,0 +1,207 @@
+"""Any value for any setting: a message of at most three lines, or a run that works.
+
+Everything up to the first step is real: checks, data, network, optimizer, schedule, trainer and the
+first batches. The choices are Hypothesis's, the same ones at each run of the tests.
+"""
+
+import contextlib
+import io
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import TINY, compose_config
+from hydra.errors import HydraException
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from test_config import leaves
+
+from evaluate import evaluate
+from export import export
+from fcn.config import short_messages
+from fcn.network import FCN
+from fcn.runs import best_checkpoint
+from predict import predict
+from train import train
+
+FEW = ["data.dataset.size=48", "data.dataset.val_length=2", "data.num_workers=0"]
+SMALL = [*TINY, *FEW, "data.dataset.train_length=3"]
+OTHERS = ["optimizer=adamw", "scheduler=cosine", "model=fcn8s", "trainer=ddp"]
+OTHERS += [o for o in SMALL if o.startswith(("model.", "trainer.", "optimizer."))]
+CONFIGS = [compose_config("train", *SMALL), compose_config("train", *SMALL, *OTHERS)]
+VALUES: list[Any] = [None, True, False, "", " ", "auto", "-1", "two", "a/b", "../..", "\0", "é\n"]
+VALUES += [-1, 0, 1, 2, 5, -0.5, 0.5, 1.5, 10**6, 2**31, 10**12, 10**30, -(10**30)]
+VALUES += [1e-300, 1e300, math.nan, math.inf, -math.inf]
+VALUES += [[], [1], [0.5, 2], [-1, 1], [1, 1e9], [10**12, 10**12], ["a"], [[1]], {}, {"a": 1}]
+VALUES += ["99999999999:00:00:00", "00:00:00:01", "cpu", "gpu", "32-true", "train", "val", "none"]
+QUIET = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+)
+
+
+def keys(cfg: DictConfig) -> list[str]:
+    """Every setting, but for what Hydra calls: a target is the user's own code."""
+    names = leaves(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+    return [name for name in names if not name.endswith(("_target_", "_partial_"))]
+
+
+def outcome(work: Callable[[], Any]) -> str:
+    """What a script would print about an error; empty if all went well."""
+    printed, code = io.StringIO(), 0
+    hidden = contextlib.redirect_stdout(io.StringIO())
+    try:
+        with hidden, contextlib.redirect_stderr(printed):  # noqa: SIM117
+            with short_messages(HydraException, OmegaConfBaseException):
+                work()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    if not code:
+        return ""
+    message = printed.getvalue()
+    error = message[message.index("error: ") :]
+    assert code == 1
+    assert 1 <= len(error.strip().splitlines()) <= 3, error
+    assert len("error: ") + 10 < len(error) < 2000, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def until_the_first_step() -> Iterator[None]:
+    """`fit` sets all up and takes no step; random values, which cost most, are left out."""
+    fit = pl.Trainer.fit
+
+    def prepared(trainer: pl.Trainer, module: Any, *, datamodule: Any, **options: Any) -> None:
+        if trainer.world_size == 1:  # more would start processes
+            trainer.fit_loop.epoch_loop.max_steps = 0
+            fit(trainer, module, datamodule=datamodule, **options)
+        next(iter(datamodule.train_dataloader()))
+        next(iter(datamodule.val_dataloader()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.Trainer, "fit", prepared)
+        patch.setattr(FCN, "reset_parameters", lambda self: None)
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def with_values(cfg: DictConfig, changes: list[tuple[str, Any]]) -> DictConfig:
+    changed = cfg.copy()
+    for key, value in changes:
+        OmegaConf.update(changed, key, value, merge=False)
+    return changed
+
+
+def train_with(cfg: DictConfig, changes: list[tuple[str, Any]]) -> str:
+    """The error of a run with these values, after which nothing is left."""
+    with tempfile.TemporaryDirectory() as folder:
+        error = outcome(lambda: train(with_values(cfg, changes), Path(folder, "runs", "x")))
+        if error and "out of memory" not in error:  # that is found when the run has begun
+            assert not list(Path(folder).glob("runs/*")), error
+        return error
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> tuple[DictConfig, list[tuple[str, Any]]]:
+    cfg = draw(st.sampled_from(CONFIGS))
+    one = st.tuples(st.sampled_from(keys(cfg)), st.sampled_from(VALUES))
+    return cfg, draw(st.lists(one, min_size=1, max_size=2))
+
+
+@settings(QUIET, max_examples=250)
+@given(changed())
+def test_training(
+    until_the_first_step: None, drawn: tuple[DictConfig, list[tuple[str, Any]]]
+) -> None:
+    train_with(*drawn)
+
+
+def test_what_is_odd_but_fine(until_the_first_step: None) -> None:
+    """Gets to the first step: what is refused above is refused for its value."""
+    fine = [("data.crop_size", 1), ("data.flip", 0), ("model.head_width", 1), ("seed", 2**31)]
+    fine += [("optimizer.lr", 1e300), ("data.scale", [0.5, 2]), ("trainer.max_time", "0:00:00:01")]
+    assert train_with(CONFIGS[0], fine) == ""
+
+
+def test_two_steps(tmp_path: Path) -> None:
+    """Odd values that are accepted, in a run that takes its steps."""
+    changes = [("data.batch_size", 5), ("data.crop_size", [1, 40]), ("data.flip", 1)]
+    changes += [("trainer.max_steps", 2), ("trainer.log_every_n_steps", 2**31 - 1)]
+    changes += [("callbacks.half_life", 1e-300), ("callbacks.panel_images", 10**6)]
+    changes += [("trainer.val_check_interval", 10**6), ("data.limit", 1), ("optimizer.lr", 1e-300)]
+    assert outcome(lambda: train(with_values(CONFIGS[0], changes), tmp_path / "run")) == ""
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def scripts(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The other scripts, with the settings that each begins from."""
+    photo = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.new("RGB", (20, 16)).save(photo)
+    ckpt = f"ckpt={best_checkpoint(finished_run)}"
+    options = ["output=out.safetensors", "format=safetensors"]
+    return {
+        "predict": (predict, compose_config("predict", ckpt, "output=out", f"input={photo}")),
+        "export": (export, compose_config("export", ckpt, *options)),
+        "evaluate": (evaluate, compose_config("evaluate", ckpt, "output=out", "data=shapes", *FEW)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "examples"), [("predict", 60), ("export", 30), ("evaluate", 60)]
+)
+def test_other_scripts(
+    scripts: dict[str, Any],
+    script: str,
+    examples: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work, cfg = scripts[script]
+    folder = tmp_path / "a" / "b" / "c"  # an `output` of ../.. is in tmp_path too
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+
+    @settings(QUIET, max_examples=examples)
+    @given(st.sampled_from(keys(cfg)), st.sampled_from(VALUES))
+    def one(key: str, value: Any) -> None:
+        outcome(lambda: work(with_values(cfg, [(key, value)])))
+
+    one()
+
+
+WORDS = ["model", "model.lr", "optimizer.lr", "data", "trainer.max_steps", "name", "x"]
+SIGNS = [
+    "=",
+    "+",
+    "++",
+    "~",
+    "=[",
+    "={",
+    "=]",
+    "='",
+    "==",
+    "=$",
+    "=${",
+    "=${x}",
+    ",",
+    "@",
+    "!",
+    "=1",
+    "=null",
+    "=none",
+]
+
+
+@settings(QUIET, max_examples=60)
+@given(st.lists(st.sampled_from(WORDS + SIGNS) | st.text(max_size=3), min_size=1, max_size=5))
+def test_command_line(parts: list[str]) -> None:
+    """Unknown keys and wrong grammar, as Hydra and OmegaConf tell of them."""
+    outcome(lambda: OmegaConf.resolve(compose_config("train", "name=x", "".join(parts))))

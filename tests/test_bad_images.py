@@ -1,0 +1,248 @@
+"""Damaged, odd and hostile pictures, through data set, check and predict: a result or one error.
+
+The fuzz runs in a process of its own, which may crash, hang or grow without harm to the tests:
+
+    python tests/test_bad_images.py FOLDER    # what the child does; FOLDER holds run/ and root/
+"""
+
+import contextlib
+import io
+import os
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, compose_config, train_tiny
+from PIL import Image
+from torch import Tensor
+
+from fcn.datasets.check import SHOWN, draw, main
+from fcn.datasets.folder import Folder
+from fcn.datasets.reading import read_image
+from fcn.errors import DataError
+from fcn.prediction import TestTime, find_photos, read_photo
+from fcn.runs import last_checkpoint
+from predict import predict
+
+MUTATED = 560
+MEMORY = 2**30  # bytes that a process may grow by; one of the bombs, unpacked, is 2.7 GB
+
+
+def png(width: int, height: int, depth: int = 8, colour: int = 2, data: bytes = b"") -> bytes:
+    """A PNG that claims a size, with the compressed `data` whatever the size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def seeds() -> dict[str, bytes]:
+    """Good and odd files."""
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (24, 30, 3), np.uint8)).resize((40, 32))
+    frames = [photo, photo.rotate(90), photo.rotate(180)]
+    grey = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    more: dict[str, object] = {"save_all": True, "append_images": frames}
+    bomb = b"\x00" * 3_000_000
+    return {
+        "photo.jpg": encoded(photo, "JPEG"),
+        "progressive.jpg": encoded(photo, "JPEG", progressive=True, quality=30),
+        "cmyk.jpg": encoded(photo.convert("CMYK"), "JPEG"),
+        "grey.jpg": encoded(photo.convert("L"), "JPEG"),
+        "photo.png": encoded(photo, "PNG"),
+        "alpha.png": encoded(photo.convert("RGBA"), "PNG"),
+        "palette.png": encoded(photo.quantize(9), "PNG", transparency=3),
+        "bits.png": encoded(photo.convert("1"), "PNG"),
+        "sixteen.png": encoded(grey, "PNG"),
+        "animated.png": encoded(photo, "PNG", **more),
+        "animated.gif": encoded(photo, "GIF", **more),
+        "animated.webp": encoded(photo, "WEBP", **more),
+        "one.png": encoded(photo.resize((1, 1)), "PNG"),
+        "wide.png": encoded(photo.resize((20000, 1)), "PNG"),
+        "high.jpg": encoded(photo.resize((1, 20000)), "JPEG"),
+        "a_png.jpg": encoded(photo, "PNG"),
+        "a_jpeg.png": encoded(photo, "JPEG"),
+        "a_gif.jpg": encoded(photo, "GIF"),
+        "text.png": b"no picture at all",
+        "zeros.jpg": bytes(3000),
+        "empty.png": b"",
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n",
+        "bomb.png": png(30_000, 30_000, data=bomb),
+        "lines.png": png(2**31 - 1, 1, data=bomb),
+        "text_bomb.png": png(40, 30, data=bomb)[:33] + ztxt(60 * 2**20) + png(40, 30)[33:],
+    }
+
+
+def ztxt(size: int) -> bytes:
+    """A PNG chunk of text that unpacks to `size` bytes."""
+    content = b"zTXtnote\0\0" + zlib.compress(bytes(size))
+    return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Cut off, or with bytes set, zeroed, taken out or doubled, mostly near the start."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 3)):
+        if not data:
+            break
+        place = int(len(data) * rng.random() ** 3)
+        length = int(rng.integers(1, 40))
+        kind = rng.integers(5)
+        if kind == 0:
+            data = data[:place]
+        elif kind == 1:
+            data[place] = int(rng.choice([0, 1, 127, 128, 255, rng.integers(256)]))
+        elif kind == 2:
+            data[place : place + length] = bytes(length)
+        elif kind == 3:
+            del data[place : place + length]
+        else:
+            data[place:place] = data[place : place + length]
+    return bytes(data)
+
+
+def write_corpus(folder: Path) -> int:
+    """The seeds, and mutations of the JPEGs and PNGs among them; how many files that is."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    originals = seeds()
+    for name, content in originals.items():
+        stem, _, ending = name.partition(".")
+        (folder / f"{stem}_{ending}.{ending}").write_bytes(content)
+    large = ("bomb", "lines", "wide", "high")  # one of each is enough
+    bases = [n for n in originals if n.endswith(("png", "jpg")) and not n.startswith(large)]
+    bases = [n for n in bases if len(originals[n]) > 50]
+    for number in range(MUTATED):
+        name = bases[number % len(bases)]
+        (folder / f"m{number:03d}_{name}").write_bytes(mutated(originals[name], rng))
+    return len(originals) + MUTATED
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    train_tiny(tmp_path / "run", "trainer.max_steps=1")
+    images, masks = tmp_path / "root" / "images", tmp_path / "root" / "masks"
+    number = write_corpus(images)
+    masks.mkdir()
+    mask = encoded(Image.new("L", (40, 32)), "PNG")
+    for path in images.iterdir():
+        (masks / f"{path.stem}.png").write_bytes(mask)
+    command = [sys.executable, __file__, str(tmp_path)]
+    paths = os.environ | {"PYTHONPATH": str(PROJECT)}
+    child = subprocess.run(command, env=paths, capture_output=True, text=True, timeout=200)
+    assert child.returncode == 0, child.stderr[-3000:]
+    facts = dict(line.split(": ") for line in child.stdout.splitlines())
+    read, failed = int(facts["read"]), int(facts["failed"])
+    assert read + failed == number >= 500
+    assert min(read, failed) > 50  # both happen
+    assert int(facts["checked"]) == SHOWN  # and how many more there are
+    assert int(facts["memory"]) < MEMORY
+
+
+def fuzz(folder: Path) -> None:
+    """What the child does; prints counts."""
+    root, printed = folder / "root", io.StringIO()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = Folder(split="all", root=root, classes=["a", "b"])
+    good = 0
+    for path in (root / "images").iterdir():
+        try:
+            image = read_image(path)
+            told = ""
+        except DataError as error:
+            told = str(error)
+        try:
+            photo = read_photo(path)
+            good += 1
+        except Exception:  # predict_files names the file and goes on
+            assert told, path
+            assert told.startswith(f"{path}: cannot read")
+            assert len(told.splitlines()) == 1
+            continue
+        if not told:
+            assert image.dtype == np.uint8
+            assert photo[0].numel() == image[..., 0].size
+    arguments = ["data=folder", f"data.root={root}", f"output={folder / 'checked'}"]
+    arguments += ["data.dataset.classes=[a,b]", "data.dataset.val_share=0.5"]
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main(arguments)
+    errors = [line for line in printed.getvalue().splitlines() if line.startswith("error: ")]
+    assert "errors: " in printed.getvalue()
+    ckpt = last_checkpoint(folder / "run")
+    options = [f"ckpt={ckpt}", f"input={root / 'images'}", f"output={folder / 'out'}", "device=cpu"]
+    failed = 0
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            predict(compose_config("predict", *options))
+    except DataError as error:
+        lines = str(error).splitlines()[1:]
+        assert all(str(root) in line for line in lines), lines
+        failed = len(lines)
+    masks = list((folder / "out").glob("*.png"))
+    assert len(masks) == len(data) - failed == good
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"read: {good}\nfailed: {failed}\nchecked: {len(errors)}")
+    print(f"memory: {(after - before) * 1024}")
+
+
+def test_programs_are_not_started(tmp_path: Path) -> None:
+    """Pillow would hand PostScript to Ghostscript."""
+    (tmp_path / "x.eps").write_bytes(seeds()["postscript.jpg"])
+    (tmp_path / "x.png").write_bytes(seeds()["postscript.jpg"])
+    photos = find_photos(str(tmp_path), tmp_path / "out")
+    assert [path.name for path in photos] == ["x.png"]
+    for name in ("x.eps", "x.png"):
+        with pytest.raises(DataError, match="cannot identify image file"):
+            read_image(tmp_path / name)
+        with pytest.raises(Image.UnidentifiedImageError):
+            read_photo(tmp_path / name)
+
+
+def test_large_photographs_are_seen_in_tiles() -> None:
+    """Whole, a VGG-19 would need 20 GB for 24 million pixels."""
+    seen: list[int] = []
+
+    def network(image: Tensor) -> Tensor:
+        seen.append(image.shape[-2:].numel())
+        return torch.zeros(1, 1, *image.shape[-2:])
+
+    with torch.inference_mode():
+        mask = TestTime(network).masks(torch.zeros(1, 3, 4000, 6000, dtype=torch.uint8))
+        assert mask.shape == (1, 4000, 6000)
+        assert max(seen) <= 1024**2
+        seen.clear()
+        TestTime(network).masks(torch.zeros(1, 3, 2048, 2048, dtype=torch.uint8))
+    assert seen == [2048**2]
+
+
+def test_picture_of_the_check_is_bounded() -> None:
+    """A column of 1×20000 pixels, 300 wide, would be 6 million high: 16 GB."""
+
+    class Data:
+        classes, palette, void = ("a",), ((0, 0, 0),), 255
+
+    sample = {
+        "image": torch.zeros(3, 20000, 1, dtype=torch.uint8),
+        "mask": torch.zeros(20000, 1, dtype=torch.uint8),
+        "id": "a\nb",
+    }
+    assert draw([sample], Data()).height <= 1000  # type: ignore[list-item, arg-type]
+
+
+if __name__ == "__main__":
+    fuzz(Path(sys.argv[1]))
