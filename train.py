@@ -4,6 +4,7 @@
     python train.py model=fcn8s data.batch_size=2      PASCAL VOC2012 and ImageNet weights
     python train.py -m model=fcn32s,fcn16s,fcn8s optimizer.lr=1e-3,1e-4     a sweep
     python train.py resume=runs/fcn8s/2026-01-31_12-00-00                   goes on with a run
+    python train.py model=fcn8s resume=auto            with the last of this command line, or anew
 
 `--help` lists the groups, `--cfg job` every setting. Results: fcn/runs.py.
 """
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fcn.config import check_training, short_messages
-from fcn.errors import ConfigError, DataError, FCNError, Stopped, TrainingError
+from fcn.errors import ConfigError, DataError, FCNError, Stopped, TrainingError, WriteError
 
 # torch and Lightning are imported where they are needed: `--help` and `--cfg job` are instant.
 if TYPE_CHECKING:
@@ -100,10 +101,7 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> None:
     """Choose the run folder and train there."""
     hydra_cfg = HydraConfig.get()
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
-    if cfg.resume:
-        run = Path(cfg.resume)
-        cfg = resumed_config(run, overrides)
-    elif sweep is not None:
+    if sweep is not None:
         run = sweep / hydra_cfg.sweep.subdir
         if OmegaConf.select(cfg, "logger._target_"):
             cfg.logger.group = cfg.logger.group or f"sweep_{sweep.name}"
@@ -112,6 +110,22 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> None:
         run = Path(hydra_cfg.run.dir)
     else:
         run = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if cfg.resume == "auto":
+        from fcn.devices import is_main_process
+        from fcn.resume import find_run, is_finished
+
+        named = sweep is not None or hydra_cfg.run.dir != "."
+        last = find_run(run, overrides, named=named, main=is_main_process())
+        if last is not None and is_finished(last):
+            print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
+            return
+        cfg.resume = None
+        if last is not None:
+            run, overrides = last, []
+            cfg = resumed_config(run, overrides)
+    elif cfg.resume:
+        run = Path(cfg.resume)
+        cfg = resumed_config(run, overrides)
     try:
         train(cfg, run, overrides)
     except (Stopped, TrainingError) as error:
@@ -195,33 +209,54 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     import pytorch_lightning as pl
 
     from fcn.devices import is_main_process, prepare_cpu, quiet_lightning
-    from fcn.runs import create_run_folder, last_checkpoint, write_settings
+    from fcn.resume import remove_leftovers, whole_checkpoint
+    from fcn.runs import create_run_folder, locked
 
     quiet_lightning()
     prepare_cpu()
-    checkpoint = last_checkpoint(run) if cfg.resume else None
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ConfigError(f"resume={run}: there is no {checkpoint} to go on from")
-    settle_precision(cfg)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = open_data(cfg)
-    module = build_module(cfg, datamodule)
-    settle_batches(cfg, module, datamodule)
-    if cfg.trainer.get("compile"):  # the runs of older versions do not have it
-        module.network.compile()
+    with ExitStack() as lock:
+        if cfg.resume and is_main_process():
+            lock.enter_context(locked(run))
+            remove_leftovers(run)
+        settle_precision(cfg)
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        datamodule = open_data(cfg)
+        module = build_module(cfg, datamodule)
+        settle_batches(cfg, module, datamodule)
+        checkpoint = whole_checkpoint(run, module.state_dict()) if cfg.resume else None
+        if cfg.trainer.get("compile"):  # the runs of older versions do not have it
+            module.network.compile()
 
-    if not cfg.resume and is_main_process():
-        run = create_run_folder(run)
-        if OmegaConf.select(cfg, "logger._target_"):
-            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept when the run is resumed
-    try:
-        trainer = build_trainer(cfg, run, resume_from=checkpoint)
-    except BaseException:
         if not cfg.resume and is_main_process():
-            shutil.rmtree(run)  # nothing is in it yet
-        raise
+            run = create_run_folder(run)
+            lock.enter_context(locked(run))
+            if OmegaConf.select(cfg, "logger._target_"):
+                cfg.logger.id = cfg.logger.id or secrets.token_hex(4)  # kept by a resumed run
+        try:
+            trainer = build_trainer(cfg, run, resume_from=checkpoint)
+        except BaseException:
+            if not cfg.resume and is_main_process():
+                shutil.rmtree(run)  # nothing is in it yet
+            raise
+        return fit(cfg, run, overrides or [], trainer, module, datamodule, checkpoint)
+
+
+def fit(
+    cfg: DictConfig,
+    run: Path,
+    overrides: list[str],
+    trainer: "pl.Trainer",
+    module: "SegmentationModule",
+    datamodule: "SegmentationDataModule",
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train, and leave a summary: how it ended, or how to go on."""
+    from fcn.callbacks import loader_died
+    from fcn.devices import is_main_process
+    from fcn.runs import last_checkpoint, write_settings
+
     if is_main_process():
-        write_settings(run, cfg, overrides or [])
+        write_settings(run, cfg, overrides)
         print(
             f"run folder: {run}\n{datamodule.sizes()}; "
             f"{trainer.world_size} x {trainer.strategy.root_device}, {trainer.precision}",
@@ -229,21 +264,35 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         )
 
     summary: dict[str, Any] = {}
+    go_on = f"go on with: python train.py resume={run}"
     status, exit_code = "finished", 0
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
         status, exit_code = "stopped", stop.exit_code
         if is_main_process():
-            print(f"\nstopped by {stop}; go on with: python train.py resume={run}", flush=True)
+            print(f"\nstopped by {stop}; {go_on}", flush=True)
         raise
+    except WriteError as error:
+        exit_code = 1
+        if not last_checkpoint(run).is_file():
+            raise
+        raise WriteError(f"{error}\nThe checkpoint before it is whole; {go_on}") from error
     except BaseException as error:
         exit_code = 1
         if ran_out_of_memory(error):
             raise TrainingError(advice_on_memory(cfg, trainer)) from error
+        if loader_died(error):
+            raise TrainingError(
+                f"a process that loads data ended: {error}. The system kills one when memory is "
+                f"short: data.num_workers=1 needs less, 0 none. To {go_on} data.num_workers=0"
+            ) from error
         raise
     finally:
-        finish_wandb(trainer, exit_code)
+        if OmegaConf.select(cfg, "logger._target_"):
+            from fcn.wandb_run import finish_wandb
+
+            finish_wandb(trainer, exit_code)
         if exit_code != 1 and is_main_process():
             summary = write_summary(run, status, trainer)
     return summary
@@ -376,6 +425,7 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
     from fcn.csv_logger import MetricsCSV
     from fcn.devices import is_main_process
     from fcn.pictures import Curves, Panels, WandbScores
+    from fcn.resume import checkpoint_step
 
     config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     loggers: list[Logger] = []
@@ -393,7 +443,12 @@ def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.T
         callbacks.insert(0, AveragedWeights(decay=cfg.callbacks.average_decay))
     if is_main_process():
         csv = MetricsCSV(run / "metrics.csv", resume_step=checkpoint_step(resume_from))
-        loggers = [csv, *wandb_loggers(cfg, run)]
+        loggers = [csv]
+        if OmegaConf.select(cfg, "logger._target_"):
+            from fcn.wandb_run import start_wandb
+
+            make = instantiate(cfg.logger, _convert_="all", _partial_=True)
+            loggers.append(start_wandb(make, run, config))
         panels = Panels(images=cfg.callbacks.panel_images, folder=run / "panels")
         callbacks[-2:-2] = [panels, Curves(csv=csv), ScoreTable(), WandbScores()]
         if cfg.trainer.enable_progress_bar:
@@ -437,49 +492,6 @@ def profiler(name: str | None, run: Path) -> "Profiler | None":
         "pytorch": profilers.PyTorchProfiler,  # with a trace for Perfetto or chrome://tracing
     }
     return kinds[name](dirpath=run / "profile", filename=name)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    """The optimizer step at which a checkpoint was made."""
-    import torch
-
-    if checkpoint is None:
-        return 0
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-
-
-def wandb_loggers(cfg: DictConfig, run: Path) -> list["Logger"]:
-    """The W&B logger, online if there is a key; none with logger=none."""
-    if not OmegaConf.select(cfg, "logger._target_"):
-        return []
-    # W&B's service logs to ~/.cache otherwise; a sweep has one service, so its first run has them
-    os.environ.setdefault("WANDB_CACHE_DIR", str(run.absolute() / "wandb" / "cache"))
-    os.environ.setdefault("WANDB_DATA_DIR", str(run.absolute() / "wandb" / "data"))  # of tables
-    import wandb
-
-    options: dict[str, Any] = {
-        "save_dir": run,
-        "config": OmegaConf.to_container(cfg),
-        "settings": wandb.Settings(quiet=True),
-    }
-    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
-        options["mode"] = "offline"
-        print(f"W&B: not logged in, so offline; upload with: wandb sync {run}/wandb/*run-*")
-    logger = instantiate(cfg.logger, _convert_="all", _partial_=True)(**options)
-    for metric, summary in (("train/loss_smooth", "min"), ("val/loss", "min"), ("val/miou", "max")):
-        logger.experiment.define_metric(
-            metric, summary=summary, step_metric="trainer/global_step", step_sync=True
-        )
-    return [logger]
-
-
-def finish_wandb(trainer: "pl.Trainer", exit_code: int) -> None:
-    """End the W&B run, so that a sweep's next job starts its own."""
-    from pytorch_lightning.loggers import WandbLogger
-
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=exit_code)
 
 
 if __name__ == "__main__":

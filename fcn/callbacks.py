@@ -5,7 +5,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 from fcn.datamodule import random_generator
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
-from fcn.runs import best_checkpoint, last_checkpoint, versions
+from fcn.runs import best_checkpoint, last_checkpoint, versions, writing
 from fcn.visualize import one_line
 
 Outputs = Mapping[str, Any]
@@ -168,9 +169,10 @@ class LastCheckpoint(Checkpoint):
     """last.ckpt: every so many steps, before each validation, at the end, and when asked to stop.
 
     Every checkpoint is made after a whole optimizer step and before the validation that may be due
-    then; a resumed run does that validation first. SIGINT (Ctrl-C) and SIGTERM end the run after
-    the current step. Dropout's random numbers are a function of (seed, step, process), so that no
-    generator needs to be saved.
+    then; a resumed run does that validation first. SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's
+    notice) end the run after the current step; so does the death of a loader process, of which
+    torch would tell in the middle of a step. Dropout's random numbers are a function of (seed,
+    step, process), so that no generator needs to be saved.
 
     Args:
         every_n_steps: optimizer steps from one checkpoint to the next.
@@ -186,6 +188,8 @@ class LastCheckpoint(Checkpoint):
         self.received: signal.Signals | None = None  # by this process
         self.stop_signal: signal.Signals | None = None  # that all processes know of
         self.handlers: dict[signal.Signals, Any] = {}  # that were there before
+        self.loader_error: RuntimeError | None = None
+        self.between_steps = False  # nothing has happened since an optimizer step
 
     def state_dict(self) -> dict[str, Any]:
         return {"validation_due": self.validation_due, "seconds": self.seconds}
@@ -206,12 +210,24 @@ class LastCheckpoint(Checkpoint):
         checkpoint["versions"] = versions()
         checkpoint["precision"] = str(trainer.precision)  # evaluation computes as validation did
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        first = trainer.strategy.broadcast(str(trainer.ckpt_path))
+        if not trainer.strategy.reduce_boolean_decision(first == str(trainer.ckpt_path)):
+            raise TrainingError(
+                f"the processes of this run do not agree what to go on from (the first: {first}). "
+                "Say it: resume=RUN_FOLDER"
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._on_signal)
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler):  # torch's, as there are loader processes
+            own = partial(self._on_child_signal, handler)
+            self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, own)
         self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -230,6 +246,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.between_steps = False
         seed = random_generator(self.seed, batch_idx, trainer.global_rank).integers(2**63)
         torch.manual_seed(int(seed))
 
@@ -252,10 +269,22 @@ class LastCheckpoint(Checkpoint):
         due = trainer.should_stop or (interval is not None and (batch_idx + 1) % interval == 0)
         self.validation_due = bool(due and trainer.enable_validation)
         self._agree_to_stop(trainer)
-        if due or self.stop_signal or trainer.global_step % self.every_n_steps == 0:
+        stop = self.stop_signal or (self.loader_error and trainer.world_size == 1)
+        if due or stop or trainer.global_step % self.every_n_steps == 0:
             trainer.save_checkpoint(last_checkpoint(self.run), weights_only=False)
         self.validation_due = False
         self._stop_if_asked(trainer)
+        self.between_steps = True
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the steps that were made before a batch did not come."""
+        if self.between_steps and loader_died(exception) and trainer.world_size == 1:
+            trainer.save_checkpoint(last_checkpoint(self.run), weights_only=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.between_steps = False  # last.ckpt is there, and knows that validation is due
 
     def on_validation_batch_start(
         self,
@@ -278,6 +307,14 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt  # Ctrl-C twice: now
         self.received = signal.Signals(number)
 
+    def _on_child_signal(
+        self, handler: Callable[..., Any], number: int, frame: FrameType | None
+    ) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            self.loader_error = error
+
     def _agree_to_stop(self, trainer: pl.Trainer) -> None:
         """Several processes get a signal at different steps, or one alone: they stop together.
 
@@ -293,6 +330,13 @@ class LastCheckpoint(Checkpoint):
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self.stop_signal:
             raise Stopped(self.stop_signal, trainer.global_step)
+        if self.loader_error:
+            raise self.loader_error
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether a process that loads data has ended, as one does that the system kills for memory."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -313,29 +357,50 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        old, new = str(state_dict["dirpath"]), str(self.dirpath)
-        moved = {k: v.replace(old, new) for k, v in state_dict.items() if isinstance(v, str)}
-        best = {k.replace(old, new): v for k, v in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict | moved | {"best_k_models": best})
+        """With our own paths: Lightning deletes what a checkpoint names as the best before."""
+        scores = list(state_dict["best_k_models"].values())  # one, or none yet
+        paths = [f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"] if scores else []
+        best = "".join(paths)
+        own = {"dirpath": self.dirpath, "best_k_models": dict(zip(paths, scores, strict=True))}
+        own |= {"best_model_path": best, "kth_best_model_path": best, "last_model_path": ""}
+        super().load_state_dict(state_dict | own)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint is whole or the one before it, whenever the process is killed.
 
     Lightning's own goes through memory and the system's temporary folder, often another disk.
+
+    Raises:
+        WriteError: there is no room, no folder, or no permission.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with writing(path, tensor_bytes(checkpoint)):
+            try:
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(path)
+            except BaseException as error:
+                part.unlink(missing_ok=True)  # room for others; the checkpoint before it is whole
+                if isinstance(error.__context__, OSError):  # torch.save's own error hides it
+                    raise error.__context__ from None
+                raise
+
+
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in a checkpoint; the rest of it is some kilobytes."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 class ProgressBar(RichProgressBar):

@@ -5,6 +5,7 @@ Lightning's CSVLogger starts a file anew when a run is resumed; this one goes on
 
 import csv
 import math
+import os
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from fcn.runs import atomic_write
+from fcn.runs import atomic_write, writing
 
 Row = dict[str, str]
 
@@ -53,13 +54,18 @@ class MetricsCSV(Logger):
         new_columns = [name for name in values if name not in self.columns]
         if new_columns or self.last.get("step") == str(step):
             self.columns += new_columns
-            rows = read_metrics(self.path)
+            with writing(self.path):
+                rows = read_metrics(self.path)
             if self.last.get("step") == str(step):
                 rows.pop()
                 values = self.last | values
             self._rewrite(rows)
         self.last = {"step": str(step)} | values
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with (
+            writing(self.path),
+            self.path.open("r+", newline="", encoding="utf-8") as file,
+        ):  # never a new file
+            file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)
 
     def _rewrite(self, rows: list[Row]) -> None:

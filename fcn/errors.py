@@ -36,6 +36,10 @@ class TrainingError(FCNError):
     """Training cannot go on; the message says at which step and what to try."""
 
 
+class WriteError(FCNError):
+    """A file cannot be written; the message names it, why, and how much room there is."""
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal; last.ckpt has its state."""
 

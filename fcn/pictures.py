@@ -1,8 +1,10 @@
 """Pictures of a run while it trains: panels, animations, curves, and what W&B gets of them."""
 
 import re
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from fcn.csv_logger import MetricsCSV, read_metrics
+from fcn.errors import reason
 from fcn.module import SegmentationModule
 from fcn.visualize import (
     animate,
@@ -27,6 +30,16 @@ from fcn.visualize import (
 )
 
 WANDB_SIDE = 512  # pixels; W&B gets no larger images
+
+
+@contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """A picture that cannot be written is missed; the run goes on. Each path is warned of once."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{path} cannot be written ({reason(error)}); training goes on without it"
+        warnings.warn(message, stacklevel=3)
 
 
 class Panels(Callback):
@@ -82,10 +95,16 @@ class Panels(Callback):
         if not self.rows or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, SegmentationModule)
+        with dispensable(self.folder):
+            self._draw(trainer, pl_module)
+        self.ids, self.rows = [], []
+
+    def _draw(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         assert pl_module.scores is not None
         names, void, step = pl_module.class_names, pl_module.void, trainer.global_step
         colours = {"palette": pl_module.hparams["palette"], "void": void}
-        (self.folder / "frames").mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / "frames"):  # but never the run folder anew
+            folder.mkdir(exist_ok=True)
         picture = panel(
             self.rows,
             class_names=names,
@@ -122,7 +141,6 @@ class Panels(Callback):
                         for _, y, p in small
                     ],
                 )
-        self.ids, self.rows = [], []
 
     def _animate(self, number: int, step: int, name: str, frame: Image.Image) -> None:
         """Keep this frame, and make the animation of all frames of the same image."""
@@ -148,7 +166,9 @@ class Curves(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            draw_curves(read_metrics(self.csv.path), self.csv.path.with_name("curves.png"))
+            path = self.csv.path.with_name("curves.png")
+            with dispensable(path):
+                draw_curves(read_metrics(self.csv.path), path)
 
 
 class WandbScores(Callback):

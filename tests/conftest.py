@@ -140,7 +140,8 @@ FINISHED = (
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
     """What a training run changes in its process is as it was after each test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     environment = os.environ.copy()
     random = torch.get_rng_state()
     yield

@@ -277,7 +277,7 @@ def interrupt_when(
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -318,7 +318,7 @@ def test_time_is_up_between_accumulated_batches(tmp_path: Path) -> None:
 
 
 def test_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, saver = tmp_path / "new" / "last.ckpt", AtomicCheckpointIO()
+    path, saver = tmp_path / "last.ckpt", AtomicCheckpointIO()
     saver.save_checkpoint({"step": 1}, path)
 
     def killed(_: object, file: Any) -> None:
@@ -329,3 +329,4 @@ def test_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         saver.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,450 @@
+"""What can happen to a run, beside a kill (tests/test_kills.py): docs/reliability.md."""
+
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FINISHED, PROJECT, TINY, train_tiny
+from forks import at_call, fork, wait
+from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from fcn.callbacks import AtomicCheckpointIO, BestCheckpoint
+from fcn.checkpoints import read_checkpoint
+from fcn.csv_logger import MetricsCSV, read_metrics
+from fcn.datasets.shapes import Shapes
+from fcn.errors import ConfigError, TrainingError, WeightsError, WriteError
+from fcn.module import SegmentationModule
+from fcn.pictures import dispensable
+from fcn.resume import find_run, whole_checkpoint
+from fcn.runs import best_checkpoint, create_run_folder, last_checkpoint, locked
+from train import resumed_config, train
+
+
+def steps(run: Path) -> list[str]:
+    return [row["step"] for row in read_metrics(run / "metrics.csv")]
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    one, two = (read_checkpoint(last_checkpoint(r))["state_dict"] for r in (run, other))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# Damaged and foreign checkpoints
+
+
+def test_a_flipped_bit_is_found_wherever_it_matters(tmp_path: Path) -> None:
+    about = {"hyper_parameters": {}, "config": {}, "precision": "32-true", "global_step": 3}
+    state = {"a": torch.arange(40.0), "b": torch.ones(3)}
+    torch.save(about | {"state_dict": state}, tmp_path / "good.ckpt")
+    good = (tmp_path / "good.ckpt").read_bytes()
+    found = 0
+    for place in range(0, len(good), 5):
+        path = tmp_path / f"{place}.ckpt"
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            read = read_checkpoint(path)
+        except WeightsError:
+            found += 1
+        else:  # a date, say, or the padding between tensors
+            assert read["global_step"] == 3
+            assert all(torch.equal(read["state_dict"][k], v) for k, v in state.items())
+        path.unlink()
+    assert found > 200
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-1000],
+    "halved": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "flipped": flip,
+    "text": lambda data: b"<html>404 Not Found</html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_the_newest_whole_checkpoint(
+    tmp_path: Path,
+    finished_run: Path,
+    damage: Callable[[bytes], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    last, best = last_checkpoint(tmp_path), best_checkpoint(tmp_path)
+    good = last_checkpoint(finished_run).read_bytes()
+    last.write_bytes(damage(good))
+    os.link(last_checkpoint(finished_run), best)
+    weights = read_checkpoint(best)["state_dict"]
+    assert whole_checkpoint(tmp_path, weights) == best
+    message = capsys.readouterr().out
+    assert f"{last} cannot be read: " in message
+    assert f"going on from {best}, step 4\n" in message
+    assert len(message.splitlines()) == 2
+
+    best.unlink()
+    with pytest.raises(ConfigError, match=f"^resume={tmp_path}: {last} cannot be read") as error:
+        whole_checkpoint(tmp_path, weights)
+    assert len(str(error.value).splitlines()) == 1
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("hacked",)
+
+
+def test_foreign_and_hostile_checkpoints(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    content = torch.load(last_checkpoint(run), weights_only=True)
+    weights = content["state_dict"]
+    for wrong, why in (
+        (content | {"state_dict": weights | {"network.conv6.bias": torch.ones(3)}}, "another net"),
+        ({k: v for k, v in content.items() if k != "optimizer_states"}, "no optimizer_states"),
+        ({"model": weights}, "no checkpoint of this codebase"),
+        (content | {"global_step": Bomb()}, "could run code"),
+    ):
+        torch.save(wrong, last_checkpoint(run))
+        best_checkpoint(run).unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match=why):
+            train(resumed_config(run, []), run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_does_not_say_what_to_delete(tmp_path: Path) -> None:
+    """Lightning deletes the best checkpoint before, by the name that a resumed one has for it."""
+    best = BestCheckpoint(run=tmp_path)
+    hostile = str(tmp_path / "checkpoints" / ".." / ".." / "thesis.tex")
+    state = BestCheckpoint(run=tmp_path).state_dict() | {"best_model_score": torch.tensor(0.1)}
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    best.load_state_dict(
+        state | {"best_k_models": {hostile: torch.tensor(0.1)}} | dict.fromkeys(names, hostile)
+    )
+    assert [*best.best_k_models] == [str(best_checkpoint(tmp_path.resolve()))]
+    assert hostile not in map(str, vars(best).values())
+
+
+def test_going_on_from_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """last.ckpt is damaged: best.ckpt of step 2 leads to the same end."""
+    import fcn.module
+
+    real, scores = fcn.module.segmentation_scores, iter([0.5, 0.4, 0.4])
+    monkeypatch.setattr(
+        fcn.module, "segmentation_scores", lambda c: real(c) | {"miou": next(scores)}
+    )
+    run = tmp_path / "run"
+    train_tiny(run, "trainer.log_every_n_steps=1")
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    last_checkpoint(run).write_bytes(flip(last_checkpoint(run).read_bytes()))
+    train(resumed_config(run, []), run)
+    assert_same_weights(run, whole)
+    assert steps(run) == steps(whole) == ["1", "2", "3", "4"]
+
+
+# Preemption, and the same command line again
+
+
+def begin(*arguments: str) -> None:
+    """train.py as a script, in this process."""
+    sys.argv = ["train.py", *TINY, "trainer.log_every_n_steps=1", *arguments]
+    runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
+
+
+def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("JOB_ID", "123456"), ("JOB_NAME", "fcn"), ("NTASKS", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)  # Lightning would save and requeue by itself
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    for number, expected in ((signal.SIGUSR1, ["1"]), (signal.SIGTERM, ["1", "2"])):
+
+        def job(number: int = number) -> None:
+            at_call(SegmentationModule, "training_step", lambda: os.kill(os.getpid(), number))
+            begin("resume=auto")
+
+        log = tmp_path / f"{number}.log"
+        assert wait(fork(job, log)) == 128 + number, log.read_text()
+        (run,) = (tmp_path / "runs" / "tiny").iterdir()
+        assert steps(run) == expected
+        assert f"go on with: python train.py resume={run.relative_to(tmp_path)}" in log.read_text()
+        assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+    log = tmp_path / "log"
+    assert wait(fork(lambda: begin("resume=auto"), log)) == 0, log.read_text()
+    assert steps(run) == ["1", "2", "3", "4"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = tmp_path / "again"
+    assert wait(fork(lambda: begin("resume=auto"), again)) == 0
+    assert again.read_text() == (
+        f"{run.relative_to(tmp_path)} is finished: nothing to do. "
+        "Without resume=auto, a new run starts\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert [*(tmp_path / "runs" / "tiny").iterdir()] == [run]
+
+
+def test_which_run_is_gone_on_with(tmp_path: Path) -> None:
+    def make(name: str, overrides: list[str], status: str | None = None) -> Path:
+        run = tmp_path / name
+        (run / "checkpoints").mkdir(parents=True)
+        last_checkpoint(run).touch()
+        (run / "overrides.yaml").write_text(json.dumps(overrides))
+        if status:
+            (run / "summary.json").write_text(json.dumps({"status": status}))
+        return run
+
+    def found(command: list[str], *, named: str = "", main: bool = True) -> Path | None:
+        new = tmp_path / (named or "2027")
+        return find_run(new, [*command, "resume=auto"], named=bool(named), main=main)
+
+    assert found(["a=1"]) is None
+    stopped = make("2026-01", ["a=1"], "stopped")
+    killed = make("2026-02", ["a=1"])
+    assert found(["a=1"]) == killed
+    assert found(["a=1"], named="2026-01") == stopped
+    assert found(["a=1"], named="2026") is None
+    last_checkpoint(killed).unlink()  # killed before there was a checkpoint
+    assert found(["a=1"]) == stopped
+    assert found(["a=2"]) is None
+    finished = make("2026-03", ["a=1"], "finished")
+    assert found(["a=1"]) == stopped
+    shutil.rmtree(stopped)
+    assert found(["a=1"]) == finished
+
+
+def test_a_run_is_trained_by_one_process(tmp_path: Path, finished_run: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "summary.json").unlink()
+    overrides = list(FINISHED)
+
+    def train_long() -> None:
+        with locked(run):
+            (tmp_path / "begun").touch()
+            time.sleep(60)
+
+    pid = fork(train_long, tmp_path / "log")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=f"run is being trained by process {pid} on "):
+        train(resumed_config(run, []), run)
+    assert find_run(run, overrides, named=True, main=True) is None
+    assert find_run(run, overrides, named=True, main=False) == run
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    assert find_run(run, overrides, named=True, main=True) == run  # a lock ends with its process
+    with locked(run):
+        pass
+    assert not (run / ".lock").exists()
+
+
+def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
+    pids = [fork(lambda: train_tiny(tmp_path / "runs" / "now"), log) for log in logs]
+    assert [wait(pid) for pid in pids] == [0, 0], "".join(log.read_text() for log in logs)
+    one, two = sorted((tmp_path / "runs").iterdir())
+    assert (one.name, two.name) == ("now", "now_2")
+    for run in (one, two):
+        assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+        assert steps(run) == ["1", "2", "3", "4"]
+    assert_same_weights(one, two)
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 MB: room for one checkpoint of a tiny run, not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    run = small_disk / "run"
+    every = "callbacks.checkpoint_every_n_steps=1"
+    with pytest.raises(WriteError) as error:
+        train_tiny(run, every)
+    message = str(error.value)
+    assert (
+        f"{last_checkpoint(run)} cannot be written: No space left on device; it needs 7" in message
+    )
+    assert message.endswith(f"go on with: python train.py resume={run}")
+    assert len(message.splitlines()) == 2
+    assert read_checkpoint(last_checkpoint(run))["global_step"] == 1
+    assert [path.name for path in last_checkpoint(run).parent.iterdir()] == ["last.ckpt"]
+
+    moved = Path(shutil.move(run, small_disk.parent / "moved"))  # where there is room
+    train(resumed_config(moved, []), moved)
+    assert steps(moved) == ["1", "2", "3", "4"]
+
+
+def test_full_disk_for_rows_and_pictures(small_disk: Path) -> None:
+    csv = MetricsCSV(small_disk / "metrics.csv")
+    csv.log_metrics({"train/loss": 1}, step=1)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "full").write_bytes(bytes(free))
+
+    def log_on() -> None:
+        for step in range(2, 1000):
+            csv.log_metrics({"train/loss": 1}, step=step)
+
+    why = r"metrics\.csv cannot be written: No space.* 0\.0 MB are free"
+    with pytest.raises(WriteError, match=why):
+        log_on()
+    rows = read_metrics(csv.path)
+    assert [row["step"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
+    why = r"panels cannot be written \(No space.*training goes on"
+    with pytest.warns(UserWarning, match=why), dispensable(small_disk / "panels"):
+        (small_disk / "picture.png").write_bytes(bytes(1 << 20))
+
+
+def test_read_only_folder(small_disk: Path, finished_run: Path) -> None:
+    run = Path(shutil.copytree(finished_run, small_disk / "run", ignore=lambda *_: ["best.ckpt"]))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(WriteError, match=r"run/\.lock cannot be written: Read-only file system"):
+        train(resumed_config(run, []), run)
+    with pytest.raises(WriteError, match="new/run cannot be written: Read-only file system"):
+        create_run_folder(small_disk / "new" / "run")
+
+
+def test_limit_of_a_quota(tmp_path: Path) -> None:
+    """As a full disk, on any machine: the system refuses a file of more than so many bytes."""
+    saver, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": 1}, path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        with pytest.raises(
+            WriteError, match=r"last\.ckpt cannot be written: File too large.* 4\.0 MB"
+        ):
+            saver.save_checkpoint({"a": [{"b": torch.zeros(10**6)}]}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_folder_deleted_under_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Noticed at the next row or checkpoint; nothing is made anew in its place."""
+    run = tmp_path / "run"
+    at_call(SegmentationModule, "training_step", lambda: shutil.rmtree(run), patch=monkeypatch)
+    with pytest.raises(WriteError, match=f"{run}/.* cannot be written: .*there is no folder {run}"):
+        train_tiny(
+            run, f"callbacks.checkpoint_every_n_steps={every}", "trainer.log_every_n_steps=2"
+        )
+    assert not run.exists()
+
+
+# Loader processes
+
+
+def test_loader_killed_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would tell in the middle of the step; the step is finished and saved first."""
+
+    def kill_loader() -> None:
+        loader = multiprocessing.active_children()[0]
+        assert loader.pid
+        os.kill(loader.pid, signal.SIGKILL)
+        loader.join()
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(SegmentationModule, "training_step", kill_loader, count=3, patch=patch)
+        check_loader_error(run, saved=3)
+    train(resumed_config(run, []), run)
+    assert steps(run) == ["1", "2", "3", "4"]
+
+
+def test_loader_killed_while_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system kills a process that takes too much memory."""
+    run, load = tmp_path / "run", Shapes.__getitem__
+
+    def greedy(self: Shapes, index: int) -> Any:
+        worker = get_worker_info()
+        greedy.images += 1  # type: ignore[attr-defined]
+        if worker and greedy.images == 7:  # type: ignore[attr-defined]
+            while len(read_metrics(run / "metrics.csv")) < 2:  # one batch is fetched ahead
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, index)
+
+    greedy.images = 0  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(Shapes, "__getitem__", greedy)
+        patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+        check_loader_error(run, "trainer.val_check_interval=4", saved=2)
+    summary = train(resumed_config(run, ["data.num_workers=0"]), run)
+    assert summary["steps"] == 4
+    assert steps(run) == ["1", "2", "3", "4"]
+    undisturbed = tmp_path / "undisturbed"
+    train_tiny(undisturbed, "trainer.val_check_interval=4")
+    assert_same_weights(run, undisturbed)
+
+
+def check_loader_error(run: Path, *options: str, saved: int) -> None:
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match=r"data\.num_workers=1 needs less, 0 none") as error:
+        train_tiny(run, "data.num_workers=1", "trainer.log_every_n_steps=1", *options)
+    assert f"resume={run} data.num_workers=0" in str(error.value)
+    assert read_checkpoint(last_checkpoint(run))["global_step"] == saved
+    assert time.monotonic() - start < 60
+
+
+# Long runs
+
+
+def test_a_run_does_not_grow(tmp_path: Path) -> None:
+    """Resident memory and open files over 200 steps with 20 validations and their pictures."""
+    log = tmp_path / "log"
+
+    def grow() -> None:
+        measured: list[tuple[int, int]] = []
+        start = SegmentationModule.on_validation_epoch_start
+
+        def measure(self: SegmentationModule) -> None:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            measured.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+            start(self)
+
+        SegmentationModule.on_validation_epoch_start = measure  # type: ignore[method-assign]
+        options = ["trainer.max_steps=200", "trainer.val_check_interval=10", "data.batch_size=1"]
+        train_tiny(tmp_path / "run", *options, "callbacks.panel_images=1")
+        (tmp_path / "measured.json").write_text(json.dumps(measured))
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads /proc")
+    with warnings.catch_warnings():
+        assert wait(fork(grow, log)) == 0, log.read_text()
+    memory, files = zip(*json.loads((tmp_path / "measured.json").read_text()), strict=True)
+    assert len(memory) == 20
+    assert max(memory[10:]) - max(memory[5:10]) < 20e6, memory
+    assert max(files[2:]) == files[2], files
