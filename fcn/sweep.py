@@ -22,7 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn.config import short_message
 from fcn.errors import FCNError, Stopped
-from fcn.runs import atomic_write, create_run_folder, git_revision, last_checkpoint
+from fcn.runs import (
+    atomic_write,
+    create_run_folder,
+    git_revision,
+    is_locked,
+    last_checkpoint,
+)
 
 Row = dict[str, Any]
 PATIENCE = 10.0  # seconds; what a killed process leaves, such as loaders, may hold a lock for 5
@@ -84,8 +90,11 @@ def finished_before(run: Path) -> bool:
 
 
 def resumable(run: Path) -> bool:
-    """Whether there is a checkpoint to go on from; if not, what the run has left is removed."""
-    if last_checkpoint(run).is_file():
+    """Whether there is a checkpoint to go on from; if not, what the run has left is removed.
+
+    Of a run that another process trains, nothing is removed: going on with it says who that is.
+    """
+    if last_checkpoint(run).is_file() or is_locked(run):
         return True
     shutil.rmtree(run)
     return False
