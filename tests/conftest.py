@@ -137,6 +137,11 @@ FINISHED = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a copy of a process that has threads by then may hang."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "fork"))
+
+
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
     """What a training run changes in its process is as it was after each test."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,19 @@ def fork(work: Callable[[], Any], log: Path) -> int:
         os._exit(code)
 
 
-def wait(pid: int) -> int:
-    """Its exit code, negative for the signal that ended it, as subprocess has it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def wait(pid: int, most: float = 200) -> int:
+    """Its exit code, negative for the signal that ended it, as subprocess has it.
+
+    Args:
+        most: seconds; a fork of a process with threads may wait for one that it does not have.
+    """
+    end = time.monotonic() + most
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(f"the fork hangs, or needs more than {most} s")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def at_call(

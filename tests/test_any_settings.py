@@ -74,8 +74,11 @@ def outcome(work: Callable[[], Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def until_the_first_step() -> Iterator[None]:
-    """`fit` sets all up and takes no step; random values, which cost most, are left out."""
+def until_the_first_step(finished_run: Path) -> Iterator[None]:
+    """`fit` sets all up and takes no step; random values, which cost most, are left out.
+
+    After `finished_run`, which all tests share: that one has to train.
+    """
     fit = pl.Trainer.fit
 
     def prepared(trainer: pl.Trainer, module: Any, *, datamodule: Any, **options: Any) -> None:
