@@ -199,6 +199,24 @@ def main() -> None:
             }
             write_json(args.output / f"{name}_{seed}.json", row)
             print(json.dumps(row), flush=True)
+    (args.output / "table.md").write_text(table(args.output))
+
+
+def table(output: Path) -> str:
+    """All rows that have been run, means over their seeds, in Markdown."""
+    found = [json.loads(file.read_text()) for file in output.glob("*_[0-9].json")]
+    lines = ["| row | settings | seeds | mean IoU | near boundaries | pixel acc. |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, own in ROWS.items():
+        runs = [row for row in found if row["row"] == name]
+        if not runs:
+            continue
+        names = ("miou", "boundary_miou", "pixel_acc")
+        values = [100 * sum(run[n] for run in runs) / len(runs) for n in names]
+        shown = " ".join(f"`{o}`" for o in own) or ("its own loss" if name in LOSSES else "")
+        numbers = " | ".join(f"{v:.1f}" for v in values)
+        lines.append(f"| {name} | {shown} | {len(runs)} | {numbers} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
