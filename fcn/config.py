@@ -172,8 +172,8 @@ RULES: dict[str, tuple[Test, str]] = {
     "tile": (_optional(_whole(64)), "null or a whole number from 64 up"),
     "tta.flip": TRUTH,
     "tta.scales": (
-        lambda v: isinstance(v, list) and v != [] and all(map(_positive, v)),
-        "a list of numbers above 0, such as [0.75, 1, 1.25]",
+        lambda v: isinstance(v, list) and v != [] and all(_positive(x) and x <= 8 for x in v),
+        "a list of numbers above 0, at most 8, such as [0.75, 1, 1.25]",
     ),
     "ckpt": (_text, "a checkpoint, or a run's folder"),
     "input": TEXT_OR_NONE,

@@ -161,7 +161,7 @@ def test_missing_packages(ckpt: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_settings_that_cannot_work(ckpt: Path, tmp_path: Path) -> None:
     for overrides, message in (
-        (["format=tflite"], "format=tflite: must be onnx or torch"),
+        (["format=tflite"], "format=tflite: must be onnx, torch or safetensors"),
         (["format=torch"], r"ends with \.pt2"),
     ):
         with pytest.raises(ConfigError, match=message):

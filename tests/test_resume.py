@@ -90,21 +90,9 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert rows == expected_rows
 
 
-def test_killed_in_mid_epoch(tmp_path: Path, undisturbed: Path) -> None:
-    run = tmp_path / "run"
-    process = start(tmp_path, *SETTINGS, "data.num_workers=1", "hydra.run.dir=run")
-    output = send_after(process, run / "metrics.csv", 8, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, output
-
-    resumed = start(tmp_path, "resume=run", "data.num_workers=0")
-    output = resumed.communicate()[0]
-    assert resumed.returncode == 0, output
-    assert_same(run, undisturbed)
-
-
 def test_asked_to_stop(tmp_path: Path, undisturbed: Path) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, *SETTINGS, "data.num_workers=0", "hydra.run.dir=run")
+    process = start(tmp_path, *SETTINGS, "data.num_workers=1", "hydra.run.dir=run")
     # Validation follows step 4: the signal arrives before it, in it, or just after it.
     output = send_after(process, run / "metrics.csv", 4, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM, output
@@ -114,7 +102,7 @@ def test_asked_to_stop(tmp_path: Path, undisturbed: Path) -> None:
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == int(at[1])
 
-    again = start(tmp_path, "resume=run")
+    again = start(tmp_path, "resume=run", "data.num_workers=0")
     output = send_after(again, run / "metrics.csv", 10, signal.SIGINT)
     assert again.returncode == 128 + signal.SIGINT, output
     resumed = start(tmp_path, "resume=run")
