@@ -59,7 +59,9 @@ class MetricsCSV(Logger):
             if self.last.get("step") == str(step):
                 rows.pop()
                 values = self.last | values
-            self._rewrite(rows)
+            self.last = {"step": str(step)} | values
+            self._rewrite([*rows, self.last])  # at once: a kill must not take the row with it
+            return
         self.last = {"step": str(step)} | values
         with (
             writing(self.path),

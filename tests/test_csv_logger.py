@@ -1,6 +1,7 @@
 """metrics.csv: one row a step, also when columns come late and runs are killed and resumed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +75,17 @@ def test_killed_while_it_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         csv.log_metrics({"val/miou": 1}, step=1)
     assert csv.path.read_text() == before
     assert list(tmp_path.iterdir()) == [csv.path]
+
+
+def test_killed_while_a_row_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, rewrite = MetricsCSV(tmp_path / "metrics.csv"), MetricsCSV._rewrite
+    log.log_metrics({"train/loss": 2.0}, step=8)
+
+    def killed(self: MetricsCSV, rows: Any) -> None:
+        rewrite(self, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsCSV, "_rewrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.log_metrics({"val/miou": 0.5}, step=8)
+    assert read_metrics(log.path) == [{"step": "8", "train/loss": "2.0", "val/miou": "0.5"}]
