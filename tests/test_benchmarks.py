@@ -83,3 +83,25 @@ def test_start_ends_at_the_first_step(tiny_voc: Path, tmp_path: Path) -> None:
     seconds = json.loads(phases.read_text())
     assert list(seconds) == ["imports", "config", "build", "first batch"]
     assert all(0 < s < 120 for s in seconds.values())
+
+
+def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from recipes import KeptStage, keep_frozen_stages
+
+    from fcn.network import FCN
+
+    monkeypatch.setattr(FCN, "__init__", FCN.__init__)  # given back afterwards
+    monkeypatch.setattr(KeptStage, "kept", {})
+    small = {"backbone": "vgg11", "head_width": 4, "head_kernel": 1}
+    plain = FCN(num_classes=3, **small)
+    torch.nn.init.normal_(plain.score.weight)
+    keep_frozen_stages()
+    kept = FCN(num_classes=3, freeze_stages=4, **small)
+    kept.load_state_dict(plain.state_dict())
+    first, second = torch.rand(2, 1, 3, 40, 50)
+    plain.eval(), kept.eval()
+    for image in (first, second, first):
+        torch.testing.assert_close(kept(image), plain(image))
+    assert len(KeptStage.kept) == 2
+    assert all(stage.number == n for n, stage in enumerate(kept.stages[:4], start=1))
