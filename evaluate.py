@@ -62,11 +62,12 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
     from fcn.callbacks import print_scores
     from fcn.checkpoints import find_checkpoint, read_checkpoint
-    from fcn.devices import quiet_lightning
+    from fcn.devices import prepare_cpu, quiet_lightning
     from fcn.report import write_report
     from fcn.runs import output_folder, write_json
 
     quiet_lightning()
+    prepare_cpu()
     paths = [find_checkpoint(path) for path in chosen]
     datamodule, data = open_data(cfg, [read_checkpoint(path) for path in paths])
     results = [score(cfg, path, datamodule, data) for path in paths]

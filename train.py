@@ -330,13 +330,10 @@ def build_module(cfg: DictConfig, datamodule: "SegmentationDataModule") -> "Segm
 
 def settle_precision(cfg: DictConfig) -> None:
     """Replace `auto` by what is fastest and stable on this machine."""
-    from fcn.devices import best_precision, is_cpu
+    from fcn.devices import best_precision
 
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = best_precision(cfg.trainer.accelerator)
-    if cfg.model.get("channels_last") == "auto":
-        slow = is_cpu(cfg.trainer.accelerator) and cfg.trainer.precision == "bf16-mixed"
-        cfg.model.channels_last = not slow
     if OmegaConf.select(cfg, "optimizer.fused") == "auto":
         cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
 

@@ -127,7 +127,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "model.alignment": (_one_of("centered", "caffe"), "centered or caffe"),
     "model.freeze_stages": (_whole(0, 5), "a whole number from 0 to 5"),
     "model.checkpoint_stages": (_whole(0, 5), "a whole number from 0 to 5"),
-    "model.channels_last": (_one_of("auto", True, False), "auto, true or false"),
+    "model.channels_last": TRUTH,
     "model.head_lr_multiplier": POSITIVE,
     "model.bias_lr_multiplier": POSITIVE,
     "optimizer.lr": POSITIVE,

@@ -27,12 +27,6 @@ def best_precision(accelerator: str = "auto") -> str:
     return "32-true"
 
 
-def is_cpu(accelerator: str = "auto") -> bool:
-    """Whether Lightning will choose the CPU."""
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return accelerator == "cpu" or (accelerator == "auto" and not gpu)
-
-
 def quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what our own lines say; warnings stay."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

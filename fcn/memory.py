@@ -238,11 +238,8 @@ def build(config: Config) -> "SegmentationModule":
     optimizer = dict(config["optimizer"])
     if optimizer.get("fused") == "auto":
         optimizer["fused"] = precision(config) != "16-mixed"
-    model = dict(config["model"])
-    if model.get("channels_last") == "auto":
-        model["channels_last"] = True
     return instantiate(
-        model,
+        config["model"],
         weights=None,
         class_names=list(instantiate(config["data"], _convert_="all").classes),
         optimizer=instantiate(optimizer, _convert_="all"),

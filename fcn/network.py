@@ -43,7 +43,8 @@ class FCN(nn.Module):
         freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
         checkpoint_stages: how many VGG stages, from the image on, keep no activations: they are
             computed again in the backward pass (Chen et al. 2016).
-        channels_last: activations of the VGG as (N, H, W, C) in memory, which tensor cores want.
+        channels_last: activations of the VGG as (N, H, W, C) in memory: what tensor cores want, and
+            a tenth of a training step on CPUs.
         alignment: "centered": every map covers the image, padded to whole cells, exactly. "caffe":
             as in the authors' own nets, for their weights: 100 zeros around the image, none around
             conv6 (which is 7x7 then) and in upsampling, pools that round up, crops that lay the
@@ -237,9 +238,6 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
-        if x.device.type == "cpu" and x.dtype is torch.bfloat16 and not self.ceil_mode:
-            x = torch.maximum(x[..., ::2, :], x[..., 1::2, :])  # (N, C, H/2, W): rows, then columns
-            return torch.maximum(x[..., ::2], x[..., 1::2])  # 7 times as fast as torch 2.14's pool
         return super().forward(x)
 
 
