@@ -133,10 +133,12 @@ def score(
     import pytorch_lightning as pl
 
     from fcn.evaluation import ImageScores, Result, open_checkpoint
-    from fcn.prediction import TestTime
+    from fcn.prediction import TestTime, cast_weights
     from fcn.runs import git_revision, versions
 
     module, checkpoint = open_checkpoint(path)
+    precision = cfg.precision or checkpoint["precision"]
+    cast_weights(module.network, precision)
     if cfg.tta.flip or list(cfg.tta.scales) != [1] or cfg.tile is not None:
         network = TestTime(module.network, tile=cfg.tile, **cfg.tta)
         module.network = network  # type: ignore[assignment]  # takes and gives what an FCN does
@@ -144,7 +146,7 @@ def score(
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=1,
-        precision=cfg.precision or checkpoint["precision"],
+        precision=precision,
         logger=False,
         callbacks=[images],
         enable_checkpointing=False,

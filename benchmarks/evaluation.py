@@ -1,6 +1,6 @@
 """Images per second of evaluate.py's loop against the network alone.
 
-    python benchmarks/evaluation.py --images 20
+    python benchmarks/evaluation.py --images 60
 
 Both judge the same photographs, one by one at their own size, in the precision of training here.
 The loop reads and decodes them, counts the confusion matrix and scores each image; the network
@@ -21,7 +21,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
-    parser = options(__doc__, images=20, data_root=DATA)
+    parser = options(__doc__, images=60, data_root=DATA)
     parser.add_argument("overrides", nargs="*", help="of conf/, such as model.head_width=512")
     args = parser.parse_args(argv)
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
 
     from evaluate import evaluate
     from fcn.module import SegmentationModule
+    from fcn.prediction import cast_weights
 
     kind = torch.device(args.device).type
     with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
         overrides += ["data=voc2012", f"data.root={args.data_root}", f"data.limit={args.images}"]
         cfg = composed("evaluate", *overrides, "data.download=false")
         module = SegmentationModule.load_from_checkpoint(path).to(args.device).eval()
+        cast_weights(module.network, precision)
         data = instantiate(cfg.data, _convert_="all")
         loader = data.eval_dataloader(data.open(cfg.split))
         images = [batch["image"].to(args.device) for batch in loader]

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 
-from peers import GROUPS, PEER, make, ours_here, random_batch, require
+from peers import GROUPS, OURS, PEER, make, ours_here, random_batch, require
 from timing import Table, options, race, shown, speedup
+
+from fcn.prediction import cast_weights
 
 
 def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Callable[[], Callable]:
@@ -23,6 +25,8 @@ def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Calla
     def build() -> Callable:
         contestant = make(name, device)
         contestant.network.train(train)
+        if not train and name in OURS:
+            cast_weights(contestant.network, OURS[name][1])  # as evaluate.py and predict.py do
         inputs = contestant.prepare(*random_batch(*size))
         return partial(contestant.step, *inputs) if train else partial(contestant.logits, inputs[0])
 

@@ -21,7 +21,7 @@ from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import ConfigError, DataError, WeightsError
 from fcn.module import SegmentationModule
 from fcn.network import FCN
-from fcn.prediction import TestTime, find_photos, load_model, read_photo, tiles
+from fcn.prediction import TestTime, cast_weights, find_photos, load_model, read_photo, tiles
 from fcn.runs import best_checkpoint
 from predict import predict
 from train import train
@@ -305,6 +305,23 @@ def test_precision(
     model = load_model(tmp_path / "x.ckpt", "cpu", asked)
     with torch.inference_mode():
         assert model.scores(torch.zeros(1, 3, 8, 9, dtype=torch.uint8)).dtype == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"alignment": "caffe"}, {"fusion": "feature"}])
+def test_weights_are_cast_once_for_the_same_scores(settings: dict) -> None:
+    network = FCN(5, backbone="vgg11", head_width=8, dropout=0, freeze_stages=2, **settings)
+    for layer in network.modules():
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias)
+    image = torch.randint(256, (1, 3, 40, 70), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.nn.init.normal_(network.score.weight)
+        expected = network.eval()(image)
+        cast_weights(network, "32-true")
+        assert network.conv6.weight.dtype is torch.float32
+        cast_weights(network, "bf16-mixed")
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+        assert torch.equal(network(image), expected)
 
 
 def test_script(
