@@ -97,6 +97,8 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
         given = [f"model.weights={weights}"] if weights else []
         given += [f"model.backbone={backbone}", f"trainer.precision={precision}", *overrides]
         cfg, module = configured(*given)
+        if cfg.trainer.compile:
+            module.network.compile()
         return _ours(module.to(device), precision, device, cfg.trainer.gradient_clip_val)
     values = weights and torch.load(weights, map_location="cpu", weights_only=True)
     if name in TORCHFCN:

@@ -1,7 +1,7 @@
 """All benchmarks, one after another; writes results.md and results.json beside this file.
 
 python benchmarks/run.py
-python benchmarks/run.py --only training input
+python benchmarks/run.py --only training input      # the rest stays as it was measured before
 """
 
 import json
@@ -15,13 +15,16 @@ from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import Table, options
 
+from fcn.runs import git_revision
+
 SIZES = (("--size", "375", "500", "--batch", "1"), ("--size", "320", "320", "--batch", "3"))
 RUNS = {"training": SIZES, "inference": SIZES, "floor": SIZES}
-RUNS |= {"input": ((),), "evaluation": ((),), "start": ((),)}
+RUNS |= {"levers": ((),), "input": ((),), "evaluation": ((),), "start": ((),)}
 TRIED = Path(__file__).parent / "tried.md"  # written by hand
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchfcn")
 PACKAGES += ("segmentation-models-pytorch", "onnxruntime")
@@ -33,28 +36,46 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=choices, default=choices)
     args = parser.parse_args(argv)
     common = ["--device", args.device, "--rounds", str(args.rounds)]
-    began, load = time.time(), os.getloadavg()[0]
-    tables: list[Table] = []
-    plan = ""
+    file = args.output / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for name in args.only:
+        began, load = time.time(), os.getloadavg()[0]
+        tables, text = [], ""
         if name == "memory_plan":
             command = [sys.executable, Path(__file__).with_name("memory_plan.py")]
-            plan = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
-            plan = f"### Peak memory of a training step, cpu\n\n{plan}"
+            text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+            text = f"### Peak memory of a training step, cpu\n\n{text}"
         for sizes in RUNS.get(name, ()):
             tables += import_module(name).main([*common, *sizes])
-        text = (
-            f"# Benchmarks\n\n`python benchmarks/run.py`, {date.today()}, "
-            f"{(time.time() - began) / 60:.0f} minutes. {machine()}, load {load:.1f} before. "
-            f"{', '.join(versions())}. Medians of {args.rounds} interleaved rounds; a ratio is the "
-            "median of the rounds' ratios. The scripts say what they measure.\n\n"
-            "| bar | measured | |\n| --- | ---: | --- |\n"
-        )
-        text += "".join(f"| {t.title}: {' | '.join(bar)} |\n" for t in tables for bar in t.bars)
-        text += "\n" + "\n".join([*map(str, tables), plan, TRIED.read_text()])
-        (args.output / "results.md").write_text(text)  # at once: a later one may fail
-        plain = json.dumps([asdict(table) for table in tables], indent=1)
-        (args.output / "results.json").write_text(plain + "\n")
+        results[name] = {
+            "when": f"{date.today()}, {(time.time() - began) / 60:.0f} minutes, load {load:.1f} "
+            f"before, medians of {args.rounds} rounds, revision {git_revision()}",
+            "tables": [asdict(table) for table in tables],
+            "text": text,
+        }
+        file.write_text(json.dumps(results, indent=1) + "\n")  # at once: a later one may fail
+        (args.output / "results.md").write_text(report(results))
+
+
+def report(results: dict[str, Any]) -> str:
+    """All that has been measured, the bars first."""
+    bars, parts = [], []
+    for name in [*RUNS, "memory_plan"]:
+        if name in results:
+            tables = [Table(**table) for table in results[name]["tables"]]
+            bars += [f"| {t.title}: {' | '.join(bar)} |" for t in tables for bar in t.bars]
+            texts = (*map(str, tables), results[name]["text"])
+            parts += [f"## {name}", "", f"{results[name]['when']}.", "", *filter(None, texts)]
+    head = [
+        "# Benchmarks",
+        "",
+        f"`python benchmarks/run.py`: {machine()}. {', '.join(versions())}. Rounds are "
+        "interleaved; a ratio is the median of the rounds' ratios. The scripts say what they do.",
+        "",
+        "| bar | measured | |",
+        "| --- | ---: | --- |",
+    ]
+    return "\n".join([*head, *bars, "", *parts, TRIED.read_text()])
 
 
 def machine() -> str:
@@ -66,9 +87,7 @@ def machine() -> str:
 
 
 def versions() -> list[str]:
-    from fcn.runs import git_revision
-
-    found = [f"revision {git_revision()}", f"Python {platform.python_version()}"]
+    found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
             found.append(f"{package} {version(package)}")

@@ -49,6 +49,28 @@ def test_speedup_and_bars() -> None:
     assert "| a | 1 |" in str(table)
 
 
+def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import run
+    from timing import Table
+
+    class Module:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def main(self, argv: list[str]) -> list[Table]:
+            table = Table(f"measured {self.value}", ("", "x"), [("a", "1")])
+            table.bar("much", self.value, low=2)
+            return [table]
+
+    for only, value in ((["input", "start"], 1.0), (["start"], 3.0)):
+        monkeypatch.setattr(run, "import_module", lambda name, value=value: Module(value))
+        run.main(["--only", *only, "--output", str(tmp_path)])
+    text = (tmp_path / "results.md").read_text()
+    assert "| measured 1.0: much | 1.00 | MISSED |" in text
+    assert "| measured 3.0: much | 3.00 | met |" in text
+    assert text.count("### measured") == 2
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_our_step_learns(precision: str) -> None:
     from peers import make, random_batch

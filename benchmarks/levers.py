@@ -1,0 +1,62 @@
+"""What each lever for memory or speed does to a training step, against the step as it is.
+
+    python benchmarks/levers.py --size 500 500 --batch 1
+
+VGG-19 FCN-8s of full width, timed as training.py does; a row changes what it names. Memory is what
+the process held at most, with what malloc keeps (fcn.devices.prepare_cpu); `python -m fcn.memory`
+says what a step needs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+from peers import OURS, make, ours_here, random_batch, require
+from timing import Table, options, race, shown
+
+BASE = "as it is"
+LEVERS = (  # two races: all of a race are in memory at once
+    ("trainer.precision=32-true", "model.checkpoint_stages=2", "model.freeze_stages=2"),
+    ("model.freeze_stages=4", "model.head_width=1024", "data.crop_size=320"),
+    ("model.channels_last=false", "model.pooling=avg", "trainer.compile=true"),
+)
+
+
+def entrant(lever: str, device: str, size: tuple[int, int, int]) -> Callable[[], Callable]:
+    """For `race`: imports now, the network later."""
+    name = ours_here(device)
+    if lever == "trainer.precision=32-true":
+        name = next(n for n in OURS if OURS[n] == (OURS[name][0], "32-true"))
+    require(name)
+    if lever.startswith("data.crop_size="):
+        size = (size[0], *[int(lever.partition("=")[2])] * 2)
+
+    def build() -> Callable:
+        contestant = make(name, device, None, *([] if lever == BASE else [lever]))
+        contestant.network.train()
+        return partial(contestant.step, *contestant.prepare(*random_batch(*size)))
+
+    return build
+
+
+def main(argv: list[str] | None = None) -> list[Table]:
+    args = options(__doc__, size=(500, 500), batch=1).parse_args(argv)
+    table = Table(
+        f"Levers, vgg19, {args.size[0]}×{args.size[1]}, batch {args.batch}, {args.device}",
+        ("", "seconds (range)", "of the step as it is", "peak MB"),
+        [],
+    )
+    for levers in LEVERS:
+        size = (args.batch, *args.size)
+        entrants = {lever: partial(entrant, lever, args.device, size) for lever in (BASE, *levers)}
+        seconds, memory, notes = race(entrants, args.device, args.rounds)
+        table.notes += notes
+        for name, taken in seconds.items():
+            share = median(a / b for a, b in zip(taken, seconds[BASE], strict=True))
+            peak = f"{memory[name] / 2**20:.0f}"
+            table.rows = [*table.rows, (f"`{name}`", shown(taken), f"{share:.2f}", peak)]
+    return table.show()
+
+
+if __name__ == "__main__":
+    main()
