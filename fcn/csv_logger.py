@@ -6,17 +6,20 @@ Lightning's CSVLogger starts a file anew when a run is resumed; this one goes on
 import csv
 import math
 import os
-from collections.abc import Mapping
-from io import StringIO
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from fcn.runs import atomic_write, writing
 
 Row = dict[str, str]
+Columns = dict[str, np.ndarray]
 
 
 class MetricsCSV(Logger):
@@ -30,11 +33,15 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        rows = read_metrics(self.path) if self.path.exists() and resume_step > 0 else []
-        self.columns = ["step"] + [c for c in (rows[0] if rows else {}) if c != "step"]
-        rows = [row for row in rows if int(row["step"]) <= resume_step]
-        self.last: Row = rows[-1] if rows else {}  # may still grow: its step's validation
-        self._rewrite(rows)
+        self.columns, self.last = ["step"], Row()  # the last row may grow: its step's validation
+        if resume_step == 0 or not self.path.exists():
+            self._rewrite([])
+            return
+        for row in read_rows(self.path):
+            self.columns = list(row)
+            if int(row["step"]) <= resume_step:
+                self.last = row
+        self._rewrite(row for row in read_rows(self.path) if int(row["step"]) <= resume_step)
 
     @property
     def name(self) -> str:
@@ -54,13 +61,11 @@ class MetricsCSV(Logger):
         new_columns = [name for name in values if name not in self.columns]
         if new_columns or self.last.get("step") == str(step):
             self.columns += new_columns
-            with writing(self.path):
-                rows = read_metrics(self.path)
             if self.last.get("step") == str(step):
-                rows.pop()
                 values = self.last | values
             self.last = {"step": str(step)} | values
-            self._rewrite([*rows, self.last])  # at once: a kill must not take the row with it
+            rows = (row for row in read_rows(self.path) if row["step"] != self.last["step"])
+            self._rewrite(chain(rows, [self.last]))  # at once: a kill must not take the row
             return
         self.last = {"step": str(step)} | values
         with (
@@ -70,18 +75,34 @@ class MetricsCSV(Logger):
             file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)
 
-    def _rewrite(self, rows: list[Row]) -> None:
-        with atomic_write(self.path) as file:
+    def _rewrite(self, rows: Iterable[Row]) -> None:
+        with writing(self.path), atomic_write(self.path) as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
 
 
-def read_metrics(path: str | Path) -> list[Row]:
-    """The rows of a metrics.csv as text; a last line that a kill cut short is left out."""
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a metrics.csv as text, one at a time: a long run has a hundred thousand.
+
+    A last line that a kill cut short is left out.
+    """
     with Path(path).open(newline="", encoding="utf-8") as file:
-        text = file.read()
-    return list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline="")))
+        yield from csv.DictReader(line for line in file if line.endswith(("\n", "\r")))
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """All rows of a metrics.csv as text."""
+    return list(read_rows(path))
+
+
+def read_numbers(path: str | Path) -> Columns:
+    """Each column of a metrics.csv, (rows,); NaN where nothing was logged."""
+    columns: dict[str, array[float]] = {}
+    for row in read_rows(path):
+        for name, text in row.items():
+            columns.setdefault(name, array("d")).append(float(text or "nan"))
+    return {name: np.array(column) for name, column in columns.items()}
 
 
 def read_column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
-from fcn.csv_logger import MetricsCSV, read_metrics
+from fcn.csv_logger import MetricsCSV, read_numbers
 from fcn.errors import reason
 from fcn.module import SegmentationModule
 from fcn.visualize import (
@@ -168,7 +168,7 @@ class Curves(Callback):
         if trainer.is_global_zero and not trainer.sanity_checking:
             path = self.csv.path.with_name("curves.png")
             with dispensable(path):
-                draw_curves(read_metrics(self.csv.path), path)
+                draw_curves(read_numbers(self.csv.path), path)
 
 
 class WandbScores(Callback):

@@ -28,7 +28,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fcn.config import short_messages
-from fcn.csv_logger import Row, read_metrics
+from fcn.csv_logger import Columns, read_numbers
 from fcn.errors import ConfigError, reason
 from fcn.metrics import segmentation_scores
 
@@ -240,15 +240,15 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """A run's loss, learning rate and validation scores over steps, from rows of metrics.csv."""
+def draw_curves(columns: Columns, path: Path) -> None:
+    """A run's loss, learning rate and validation scores over steps, from metrics.csv."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     losses, rates, scores = figure.subplots(3, 1, sharex=True, height_ratios=(6, 1.3, 4))
     raw, smooth, val = (
-        _series(rows, name) for name in ("train/loss", "train/loss_smooth", "val/loss")
+        _series(columns, name) for name in ("train/loss", "train/loss_smooth", "val/loss")
     )
     losses.plot(*_thinned(*raw), color="C7", lw=0.5, alpha=0.5, label="raw, each step")
-    steps, middle, spread = _series(rows, "train/loss_smooth", "train/loss_std")
+    steps, middle, spread = _series(columns, "train/loss_smooth", "train/loss_std")
     every = slice(None, None, 1 + len(steps) // 2000)
     low, high = (middle - spread)[every], (middle + spread)[every]
     losses.fill_between(
@@ -261,7 +261,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     losses.set(title="loss (cross-entropy)")
     losses.legend(loc="upper right", frameon=False)
 
-    rates.plot(*_thinned(*_series(rows, "train/lr")), color="C1", lw=1.4)
+    rates.plot(*_thinned(*_series(columns, "train/lr")), color="C1", lw=1.4)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rates.set_ylim(bottom=0)
     rates.set(title="learning rate")
@@ -270,7 +270,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         ("val/miou", "mean IoU", "C2"),
         ("val/pixel_acc", "pixel accuracy", "C7"),
     ):
-        at, values = _series(rows, name)
+        at, values = _series(columns, name)
         scores.plot(at, values, "o-", color=colour, lw=1.6, ms=4, label=label)
         if len(values):
             best = int(np.argmax(values))
@@ -288,7 +288,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def compare_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+def compare_runs(runs: Mapping[str, Columns], path: Path) -> None:
     """Smoothed loss and mean IoU of several runs on the same axes; the keys are their names."""
     figure = Figure(figsize=(9, 7 + 0.2 * len(runs)), layout="constrained")
     losses, scores = figure.subplots(2, 1, sharex=True)
@@ -297,9 +297,11 @@ def compare_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         range(10) if few else np.linspace(0, 1, len(runs))
     )
     lines, labels = [], []
-    for colour, (name, rows) in zip(colours, runs.items(), strict=False):
-        lines += losses.plot(*_thinned(*_series(rows, "train/loss_smooth")), color=colour, lw=1.6)
-        steps, values = _series(rows, "val/miou")
+    for colour, (name, columns) in zip(colours, runs.items(), strict=False):
+        lines += losses.plot(
+            *_thinned(*_series(columns, "train/loss_smooth")), color=colour, lw=1.6
+        )
+        steps, values = _series(columns, "val/miou")
         scores.plot(steps, values, "o-", color=colour, lw=1.6, ms=4)
         best = f" (best mIoU {values.max():.3f})" if len(values) else ""
         labels.append((name + best).replace("$", r"\$"))  # no formula
@@ -372,14 +374,12 @@ class Plain(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _series(rows: Sequence[Row], *names: str) -> list[np.ndarray]:
-    """Steps and the values of each metric (n,), from rows where all of them are finite numbers."""
-    columns = [
-        np.array([row.get(name) or "nan" for row in rows], dtype=np.float64)
-        for name in ("step", *names)
-    ]
-    good = np.isfinite(columns).all(0)
-    return [column[good] for column in columns]
+def _series(columns: Columns, *names: str) -> list[np.ndarray]:
+    """Steps and the values of each metric (n,), where all of them are finite numbers."""
+    steps = columns.get("step", np.empty(0))
+    series = [steps, *(columns.get(name, np.full(len(steps), np.nan)) for name in names)]
+    good = np.isfinite(series).all(0)
+    return [values[good] for values in series]
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray, *, parts: int = 2000) -> tuple[np.ndarray, ...]:
@@ -405,13 +405,13 @@ def _save(figure: Figure, path: Path, margin: float = 0.02) -> None:
         figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
 
 
-def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
-    """The rows of each run; of a sweep's folder, of all its runs that have some.
+def read_runs(folders: Sequence[Path]) -> dict[Path, Columns]:
+    """What metrics.csv has of each run; of a sweep's folder, of all its runs that have some.
 
     Raises:
         ConfigError: a folder is none of a run or a sweep, or has nothing to draw.
     """
-    runs: dict[Path, list[Row]] = {}
+    runs: dict[Path, Columns] = {}
     for folder in folders:
         found = [folder]
         if not (folder / "metrics.csv").is_file():
@@ -421,12 +421,12 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
             raise ConfigError(f"{folder}: no run folder (it has no metrics.csv)")
         for run in found:
             try:
-                rows = read_metrics(run / "metrics.csv")
-                drawn = [_series(rows, name) for name in DRAWN]
+                columns = read_numbers(run / "metrics.csv")
+                drawn = [_series(columns, name) for name in DRAWN]
             except (OSError, ValueError, csv.Error) as error:
                 raise ConfigError(f"{run}/metrics.csv: {reason(error)}") from error
             if any(len(steps) for steps, _ in drawn):
-                runs[run.resolve()] = rows
+                runs[run.resolve()] = columns
             elif run == folder:
                 raise ConfigError(f"{run}/metrics.csv: nothing to draw in it yet")
             else:

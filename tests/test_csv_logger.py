@@ -1,11 +1,13 @@
 """metrics.csv: one row a step, also when columns come late and runs are killed and resumed."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fcn.csv_logger import MetricsCSV, read_column, read_metrics
+from fcn.csv_logger import MetricsCSV, read_column, read_metrics, read_numbers
 
 
 def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
@@ -89,3 +91,20 @@ def test_killed_while_a_row_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         log.log_metrics({"val/miou": 0.5}, step=8)
     assert read_metrics(log.path) == [{"step": "8", "train/loss": "2.0", "val/miou": "0.5"}]
+
+
+def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
+    path, rows = tmp_path / "metrics.csv", 10_000
+    path.write_text("step,train/loss\n" + "".join(f"{step},0.5\n" for step in range(1, rows + 1)))
+    tracemalloc.start()
+    try:
+        log = MetricsCSV(path, resume_step=rows)
+        log.log_metrics({"val/miou": 0.25}, step=rows)
+        log.log_metrics({"train/loss": 0.5}, step=rows + 1)
+        assert tracemalloc.get_traced_memory()[1] < 1e6  # 10,000 rows as text are 5 MB
+    finally:
+        tracemalloc.stop()
+    columns = read_numbers(path)
+    assert columns["step"].tolist() == list(range(1, rows + 2))
+    assert np.isnan(columns["val/miou"]).sum() == rows
+    assert columns["val/miou"][rows - 1] == 0.25

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import fcn.visualize
-from fcn.csv_logger import read_metrics
+from fcn.csv_logger import Columns, read_numbers
 from fcn.datasets.voc2012 import VOC2012
 from fcn.visualize import (
     RIGHT,
@@ -188,23 +188,28 @@ def rows() -> list[dict[str, str]]:
     return result
 
 
+def numbers(rows: list[dict[str, str]]) -> Columns:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([float(row.get(name) or "nan") for row in rows]) for name in names}
+
+
 def test_curves(rows: list[dict[str, str]], tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    draw_curves(rows, path)
+    draw_curves(numbers(rows), path)
     first = np.asarray(Image.open(path).convert("RGB"))
     assert min(first.shape[:2]) > 500
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 50
     for values in rows:
         if values["val/miou"]:
             values["val/miou"] = "0.9"
-    draw_curves(rows, path)  # replaces
+    draw_curves(numbers(rows), path)  # replaces
     assert (np.asarray(Image.open(path).convert("RGB")) != first).any()
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 25])
 def test_curves_of_a_young_run(keep: int, rows: list[dict[str, str]], tmp_path: Path) -> None:
-    draw_curves(rows[:keep], tmp_path / "curves.png")
+    draw_curves(numbers(rows[:keep]), tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").format == "PNG"
 
 
@@ -212,7 +217,7 @@ def test_curves_with_odd_numbers(rows: list[dict[str, str]], tmp_path: Path) -> 
     """A validation without labels is NaN, an overflowing one Inf; one wild batch is no scale."""
     rows[-1] |= {"val/miou": "nan", "val/loss": "inf"}
     rows[5]["train/loss"] = "1e9"
-    draw_curves(rows, tmp_path / "curves.png")
+    draw_curves(numbers(rows), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -236,7 +241,7 @@ def test_what_is_in_the_curves(
 ) -> None:
     rows[0]["train/lr"] = rows[39]["train/lr"] = "0.25"
     rows[10]["train/loss_smooth"] = "nan"
-    draw_curves(rows, tmp_path / "curves.png")
+    draw_curves(numbers(rows), tmp_path / "curves.png")
     (figure,) = figures
     assert line(figure, "raw, each step").shape == (2, 40)
     smooth = line(figure, "smoothed")
@@ -373,7 +378,7 @@ def test_a_hundred_thousand_steps(tmp_path: Path, figures: list[Figure]) -> None
     rows[77_777]["train/loss"] = "99"
     write_run(tmp_path / "run", rows)
     start = time.process_time()
-    draw_curves(read_metrics(tmp_path / "run" / "metrics.csv"), tmp_path / "curves.png")
+    draw_curves(read_numbers(tmp_path / "run" / "metrics.csv"), tmp_path / "curves.png")
     assert time.process_time() - start < 15  # 2 on an idle core
     steps, losses = line(figures[0], "raw, each step")
     assert len(steps) < 5000
