@@ -9,6 +9,7 @@
 `--help` lists the groups, `--cfg job` every setting. Results: fcn/runs.py.
 """
 
+import gc
 import math
 import os
 import secrets
@@ -266,6 +267,10 @@ def fit(
     summary: dict[str, Any] = {}
     go_on = f"go on with: python train.py resume={run}"
     status, exit_code = "finished", 0
+    # What is there already stays. Else Python looks for garbage only when there is a quarter more
+    # of everything, and figures, cycles of several MB each, pile up for dozens of validations.
+    gc.freeze()
+    gc.collect()
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
@@ -289,6 +294,7 @@ def fit(
             ) from error
         raise
     finally:
+        gc.unfreeze()
         if OmegaConf.select(cfg, "logger._target_"):
             from fcn.wandb_run import finish_wandb
 

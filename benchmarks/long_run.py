@@ -23,15 +23,15 @@ SETTINGS += ["data.num_workers=1", "trainer.max_steps=5000", "trainer.val_check_
 SETTINGS += ["trainer.enable_progress_bar=false", "trainer.precision=32-true"]
 
 
-def main(argv: list[str] | None = None) -> list[tuple[int, float, int]]:
+def main(argv: list[str] | None = None) -> list[tuple[int, float, float, int]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--every", type=float, default=5, help="seconds from one look to the next")
     parser.add_argument("overrides", nargs="*", help="of conf/")
     args = parser.parse_args(argv)
-    measured: list[tuple[int, float, int]] = []  # step, MB, open files
-    print("step, resident MB, open files", flush=True)
+    measured: list[tuple[int, float, float, int]] = []  # step, MB, loaders' MB, open files
+    print("step, resident MB, of its loaders, open files", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, ROOT / "train.py", *SETTINGS, *args.overrides]
@@ -59,15 +59,16 @@ def last_step(path: Path) -> int | None:
     return int(lines[-1].split(b",")[0]) if lines else None
 
 
-def look(pid: int) -> tuple[float, int] | None:
-    """Resident MB of a process and of its children, and its open files; None if it has ended."""
+def look(pid: int) -> tuple[float, float, int] | None:
+    """Resident MB of a process and of its children, its open files; None if it has ended."""
     try:
         family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
         pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in family]
+        own, loaders = (n * os.sysconf("SC_PAGE_SIZE") / 1e6 for n in (pages[0], sum(pages[1:])))
         files = len(os.listdir(f"/proc/{pid}/fd"))
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6, files
+    return own, loaders, files
 
 
 if __name__ == "__main__":

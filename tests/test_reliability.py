@@ -1,5 +1,6 @@
 """What can happen to a run, beside a kill (tests/test_kills.py): docs/reliability.md."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -428,12 +429,13 @@ def test_a_run_does_not_grow(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def grow() -> None:
-        measured: list[tuple[int, int]] = []
+        measured: list[tuple[int, int, int]] = []
         start = SegmentationModule.on_validation_epoch_start
 
         def measure(self: SegmentationModule) -> None:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            measured.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+            files, young = len(os.listdir("/proc/self/fd")), len(gc.get_objects())
+            measured.append((pages * os.sysconf("SC_PAGE_SIZE"), files, young))
             start(self)
 
         SegmentationModule.on_validation_epoch_start = measure  # type: ignore[method-assign]
@@ -445,7 +447,8 @@ def test_a_run_does_not_grow(tmp_path: Path) -> None:
         pytest.skip("reads /proc")
     with warnings.catch_warnings():
         assert wait(fork(grow, log)) == 0, log.read_text()
-    memory, files = zip(*json.loads((tmp_path / "measured.json").read_text()), strict=True)
+    memory, files, objects = zip(*json.loads((tmp_path / "measured.json").read_text()), strict=True)
     assert len(memory) == 20
     assert max(memory[10:]) - max(memory[5:10]) < 20e6, memory
     assert max(files[2:]) == files[2], files
+    assert max(objects) < 2e5, objects  # of 5e5 at the start, which Python need not look at again
