@@ -1,5 +1,6 @@
 """Pictures of a run while it trains: panels, animations, curves, and what W&B gets of them."""
 
+import gc
 import re
 import warnings
 import zlib
@@ -169,6 +170,7 @@ class Curves(Callback):
             path = self.csv.path.with_name("curves.png")
             with dispensable(path):
                 draw_curves(read_numbers(self.csv.path), path)
+            gc.collect()  # a figure is a cycle of several MB; train.py freezes what is older
 
 
 class WandbScores(Callback):
