@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import PROJECT, TINY, compose_config, write_tiny_voc
@@ -148,7 +149,10 @@ def test_readers(tmp_path: Path) -> None:
     }.items():
         Image.fromarray(values).save(tmp_path / name)
         assert torch.equal(read_photo(tmp_path / name), torch.from_numpy(grey).expand(3, 20, 30))
-    for mode in ("P", "1", "CMYK", "LA", "YCbCr"):
+    modes = ["P", "1", "CMYK", "LA"]
+    if int(PIL.__version__.partition(".")[0]) >= 13:  # older ones cannot read what they wrote
+        modes.append("YCbCr")
+    for mode in modes:
         file = tmp_path / f"{mode}.tif"
         photo.convert(mode).save(file)
         assert read_photo(file).shape == (3, 20, 30)
