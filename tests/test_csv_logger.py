@@ -101,7 +101,7 @@ def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
         log = MetricsCSV(path, resume_step=rows)
         log.log_metrics({"val/miou": 0.25}, step=rows)
         log.log_metrics({"train/loss": 0.5}, step=rows + 1)
-        assert tracemalloc.get_traced_memory()[1] < 1e6  # 10,000 rows as text are 5 MB
+        assert tracemalloc.get_traced_memory()[1] < 1e6  # 3.5e6 with all rows as text
     finally:
         tracemalloc.stop()
     columns = read_numbers(path)
