@@ -15,7 +15,7 @@ from peers import OURS, make, ours_here, random_batch, require
 from timing import Table, options, race, shown
 
 BASE = "as it is"
-LEVERS = (  # two races: all of a race are in memory at once
+LEVERS = (  # a race each: all of a race are in memory at once
     ("trainer.precision=32-true", "model.checkpoint_stages=2", "model.freeze_stages=2"),
     ("model.freeze_stages=4", "model.head_width=1024", "data.crop_size=320"),
     ("model.channels_last=false", "model.pooling=avg", "trainer.compile=true"),

@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
             text = f"### Peak memory of a training step, cpu\n\n{text}"
         for sizes in RUNS.get(name, ()):
             tables += import_module(name).main([*common, *sizes])
+            text = f"Medians of {args.rounds} interleaved rounds."
         results[name] = {
             "when": f"{date.today()}, {(time.time() - began) / 60:.0f} minutes, load {load:.1f} "
-            f"before, medians of {args.rounds} rounds, revision {git_revision()}",
+            f"before, revision {git_revision()}. {machine()}; {', '.join(versions())}",
             "tables": [asdict(table) for table in tables],
             "text": text,
         }
@@ -64,13 +65,13 @@ def report(results: dict[str, Any]) -> str:
         if name in results:
             tables = [Table(**table) for table in results[name]["tables"]]
             bars += [f"| {t.title}: {' | '.join(bar)} |" for t in tables for bar in t.bars]
-            texts = (*map(str, tables), results[name]["text"])
-            parts += [f"## {name}", "", f"{results[name]['when']}.", "", *filter(None, texts)]
+            texts = (results[name]["text"], "", *map(str, tables))
+            parts += [f"## {name}", "", f"{results[name]['when']}.", "", *texts]
     head = [
         "# Benchmarks",
         "",
-        f"`python benchmarks/run.py`: {machine()}. {', '.join(versions())}. Rounds are "
-        "interleaved; a ratio is the median of the rounds' ratios. The scripts say what they do.",
+        "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. The scripts say what "
+        "they do.",
         "",
         "| bar | measured | |",
         "| --- | ---: | --- |",

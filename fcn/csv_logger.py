@@ -9,6 +9,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def read_numbers(path: str | Path) -> Columns:
     """Each column of a metrics.csv, (rows,); NaN where nothing was logged."""
     columns: dict[str, array[float]] = {}
     for row in read_rows(path):
-        for name, text in row.items():
+        for name, text in filter(itemgetter(0), row.items()):  # of fields beyond the header: None
             columns.setdefault(name, array("d")).append(float(text or "nan"))
     return {name: np.array(column) for name, column in columns.items()}
 

@@ -108,3 +108,12 @@ def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
     assert columns["step"].tolist() == list(range(1, rows + 2))
     assert np.isnan(columns["val/miou"]).sum() == rows
     assert columns["val/miou"][rows - 1] == 0.25
+
+
+def test_rows_of_other_lengths(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\n1,0.5,7,8\n2\n3,0.25\n")
+    columns = read_numbers(path)
+    assert list(columns) == ["step", "train/loss"]
+    assert columns["step"].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(columns["train/loss"], [0.5, np.nan, 0.25])
