@@ -70,8 +70,8 @@ def report(results: dict[str, Any]) -> str:
     head = [
         "# Benchmarks",
         "",
-        "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. The scripts say what "
-        "they do.",
+        "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. What each measures "
+        "is in its script.",
         "",
         "| bar | measured | |",
         "| --- | ---: | --- |",
