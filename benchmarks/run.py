@@ -70,8 +70,8 @@ def report(results: dict[str, Any]) -> str:
     head = [
         "# Benchmarks",
         "",
-        "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. What each measures "
-        "is in its script.",
+        "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. Each script says "
+        "what it measures.",
         "",
         "| bar | measured | |",
         "| --- | ---: | --- |",
