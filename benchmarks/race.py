@@ -4,38 +4,68 @@
 
 Each trains for that long on the same cores, by the wall clock, as its authors do: ours as
 experiment=voc_mini, the others as benchmarks/peers.py says, smp's from the same crops, torchfcn's
-one whole image at a time. Judging takes no time of theirs: as evaluate.py, at the images' own
-resolution, on all images at the end and on the first few at the marks before.
+one whole image at a time. All compute in the precision that ours does: bfloat16 where the CPU has
+it, although their authors use float32. Neither reading images nor judging takes time of theirs:
+as evaluate.py, at the images' own resolution, at the marks on the first FIRST images, which the
+figure shows, and at the end on all, which table.md has.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import OURS, PEER, SMP, Contestant, composed, make
+import torch
+from peers import SMP, TORCHFCN, Contestant, composed, make, ours_here
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.datamodule import SegmentationDataModule
+from fcn.devices import best_precision
 from fcn.metrics import segmentation_scores
-from fcn.schedules import poly
+from fcn.schedules import cosine, poly
 from fcn.transforms import Batch
 
-NAMES = (next(n for n in OURS if n.endswith("vgg19 bf16")), *SMP, PEER)
-FIRST = 40  # images at the marks before the end
+OURS = ours_here("cpu")
+NAMES = (OURS, *SMP, *TORCHFCN)
+FIRST = 40  # images at the marks
 
 
 def opened(name: str, data: str) -> SegmentationDataModule:
     from hydra.utils import instantiate
 
-    whole = ["data.batch_size=1", "data.crop_size=null", "data.scale=null"] if name == PEER else []
+    whole = ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
+    whole = whole if name in TORCHFCN else []
     cfg = composed("train", "experiment=voc_mini", f"data.root={data}", "name=race", *whole)
     datamodule = instantiate(cfg.data, _convert_="all", num_workers=0)
     datamodule.setup("fit")
     return datamodule
+
+
+def compute_as_ours(network: nn.Module) -> None:
+    """Whatever the network computes from now on is in mixed precision; its scores are float32."""
+    mixed = torch.autocast("cpu", torch.bfloat16)(network.forward)
+
+    def forward(image: Tensor) -> Tensor:
+        return mixed(image).float()
+
+    network.forward = forward
+
+
+def schedule(
+    name: str, contestant: Contestant, progress: Callable[[], float]
+) -> LRScheduler | None:
+    """How its authors lower the rate; `progress` goes from 0 to 1 with the time."""
+    limits: dict[str, Any] = {"total_steps": math.inf, "time_used": progress}
+    if name == OURS:
+        return poly(contestant.optimizer, **limits, warmup_steps=50)  # voc_mini's
+    if name in SMP:  # of its multiclass example: from 2e-4 to 1e-5
+        return cosine(contestant.optimizer, **limits, final=1e-5 / 2e-4)
+    return None
 
 
 def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: int) -> float:
@@ -53,37 +83,32 @@ def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: in
 
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One contestant's way: (minutes, images judged, mean IoU) at each mark."""
-    given = ("experiment=voc_mini",) if name in OURS else ()
-    contestant = make(name, "cpu", args.weights, *given)
+    """One contestant's points, (minutes, mean IoU of the first images), and the mean IoU of all."""
+    contestant = make(name, "cpu", args.weights, *(["experiment=voc_mini"] if name == OURS else []))
+    if name != OURS and best_precision("cpu") == "bf16-mixed":
+        compute_as_ours(contestant.network)
     datamodule = opened(name, args.data)
     assert datamodule.val_data is not None
     everything = len(datamodule.val_data)
-    schedule = None
-    if name in OURS:  # voc_mini's
-        schedule = poly(
-            contestant.optimizer,
-            total_steps=math.inf,
-            time_used=lambda: used / 60 / args.minutes,
-            warmup_steps=50,
-        )
+    falling = schedule(name, contestant, lambda: used / 60 / args.minutes)
     contestant.network.train()
-    points: list[tuple[float, int, float]] = []
+    points: list[tuple[float, float]] = []
     used, steps, marks = 0.0, 0, [args.minutes * k / args.marks for k in range(1, args.marks + 1)]
     for batch in datamodule.train_dataloader():
         began = time.perf_counter()
         contestant.step(*contestant.prepare(batch["image"], batch["mask"]))
-        if schedule:
-            schedule.step()
+        if falling:
+            falling.step()
         steps += 1
         used += time.perf_counter() - began
         if used >= 60 * marks[len(points)]:
-            images = everything if len(points) + 1 == args.marks else min(FIRST, everything)
-            points.append((used / 60, images, judge(contestant, datamodule, images)))
+            points.append((used / 60, judge(contestant, datamodule, min(FIRST, everything))))
             print(name, steps, points[-1], flush=True)
             if len(points) == args.marks:
                 break
-    return {"name": name, "steps": steps, "points": points}
+    miou = judge(contestant, datamodule, everything)
+    print(name, "all images:", miou, flush=True)
+    return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -94,12 +119,22 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
-        minutes, _, mious = zip(*run["points"], strict=True)
-        axes.plot((0, *minutes), (0, *mious), marker="o", label=run["name"])
-    axes.set(xlabel="minutes of training", ylabel="mean IoU", ylim=(0, None))
+        minutes, mious = zip(*run["points"], strict=True)
+        axes.plot(minutes, [100 * miou for miou in mious], marker="o", label=run["name"])
+    axes.set(xlabel="minutes of training", ylabel=f"mean IoU in %, {FIRST} images")
+    axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """What each had reached in the end, on all images, in Markdown."""
+    lines = ["| network | minutes | steps | mean IoU |", "| --- | ---: | ---: | ---: |"]
+    for run in sorted(runs, key=lambda run: -run["miou"]):
+        minutes, miou = run["points"][-1][0], 100 * run["miou"]
+        lines.append(f"| {run['name']} | {minutes:.1f} | {run['steps']:,} | {miou:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -107,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--marks", type=int, default=2, help="times of judging, the end included")
+    parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=Path, default=Path("runs/race"))
     args = parser.parse_args()
@@ -115,8 +150,9 @@ def main() -> None:
     for name in args.only:
         run = race(name, args)
         (args.output / f"{name.replace(' ', '_')}.json").write_text(json.dumps(run))
-    files = sorted(args.output.glob("*.json"))
-    draw([json.loads(file.read_text()) for file in files], args.output / "race.png")
+    runs = [json.loads(file.read_text()) for file in sorted(args.output.glob("*.json"))]
+    draw(runs, args.output / "race.png")
+    (args.output / "table.md").write_text(table(runs))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What each choice is worth, on 335 photographs: the table of RESULTS.md.
 
     python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
-    python benchmarks/recipes.py ... --only base fixed --seeds 0 1
+    python benchmarks/recipes.py ... --only base 16s 32s --seeds 0 1 --all trainer.max_steps=400
 
 Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by
 evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so
@@ -177,9 +177,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--all", nargs="+", default=[], help="settings of all rows, before a row's")
     args = parser.parse_args()
     keep_frozen_stages()
     for seed in args.seeds:
+        KeptStage.kept.clear()  # another seed has other crops
         for name in args.only:
             own = [o for o in ROWS[name] if not o.startswith("model.weights=")]
             weights = next((o[14:] for o in ROWS[name] if o.startswith("model.weights=")), None)
@@ -188,7 +190,7 @@ def main() -> None:
             elif weights != "null":
                 folder = args.output / weights.replace(" ", "_") / f"seed{seed}"
                 weights = str(best_checkpoint(folder).absolute())
-            given = [*BUDGET, *own, f"data.root={args.data}", f"model.weights={weights}"]
+            given = [*BUDGET, *args.all, *own, f"data.root={args.data}", f"model.weights={weights}"]
             metrics = run_row(name, given, args.output, seed)
             boundary = list(metrics["boundary_miou"].values())
             row = {
