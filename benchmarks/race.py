@@ -90,10 +90,10 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     datamodule = opened(name, args.data)
     assert datamodule.val_data is not None
     everything = len(datamodule.val_data)
-    falling = schedule(name, contestant, lambda: used / 60 / args.minutes)
     contestant.network.train()
     points: list[tuple[float, float]] = []
     used, steps, marks = 0.0, 0, [args.minutes * k / args.marks for k in range(1, args.marks + 1)]
+    falling = schedule(name, contestant, lambda: used / 60 / args.minutes)
     for batch in datamodule.train_dataloader():
         began = time.perf_counter()
         contestant.step(*contestant.prepare(batch["image"], batch["mask"]))

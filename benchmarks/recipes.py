@@ -35,7 +35,8 @@ BUDGET = (
     "data.batch_size=4",
     "data.crop_size=256",
     "data.scale=null",
-    "optimizer.lr=5e-5",  # voc_mini's when these rows were first run
+    "optimizer.lr=5e-5",  # voc_mini's when these rows were first run, as the next
+    "model.pool_scales=[0.4,0.0125,0.0025]",
 )
 SGD = ("optimizer=sgd", "model.head_lr_multiplier=20")
 ROWS: dict[str, tuple[str, ...]] = {
@@ -45,6 +46,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "staged 32s": ("model=fcn32s", "trainer.max_steps=67"),
     "staged 16s": ("model=fcn16s", "trainer.max_steps=67", "model.weights=staged 32s"),
     "staged 8s": ("trainer.max_steps=66", "model.weights=staged 16s"),
+    "slower skips": ("model.pool_scales=[0.4,0.00125,0.00025]",),
+    "16s, slower skips": ("model=fcn16s", "model.pool_scales=[0.4,0.00125,0.00025]"),
+    "slow skips": ("model.pool_scales=[0.4,0.004,0.0008]",),
     "fixed upsampling": ("model.learn_upsampling=false",),
     "fixed last upsampling": ("model.learn_last_upsampling=false",),
     "feature fusion": ("model.fusion=feature",),

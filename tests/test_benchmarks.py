@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,3 +128,31 @@ def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(kept(image), plain(image))
     assert len(KeptStage.kept) == 2
     assert all(stage.number == n for n, stage in enumerate(kept.stages[:4], start=1))
+
+
+def test_peers_rate_falls_with_the_time() -> None:
+    import torch
+    from peers import SMP
+    from race import schedule
+
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+    progress = [0.0]
+    contestant = SimpleNamespace(optimizer=optimizer)
+    falling = schedule(next(iter(SMP)), contestant, lambda: progress[0])
+    for progress[0], rate in ((0.0, 2e-4), (0.5, 1.05e-4), (1.0, 1e-5)):
+        optimizer.step()
+        falling.step()
+        assert falling.get_last_lr() == [pytest.approx(rate)]
+
+
+def test_race_is_won_by_mean_iou() -> None:
+    from race import table
+
+    runs = [
+        {"name": "slow", "steps": 1200, "points": [(2, 0.1), (4, 0.2)], "miou": 0.25},
+        {"name": "fast", "steps": 300, "points": [(2, 0.3), (4.04, 0.3)], "miou": 0.3},
+    ]
+    assert table(runs).splitlines()[2:] == [
+        "| fast | 4.0 | 300 | 30.0 |",
+        "| slow | 4.0 | 1,200 | 25.0 |",
+    ]
