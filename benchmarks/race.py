@@ -13,6 +13,7 @@ figure shows, and at the end on all, which table.md has.
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +39,10 @@ FIRST = 40  # images at the marks
 def opened(name: str, data: str) -> SegmentationDataModule:
     from hydra.utils import instantiate
 
-    whole = ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
-    whole = whole if name in TORCHFCN else []
-    cfg = composed("train", "experiment=voc_mini", f"data.root={data}", "name=race", *whole)
+    given = ["experiment=voc_mini", f"data.root={data}", "name=race"]
+    if name in TORCHFCN:
+        given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
+    cfg = composed("train", *given)
     datamodule = instantiate(cfg.data, _convert_="all", num_workers=0)
     datamodule.setup("fit")
     return datamodule
@@ -84,7 +86,8 @@ def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: in
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One contestant's points, (minutes, mean IoU of the first images), and the mean IoU of all."""
-    contestant = make(name, "cpu", args.weights, *(["experiment=voc_mini"] if name == OURS else []))
+    own = ["experiment=voc_mini", *args.ours] if name == OURS else []
+    contestant = make(name, "cpu", args.weights, *own)
     if name != OURS and best_precision("cpu") == "bf16-mixed":
         compute_as_ours(contestant.network)
     datamodule = opened(name, args.data)
@@ -108,10 +111,12 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 break
     miou = judge(contestant, datamodule, everything)
     print(name, "all images:", miou, flush=True)
-    return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
+    label = " ".join([name, *args.ours]) if name == OURS else name
+    return {"name": label, "steps": steps, "points": points, "images": everything, "miou": miou}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Mean IoU of the first images over minutes of training, a line for each network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,12 +149,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--ours", nargs="+", default=[], help="settings of ours, after voc_mini's")
     parser.add_argument("--output", type=Path, default=Path("runs/race"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         run = race(name, args)
-        (args.output / f"{name.replace(' ', '_')}.json").write_text(json.dumps(run))
+        file = re.sub(r"[ /]", "_", run["name"]) + ".json"
+        (args.output / file).write_text(json.dumps(run))
     runs = [json.loads(file.read_text()) for file in sorted(args.output.glob("*.json"))]
     draw(runs, args.output / "race.png")
     (args.output / "table.md").write_text(table(runs))

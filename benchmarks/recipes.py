@@ -195,6 +195,10 @@ def main() -> None:
                 folder = args.output / weights.replace(" ", "_") / f"seed{seed}"
                 weights = str(best_checkpoint(folder).absolute())
             given = [*BUDGET, *args.all, *own, f"data.root={args.data}", f"model.weights={weights}"]
+            command = shlex.join(["python", "train.py", *given, f"seed={seed}"])
+            file = args.output / f"{name}_{seed}.json"
+            if file.is_file() and json.loads(file.read_text())["command"] != command:
+                raise SystemExit(f"{file} was made with other settings: give another --output")
             metrics = run_row(name, given, args.output, seed)
             boundary = list(metrics["boundary_miou"].values())
             row = {
@@ -202,9 +206,9 @@ def main() -> None:
                 "seed": seed,
                 **{key: metrics[key] for key in ("miou", "pixel_acc", "mean_acc", "fwiou")},
                 "boundary_miou": sum(boundary) / len(boundary),
-                "command": shlex.join(["python", "train.py", *given, f"seed={seed}"]),
+                "command": command,
             }
-            write_json(args.output / f"{name}_{seed}.json", row)
+            write_json(file, row)
             print(json.dumps(row), flush=True)
     (args.output / "table.md").write_text(table(args.output))
 

@@ -156,3 +156,40 @@ def test_race_is_won_by_mean_iou() -> None:
         "| fast | 4.0 | 300 | 30.0 |",
         "| slow | 4.0 | 1,200 | 25.0 |",
     ]
+
+
+def test_peers_learn_in_mixed_precision() -> None:
+    import torch
+    from race import compute_as_ours
+
+    network = torch.nn.Conv2d(3, 4, 3)
+    image = torch.rand(1, 3, 8, 8)
+    expected = network(image)
+    compute_as_ours(network)
+    scores = network(image)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, expected)  # rounded to bfloat16 on the way
+    torch.testing.assert_close(scores, expected, rtol=0.02, atol=0.02)
+    scores.sum().backward()
+    assert network.weight.grad.abs().min() > 0
+
+
+def test_rows_of_other_settings_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recipes
+
+    scores = dict.fromkeys(("miou", "pixel_acc", "mean_acc", "fwiou"), 0.5)
+    metrics = {**scores, "boundary_miou": {"1": 0.25, "2": 0.75}}
+    monkeypatch.setattr(recipes, "run_row", lambda *given: metrics)
+    monkeypatch.setattr(recipes, "keep_frozen_stages", lambda: None)
+    command = ["recipes.py", "--data", "d", "--weights", "w", "--output", str(tmp_path)]
+    command += ["--only", "base"]
+    for _ in range(2):  # again, as after an interruption
+        monkeypatch.setattr(sys, "argv", command)
+        recipes.main()
+    row = json.loads((tmp_path / "base_0.json").read_text())
+    assert row["boundary_miou"] == 0.5
+    monkeypatch.setattr(sys, "argv", [*command, "--all", "trainer.max_steps=400"])
+    with pytest.raises(SystemExit, match=r"base_0\.json was made with other settings"):
+        recipes.main()
