@@ -5,7 +5,8 @@
 
 - ours: SegmentationModule as `python train.py` builds it, with conf/'s defaults.
 - torchfcn 1.9.7 (PyPI; github.com/wkentaro/pytorch-fcn), the best known FCN in PyTorch.
-- segmentation-models-pytorch (PyPI): FPN and Unet; loss and optimizer of its multiclass example.
+- segmentation-models-pytorch (PyPI): FPN and Unet; loss and optimizer of its multiclass example,
+  or, as "our recipe", those of experiment=voc_mini.
 """
 
 import sys
@@ -33,6 +34,7 @@ TORCHFCN = {  # its class and learning rate, examples/voc/train_fcn8s.py and tra
     "torchfcn FCN8sAtOnce vgg16": ("FCN8sAtOnce", 1e-10),  # the same; pools scaled as in the paper
 }
 SMP = {"smp FPN vgg19": "FPN", "smp Unet vgg19": "Unet"}
+SMP_OUR_RECIPE = {f"{name}, our recipe": network for name, network in SMP.items()}
 PEER = next(iter(TORCHFCN))  # whom the bars are about
 GROUPS = {  # what is timed together: all of a group are in memory
     "vgg19": (*list(OURS)[:2], PEER, *SMP),
@@ -103,6 +105,8 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
     values = weights and torch.load(weights, map_location="cpu", weights_only=True)
     if name in TORCHFCN:
         return _torchfcn(*TORCHFCN[name], device, values)
+    if name in SMP_OUR_RECIPE:
+        return _smp_our_recipe(SMP_OUR_RECIPE[name], device, values)
     return _smp(SMP[name], device, values)
 
 
@@ -131,11 +135,15 @@ def _ours(module: Any, precision: str, device: str, clip: float | None) -> Conte
     return Contestant(module.network, optimizer, prepare, step, autocast)
 
 
-def _theirs(network: nn.Module, loss: Callable, optimizer: Any, prepare: Callable) -> Contestant:
+def _theirs(
+    network: nn.Module, loss: Callable, optimizer: Any, prepare: Callable, clip: float | None = None
+) -> Contestant:
     def step(image: Tensor, target: Tensor) -> Tensor:
         optimizer.zero_grad()
         value = loss(network(image), target)
         value.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
         return value.detach()
 
@@ -175,20 +183,67 @@ def _torchfcn(kind: str, lr: float, device: str, vgg: dict[str, Tensor] | None) 
 
 
 def _smp(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
-    """Padded to whole 32-pixel cells, which its networks demand."""
+    """Its example's loss and optimizer: Dice, Adam at 2e-4 for all layers."""
+    import segmentation_models_pytorch as smp
+
+    network = _smp_network(architecture, device, vgg)
+    loss = smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
+    return _theirs(network, loss, optimizer, partial(_smp_input, device))
+
+
+def _smp_our_recipe(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
+    """As experiment=voc_mini: four stages frozen, the decoder 20 times as fast as the fifth."""
+    network, cfg = _smp_network(architecture, device, vgg), composed("train", "experiment=voc_mini")
+    network.to(memory_format=torch.channels_last)
+    pools = [i for i, m in enumerate(network.encoder.features) if isinstance(m, nn.MaxPool2d)]
+    frozen = pools[cfg.model.freeze_stages - 1]
+    network.encoder.features[:frozen].requires_grad_(False)
+    rate = cfg.optimizer.lr
+    head = [p for n, p in network.named_parameters() if not n.startswith("encoder.")]
+    groups = [
+        {"params": list(network.encoder.features[frozen:].parameters()), "lr": rate},
+        {"params": head, "lr": rate * cfg.model.head_lr_multiplier},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.optimizer.weight_decay)
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    prepare = partial(_smp_input, device)
+    return _theirs(network, loss, optimizer, prepare, cfg.trainer.gradient_clip_val)
+
+
+def _smp_network(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Any:
     import segmentation_models_pytorch as smp
 
     network = smp.create_model(architecture, "vgg19", encoder_weights=None, classes=21).to(device)
     if vgg is not None:
         network.encoder.load_state_dict(vgg)
+    return network
 
-    def prepare(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        pad = (0, -mask.shape[-1] % 32, 0, -mask.shape[-2] % 32)
-        image = (image / 255 - MEAN[:, None, None]) / STD[:, None, None]
-        return F.pad(image, pad).to(device), F.pad(mask, pad, value=255).long().to(device)
 
-    loss = smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
-    return _theirs(network, loss, torch.optim.Adam(network.parameters(), lr=2e-4), prepare)
+def _smp_input(device: str, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded to whole 32-pixel cells, which its networks demand."""
+    pad = (0, -mask.shape[-1] % 32, 0, -mask.shape[-2] % 32)
+    image = (image / 255 - MEAN[:, None, None]) / STD[:, None, None]
+    return F.pad(image, pad).to(device), F.pad(mask, pad, value=255).long().to(device)
+
+
+@torch.no_grad()
+def even_out(features: nn.Sequential, image: Tensor) -> None:
+    """Scale a VGG's convolutions: what each gives for `image`, after ReLU, has a spread of 1.
+
+    ReLU and max-pooling pass a factor on, so the features stay what they are but for one factor
+    each. Ours has `model.pool_scales` for this; features of the first VGG have spreads up to 425.
+    """
+    x, factor = image, 1.0  # what x is multiplied by
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is not None
+            layer.bias *= factor
+            scale = 1 / layer(x).relu().std().item()
+            layer.weight *= scale
+            layer.bias *= scale
+            factor *= scale
+        x = layer(x)
 
 
 def composed(name: str, *overrides: str) -> Any:

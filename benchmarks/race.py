@@ -3,11 +3,12 @@
     taskset -c 0 python benchmarks/race.py --data DIR --weights vgg19_features.pth --minutes 10
 
 Each trains for that long on the same cores, by the wall clock, as its authors do: ours as
-experiment=voc_mini, the others as benchmarks/peers.py says, smp's from the same crops, torchfcn's
-one whole image at a time. All compute in the precision that ours does: bfloat16 where the CPU has
-it, although their authors use float32. Neither reading images nor judging takes time of theirs:
-as evaluate.py, at the images' own resolution, at the marks on the first FIRST images, which the
-figure shows, and at the end on all, which table.md has.
+experiment=voc_mini, the others as benchmarks/peers.py says, torchfcn's one whole image at a time,
+smp's from our crops, and once more with voc_mini's loss, optimizer and frozen stages; smp's get
+features evened out (peers.even_out), as ours does by scales. All compute in the precision that ours
+does: bfloat16 where the CPU has it, although their authors use float32. Neither reading images nor
+judging takes time of theirs: as evaluate.py, at the images' own resolution, at the marks on the
+first FIRST images, which the figure shows, and at the end on all, which table.md has.
 """
 
 import argparse
@@ -20,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import SMP, TORCHFCN, Contestant, composed, make, ours_here
+from peers import (
+    SMP,
+    SMP_OUR_RECIPE,
+    TORCHFCN,
+    Contestant,
+    composed,
+    even_out,
+    make,
+    ours_here,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -32,7 +42,7 @@ from fcn.schedules import cosine, poly
 from fcn.transforms import Batch
 
 OURS = ours_here("cpu")
-NAMES = (OURS, *SMP, *TORCHFCN)
+NAMES = (OURS, *SMP_OUR_RECIPE, *SMP, *TORCHFCN)
 FIRST = 40  # images at the marks
 
 
@@ -63,7 +73,7 @@ def schedule(
 ) -> LRScheduler | None:
     """How its authors lower the rate; `progress` goes from 0 to 1 with the time."""
     limits: dict[str, Any] = {"total_steps": math.inf, "time_used": progress}
-    if name == OURS:
+    if name in (OURS, *SMP_OUR_RECIPE):
         return poly(contestant.optimizer, **limits, warmup_steps=50)  # voc_mini's
     if name in SMP:  # of its multiclass example: from 2e-4 to 1e-5
         return cosine(contestant.optimizer, **limits, final=1e-5 / 2e-4)
@@ -92,6 +102,10 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
         compute_as_ours(contestant.network)
     datamodule = opened(name, args.data)
     assert datamodule.val_data is not None
+    if name in (*SMP, *SMP_OUR_RECIPE):
+        first = next(iter(datamodule.train_dataloader()))
+        image, _ = contestant.prepare(first["image"], first["mask"])
+        even_out(contestant.network.encoder.features, image)
     everything = len(datamodule.val_data)
     contestant.network.train()
     points: list[tuple[float, float]] = []

@@ -174,6 +174,38 @@ def test_peers_learn_in_mixed_precision() -> None:
     assert network.weight.grad.abs().min() > 0
 
 
+def test_evened_features_differ_by_a_factor_each() -> None:
+    import torch
+    from peers import even_out
+    from torch import nn
+
+    vgg = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
+    vgg.requires_grad_(False)[0].weight *= 500
+    image, other = torch.rand(2, 1, 3, 20, 24)
+    before = vgg[:3](other), vgg(other)
+    even_out(vgg, image)
+    assert vgg[:2](image).std() == pytest.approx(1, rel=1e-3)
+    assert vgg(image).relu().std() == pytest.approx(1, rel=1e-3)
+    for was, now in zip(before, (vgg[:3](other), vgg(other)), strict=True):
+        factor = now.norm() / was.norm()
+        torch.testing.assert_close(now, factor * was, rtol=1e-3, atol=1e-4)
+        assert not 0.9 < factor < 1.1
+
+
+def test_peers_of_our_recipe_freeze_what_ours_does() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    from peers import SMP_OUR_RECIPE, make, random_batch
+
+    contestant = make(next(iter(SMP_OUR_RECIPE)), "cpu")
+    features = contestant.network.encoder.features
+    before = [p.detach().clone() for p in features.parameters()]
+    contestant.step(*contestant.prepare(*random_batch(1, 40, 50)))
+    changed = [not p.equal(b) for p, b in zip(features.parameters(), before, strict=True)]
+    assert changed == [False] * 24 + [True] * 8  # 12 convolutions of four stages, 4 of the fifth
+    head, stage5 = (contestant.optimizer.param_groups[i]["lr"] for i in (1, 0))
+    assert head == pytest.approx(20 * stage5)
+
+
 def test_rows_of_other_settings_are_not_taken_for_these(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
