@@ -252,9 +252,9 @@ def fit(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train, and leave a summary: how it ended, or how to go on."""
-    from fcn.callbacks import loader_died
     from fcn.devices import is_main_process
     from fcn.runs import last_checkpoint, write_settings
+    from fcn.saving import loader_died
 
     if is_main_process():
         write_settings(run, cfg, overrides)
@@ -398,8 +398,8 @@ def advice_on_memory(cfg: DictConfig, trainer: "pl.Trainer") -> str:
 
 def write_summary(run: Path, status: str, trainer: "pl.Trainer") -> dict[str, Any]:
     """summary.json, from what is in the run folder and what the trainer knows."""
-    from fcn.callbacks import LastCheckpoint
     from fcn.runs import write_json
+    from fcn.saving import LastCheckpoint
     from fcn.summary import summarise
 
     keeper = trainer.checkpoint_callbacks[-1]
@@ -416,19 +416,12 @@ def write_summary(run: Path, status: str, trainer: "pl.Trainer") -> dict[str, An
 
 def build_trainer(cfg: DictConfig, run: Path, resume_from: Path | None) -> "pl.Trainer":
     """The Trainer with its callbacks and loggers, all writing below `run`, in one process only."""
-    from fcn.callbacks import (
-        AtomicCheckpointIO,
-        AveragedWeights,
-        BestCheckpoint,
-        LastCheckpoint,
-        LossStatistics,
-        ProgressBar,
-        ScoreTable,
-    )
+    from fcn.callbacks import AveragedWeights, LossStatistics, ProgressBar, ScoreTable
     from fcn.csv_logger import MetricsCSV
     from fcn.devices import is_main_process
     from fcn.pictures import Curves, Panels, WandbScores
     from fcn.resume import checkpoint_step
+    from fcn.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 
     config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     loggers: list[Logger] = []

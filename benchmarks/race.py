@@ -46,10 +46,10 @@ NAMES = (OURS, *SMP_OUR_RECIPE, *SMP, *TORCHFCN)
 FIRST = 40  # images at the marks
 
 
-def opened(name: str, data: str) -> SegmentationDataModule:
+def opened(name: str, data: str, settings: list[str]) -> SegmentationDataModule:
     from hydra.utils import instantiate
 
-    given = ["experiment=voc_mini", f"data.root={data}", "name=race"]
+    given = ["experiment=voc_mini", *settings, f"data.root={data}", "name=race"]
     if name in TORCHFCN:
         given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
     cfg = composed("train", *given)
@@ -96,11 +96,11 @@ def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: in
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One contestant's points, (minutes, mean IoU of the first images), and the mean IoU of all."""
-    own = ["experiment=voc_mini", *args.ours] if name == OURS else []
+    own = ["experiment=voc_mini", *args.settings] if name == OURS else []
     contestant = make(name, "cpu", args.weights, *own)
     if name != OURS and best_precision("cpu") == "bf16-mixed":
         compute_as_ours(contestant.network)
-    datamodule = opened(name, args.data)
+    datamodule = opened(name, args.data, args.settings)
     assert datamodule.val_data is not None
     if name in (*SMP, *SMP_OUR_RECIPE):
         first = next(iter(datamodule.train_dataloader()))
@@ -125,8 +125,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 break
     miou = judge(contestant, datamodule, everything)
     print(name, "all images:", miou, flush=True)
-    label = " ".join([name, *args.ours]) if name == OURS else name
-    return {"name": label, "steps": steps, "points": points, "images": everything, "miou": miou}
+    return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -163,7 +162,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--ours", nargs="+", default=[], help="settings of ours, after voc_mini's")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        help="after voc_mini's; those of data for all but torchfcn",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/race"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

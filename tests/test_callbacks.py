@@ -16,11 +16,12 @@ from conftest import FINISHED, train_tiny
 from omegaconf import DictConfig
 from PIL import Image
 
-from fcn.callbacks import AtomicCheckpointIO, LossStatistics
+from fcn.callbacks import LossStatistics
 from fcn.csv_logger import read_column, read_metrics
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
 from fcn.runs import best_checkpoint, last_checkpoint
+from fcn.saving import AtomicCheckpointIO
 from train import resumed_config, train
 
 

@@ -22,13 +22,13 @@ from PIL import Image
 
 import fcn.module
 import fcn.pictures
-from fcn.callbacks import AtomicCheckpointIO
 from fcn.checkpoints import read_checkpoint
 from fcn.csv_logger import MetricsCSV, read_metrics
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
 from fcn.resume import LEFTOVERS
 from fcn.runs import last_checkpoint
+from fcn.saving import AtomicCheckpointIO
 from train import resumed_config, train
 
 KILLS = int(os.environ.get("KILLS", "14"))

@@ -23,7 +23,6 @@ from forks import at_call, fork, wait
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from fcn.callbacks import AtomicCheckpointIO, BestCheckpoint
 from fcn.checkpoints import read_checkpoint
 from fcn.csv_logger import MetricsCSV, read_metrics
 from fcn.datasets.shapes import Shapes
@@ -32,6 +31,7 @@ from fcn.module import SegmentationModule
 from fcn.pictures import dispensable
 from fcn.resume import find_run, whole_checkpoint
 from fcn.runs import best_checkpoint, create_run_folder, last_checkpoint, locked
+from fcn.saving import AtomicCheckpointIO, BestCheckpoint
 from train import resumed_config, train
 
 
