@@ -47,6 +47,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fixed upsampling": ("model.learn_upsampling=false",),
     "fixed last upsampling": ("model.learn_last_upsampling=false",),
     "feature fusion": ("model.fusion=feature",),
+    "lr 1e-5": ("optimizer.lr=1e-5",),
+    "lr 5e-5": ("optimizer.lr=5e-5",),
+    "lr 1e-4": ("optimizer.lr=1e-4",),
     "momentum 0.99": (*SGD, "optimizer.lr=1e-4", "optimizer.momentum=0.99"),
     "momentum 0.9, 5 batches a step": (
         *SGD,

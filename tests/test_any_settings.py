@@ -118,6 +118,7 @@ def changed(draw: st.DrawFn) -> tuple[DictConfig, list[tuple[str, Any]]]:
     return cfg, draw(st.lists(one, min_size=1, max_size=2))
 
 
+@pytest.mark.slow
 @settings(QUIET, max_examples=250)
 @given(changed())
 def test_training(

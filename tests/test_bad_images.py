@@ -134,6 +134,7 @@ def write_corpus(folder: Path) -> int:
     return len(originals) + MUTATED
 
 
+@pytest.mark.slow
 def test_fuzz(tmp_path: Path) -> None:
     train_tiny(tmp_path / "run", "trainer.max_steps=1")
     images, masks = tmp_path / "root" / "images", tmp_path / "root" / "masks"

@@ -27,6 +27,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[tuple[int
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fits", "most"), [(3, 50), (5, 50), (9, 4)])
 def test_largest_batch(monkeypatch: pytest.MonkeyPatch, fits: int, most: int) -> None:
     cfg = compose_config("train", *TINY)
@@ -53,6 +54,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(SegmentationModule, "on_train_batch_start", fail)
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_out(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     with pytest.raises(TrainingError) as error:
@@ -62,6 +64,7 @@ def test_out_of_memory_ends_with_advice(tmp_path: Path, monkeypatch: pytest.Monk
     assert "data.batch_size=1 trainer.accumulate_grad_batches=4" in message
 
 
+@pytest.mark.slow
 def test_system_that_refuses_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**60)

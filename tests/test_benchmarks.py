@@ -19,6 +19,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_race_goes_on_without_those_that_fail() -> None:
     from timing import race
 
@@ -72,6 +73,7 @@ def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert text.count("### measured") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_our_step_learns(precision: str) -> None:
     from peers import make, random_batch
@@ -84,6 +86,7 @@ def test_our_step_learns(precision: str) -> None:
     assert ours.logits(batch[0]).shape == (1, 21, 40, 50)
 
 
+@pytest.mark.slow
 def test_input_and_evaluation(tiny_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import evaluation
     import input as input_pipeline
@@ -96,6 +99,7 @@ def test_input_and_evaluation(tiny_voc: Path, capsys: pytest.CaptureFixture[str]
     assert "evaluation loop" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_start_ends_at_the_first_step(tiny_voc: Path, tmp_path: Path) -> None:
     phases = tmp_path / "phases.json"
     script = PROJECT / "benchmarks" / "start.py"

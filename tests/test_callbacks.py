@@ -239,6 +239,7 @@ def scripted_scores(monkeypatch: pytest.MonkeyPatch, mious: list[float]) -> None
     )
 
 
+@pytest.mark.slow
 def test_best_checkpoint_also_of_a_moved_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +279,7 @@ def interrupt_when(
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

@@ -121,6 +121,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data=folder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_as_a_module(tiny_voc: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fcn.datasets.check"]
     data = ["data=voc2012", f"data.root={tiny_voc}", f"output={tmp_path}", "data.val_split=train"]

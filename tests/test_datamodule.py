@@ -157,6 +157,7 @@ def test_broken_image(own_voc: Path, workers: int, capsys: pytest.CaptureFixture
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_pictures_of_several_sizes_are_padded_with_void(tiny_voc: Path) -> None:
     datamodule = SegmentationDataModule(
         dataset=VOC2012, root=tiny_voc, batch_size=6, num_workers=0, flip=0.0

@@ -17,6 +17,7 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
 from fcn.errors import DataError
 
+pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).resolve().parents[1]
 SETTINGS = [
     *TINY,

@@ -48,6 +48,7 @@ def images() -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_torch_program(ckpt: Path, pt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in pt2.parent.iterdir()] == ["model.pt2"]
@@ -65,6 +66,7 @@ def test_torch_program(ckpt: Path, pt2: Path, capsys: pytest.CaptureFixture[str]
         assert torch.equal(mask, scores.argmax(1).to(torch.uint8))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_onnx_file(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
@@ -91,6 +93,7 @@ def test_onnx_file(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [output.name for output in plain.get_outputs()] == ["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pt2", "onnx"])
 def test_prediction_with_an_exported_file(
     tmp_path: Path, ckpt: Path, pt2: Path, ending: str

@@ -222,6 +222,7 @@ def write_hostile_data(root: Path) -> list[str]:
     return ["data=folder", f"data.root={root}", "data.num_workers=0", "data.crop_size=32"]
 
 
+@pytest.mark.slow
 def test_hostile_names(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

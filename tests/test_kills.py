@@ -31,6 +31,7 @@ from fcn.runs import last_checkpoint
 from fcn.saving import AtomicCheckpointIO
 from train import resumed_config, train
 
+pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", "14"))
 STEPS, INTERVAL = 12, 3
 SETTINGS = (

@@ -279,6 +279,7 @@ def test_training_does_not_wait_for_the_device(
     assert sorted(set(reads)) == [5, 10, 14], reads  # 14: the checkpoint and the end
 
 
+@pytest.mark.slow
 def test_compiled_training_step(tmp_path: Path) -> None:
     """The same weights as without, to rounding; validation has images of other sizes."""
     from conftest import train_tiny
@@ -294,6 +295,7 @@ def test_compiled_training_step(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "files"),
     [("simple", {"fit-simple.txt"}), ("pytorch", {"fit-pytorch.txt", "*.json"})],

@@ -365,6 +365,7 @@ def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
     assert compose_config("evaluate", arguments[0]).data.root == "data"
 
 
+@pytest.mark.slow
 def test_prediction_and_export(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

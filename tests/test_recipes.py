@@ -66,6 +66,7 @@ def test_tutorial() -> None:
     assert (cfg.data.crop_size, cfg.data.batch_size, cfg.trainer.max_epochs) == (224, 3, 175)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heavy_fcn8s", "tutorial"])
 def test_recipes_train(name: str, tmp_path: Path) -> None:
     names = ("pooling", "fusion", "pool_scales", "learn_upsampling")

@@ -146,6 +146,7 @@ def test_a_checkpoint_does_not_say_what_to_delete(tmp_path: Path) -> None:
     assert hostile not in map(str, vars(best).values())
 
 
+@pytest.mark.slow
 def test_going_on_from_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """last.ckpt is damaged: best.ckpt of step 2 leads to the same end."""
     import fcn.module
@@ -172,6 +173,7 @@ def begin(*arguments: str) -> None:
     runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in (("JOB_ID", "123456"), ("JOB_NAME", "fcn"), ("NTASKS", "1")):
@@ -259,6 +261,7 @@ def test_a_run_is_trained_by_one_process(tmp_path: Path, finished_run: Path) -> 
     assert not (run / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
     pids = [fork(lambda: train_tiny(tmp_path / "runs" / "now"), log) for log in logs]
@@ -368,6 +371,7 @@ def test_folder_deleted_under_the_run(
 # Loader processes
 
 
+@pytest.mark.slow
 def test_loader_killed_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would tell in the middle of the step; the step is finished and saved first."""
 
@@ -385,6 +389,7 @@ def test_loader_killed_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert steps(run) == ["1", "2", "3", "4"]
 
 
+@pytest.mark.slow
 def test_loader_killed_while_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the system kills a process that takes too much memory."""
     run, load = tmp_path / "run", Shapes.__getitem__
@@ -424,6 +429,7 @@ def check_loader_error(run: Path, *options: str, saved: int) -> None:
 # Long runs
 
 
+@pytest.mark.slow
 def test_a_run_does_not_grow(tmp_path: Path) -> None:
     """Resident memory and open files over 100 steps with 20 validations and their pictures."""
     log = tmp_path / "log"

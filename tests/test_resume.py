@@ -90,6 +90,7 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert rows == expected_rows
 
 
+@pytest.mark.slow
 def test_asked_to_stop(tmp_path: Path, undisturbed: Path) -> None:
     run = tmp_path / "run"
     process = start(tmp_path, *SETTINGS, "data.num_workers=1", "hydra.run.dir=run")

@@ -75,6 +75,7 @@ def test_stages_that_fail_and_begin_again(
     assert "fcn8s: finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_stage(tmp_path: Path) -> None:
     folder = tmp_path / "stages"
     first = settings_of("fcn32s", SETTINGS, None)

@@ -246,6 +246,7 @@ def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(axes.collections[0].get_offsets()) for axes in figures[0].axes] == [8, 8, 8]
 
 
+@pytest.mark.slow
 def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
     engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
@@ -281,6 +282,7 @@ def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b"thesweep" in next(offline.glob("*.wandb")).read_bytes()
 
 
+@pytest.mark.slow
 def test_jobs_in_processes_of_their_own(tmp_path: Path) -> None:
     """As Slurm's: another launcher, from a folder that is not the project's."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

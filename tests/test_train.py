@@ -295,6 +295,7 @@ def test_help_needs_no_torch(tmp_path: Path, name: str, arguments: list[str]) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path) -> None:
     tiny = [o for o in TINY if not o.startswith(("name=", "model=", "optimizer.", "trainer.max_"))]
     sweep = ["-m", "model=fcn32s,fcn8s", "optimizer.lr=1e-2,1e-3", "hydra.sweep.dir=sweep"]
@@ -430,6 +431,7 @@ def test_settings_beside_resume_are_kept(tmp_path: Path) -> None:
     assert summary["seconds"] > first["seconds"]  # of all three sessions
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

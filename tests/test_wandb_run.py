@@ -101,6 +101,7 @@ def train_and_warn(run: Path) -> None:
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["unreachable", "wrong key"])
 def test_at_the_start(
     tmp_path: Path, server: Server, fault: str, capfd: pytest.CaptureFixture[str]
@@ -115,6 +116,7 @@ def test_at_the_start(
     assert "anonymous" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["gone", "quota"])
 def test_in_the_middle(
     tmp_path: Path,
