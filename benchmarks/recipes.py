@@ -45,13 +45,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "staged 8s": ("trainer.max_steps=200", "model.weights=staged 16s"),
     "fast skips": ("model.pool_scales=[0.4,0.0125,0.0025]",),
     "16s, fast skips": ("model=fcn16s", "model.pool_scales=[0.4,0.0125,0.0025]"),
-    "Dice, fast skips": ("model.dice_weight=1", "model.pool_scales=[0.4,0.0125,0.0025]"),
     "fixed upsampling": ("model.learn_upsampling=false",),
     "fixed last upsampling": ("model.learn_last_upsampling=false",),
     "feature fusion": ("model.fusion=feature",),
-    "lr 1e-5": ("optimizer.lr=1e-5",),
-    "lr 5e-5": ("optimizer.lr=5e-5",),
-    "lr 1e-4": ("optimizer.lr=1e-4",),
     "momentum 0.99": (*SGD, "optimizer.lr=1e-4", "optimizer.momentum=0.99"),
     "momentum 0.9, 5 batches a step": (
         *SGD,
