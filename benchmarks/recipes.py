@@ -65,7 +65,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "hard pixels": (),
     "class weights": (),
     "Dice": (),
-    "whole VGG learns": ("model.freeze_stages=0",),
     "random VGG": ("model.freeze_stages=0", "model.weights=null", "model.pool_scales=[1,1,1]"),
 }
 
