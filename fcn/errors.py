@@ -1,27 +1,29 @@
-"""Errors that a user can mend. The scripts show these as their message, without a traceback."""
+"""Errors that a user can mend, and the checks of arguments that raise them.
 
+The scripts show an `FCNError` as its message, without a traceback.
+
+A constructor refuses a value that cannot work with a message that begins with "name=value", such as
+"batch_size=0: must be a whole number from 1 up". Where the constructor was called for a group of
+the configuration, `fcn.cli.build` puts the group in front: "data.batch_size=0: must be ...".
+"""
+
+import math
+from collections.abc import Sequence
 from signal import Signals
+from typing import Any
 
 
 class FCNError(Exception):
     """An error that the user can mend: shown as its message, without a traceback."""
 
     def __str__(self) -> str:
-        # A loader's process hands an error on as the text of its traceback: keep what it said.
+        # A loader process hands an error on as the text of its traceback. Keep only what it said.
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         return super().__str__().rpartition(name)[2].strip()
 
 
 class DataError(FCNError):
     """Data on disk, or a download, is not what it must be; the message names the file and why."""
-
-
-def reason(e: BaseException) -> str:
-    """What went wrong in the fewest words, for the end of a message that says where."""
-    cause = getattr(e, "reason", None)  # urllib's URLError wraps the real one
-    if isinstance(cause, BaseException):
-        return reason(cause)
-    return (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
 
 
 class WeightsError(FCNError):
@@ -41,9 +43,97 @@ class WriteError(FCNError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal; last.ckpt has its state."""
+    """A signal asked the run to stop. last.ckpt has its state, so that it can be resumed."""
 
     def __init__(self, number: Signals, step: int) -> None:
         super().__init__(f"{number.name} at step {step}")
         self.exit_code = 128 + number
         self.step = step
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in the fewest words, for the end of a message that says where."""
+    cause = getattr(error, "reason", None)  # urllib's URLError wraps the real error in this
+    if isinstance(cause, BaseException):
+        return reason(cause)
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error) or type(error).__name__
+
+
+def check_whole(
+    name: str, value: Any, low: int = 0, high: int = 2**31 - 1, *, optional: bool = False
+) -> None:
+    """Refuse what is not a whole number from `low` to `high`; None passes if `optional`."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    limit = "up" if high == 2**31 - 1 else f"to {high}"
+    _check(name, value, whole, f"a whole number from {low} {limit}", optional)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+) -> None:
+    """Refuse what is not a finite number within the limits; None passes if `optional`.
+
+    Args:
+        low, high: limits that the number may be equal to.
+        above, below: limits that it may not be equal to.
+    """
+    right = is_number(value) and low <= value <= high
+    right = right and (above is None or value > above) and (below is None or value < below)
+    limits = [
+        f"{word} {limit:g}"
+        for word, limit in (("at least", low), ("above", above), ("at most", high), ("below", below))
+        if limit is not None and math.isfinite(limit)
+    ]
+    wanted = f"a number {' and '.join(limits)}".strip()
+    _check(name, value, right, wanted, optional)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any], *, optional: bool = False) -> None:
+    """Refuse what is not equal to one of the choices; None passes if `optional`."""
+    right = any(type(value) is type(choice) and value == choice for choice in choices)
+    _check(name, value, right, f"one of {', '.join(map(_shown, choices))}", optional)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    _check(name, value, isinstance(value, bool), "true or false", optional=False)
+
+
+def check_text(name: str, value: Any, *, wanted: str = "a text", optional: bool = False) -> None:
+    """Refuse what is not a string with at least one visible character."""
+    right = isinstance(value, str) and value.strip() != "" and "\0" not in value
+    _check(name, value, right, wanted, optional)
+
+
+def refuse(name: str, value: Any, wanted: str) -> None:
+    """Refuse a value in the words of all these checks.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(f"{name}={_shown(value)}: must be {wanted}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite int or float, and not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(name: str, value: Any, right: bool, wanted: str, optional: bool) -> None:
+    if not right and not (optional and value is None):
+        refuse(name, value, f"null or {wanted}" if optional else wanted)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML and on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
 """The LightningModule: an FCN with its loss, metrics, optimizer groups and schedule.
 
-module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
-logits = module.network(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+    module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
+    logits = module(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
 """
 
 import math
@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from fcn.checkpoints import check_sizes, read_checkpoint
-from fcn.errors import WeightsError
+from fcn.checkpoint import check_sizes, read_checkpoint
+from fcn.errors import WeightsError, check_number, check_whole, refuse
 from fcn.metrics import Scores, segmentation_scores
-from fcn.network import FCN
+from fcn.network import FCN, head_layers
+from fcn.weights import load_weights
 
 
 class SegmentationModule(pl.LightningModule):
@@ -33,12 +34,17 @@ class SegmentationModule(pl.LightningModule):
         num_classes: K, background included; None: as many as `class_names`.
         class_names: of the K classes; numbers where None.
         palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
-        void: the label that counts nowhere.
+        void: the label of pixels that are ignored in the loss and in every score.
+        weights: pretrained weights to begin with, as `fcn.weights.load_weights` takes them.
         optimizer: makes the optimizer from parameter groups; its keyword `lr` is the base rate.
         scheduler: makes a schedule from (optimizer, total_steps, time_used), or None.
         head_lr_multiplier: on the rate of head and decoder layers without loaded values.
         bias_lr_multiplier: on the rate of biases, which never decay; 2 in the paper.
         network: further arguments of `fcn.network.FCN`.
+
+    Raises:
+        ValueError: an argument cannot work. The message begins with "name=value".
+        fcn.errors.WeightsError: the weights cannot be found or do not fit.
     """
 
     def __init__(
@@ -48,20 +54,27 @@ class SegmentationModule(pl.LightningModule):
         class_names: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         void: int = 255,
+        weights: str | Path | None = None,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
         head_lr_multiplier: float = 1.0,
         bias_lr_multiplier: float = 2.0,
         **network: Any,
     ) -> None:
+        check_whole("num_classes", num_classes, 1, 255, optional=True)
+        check_number("head_lr_multiplier", head_lr_multiplier, above=0)
+        check_number("bias_lr_multiplier", bias_lr_multiplier, above=0)
         super().__init__()
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else 21
         if class_names is None:
             class_names = [str(k) for k in range(num_classes)]
         if len(class_names) != num_classes:
-            raise ValueError(
-                f"num_classes is {num_classes}, but there are {len(class_names)} names"
+            refuse(
+                "num_classes",
+                num_classes,
+                f"null or {len(class_names)}, as many as there are names of classes (background "
+                "is a class, void is not)",
             )
         self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
@@ -72,12 +85,21 @@ class SegmentationModule(pl.LightningModule):
         self.bias_lr_multiplier = bias_lr_multiplier
 
         self.network = FCN(num_classes, **network)
+        # Layers of head and decoder without loaded values, which `head_lr_multiplier` is for.
+        self.fresh_layers = head_layers(self.network)
+        if weights is not None:
+            self.load_pretrained(weights)
+        # The data set has checked its labels, so that torchmetrics need not do it again.
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=void, validate_args=False
-        )  # the data set has checked its labels
+        )
         self.val_losses = CatMetric(nan_strategy="disable")  # a sum over the pixels of each batch
         self.scores: Scores | None = None  # of the last validation
         self.val_loss = math.nan
+
+    def load_pretrained(self, source: str | Path) -> None:
+        """Begin with pretrained weights, as `fcn.weights.load_weights` takes them."""
+        self.fresh_layers = load_weights(self.network, source)
 
     def forward(self, image: Tensor) -> Tensor:
         """Images (N, 3, H, W), uint8 or float in [0, 1] -> logits (N, K, H, W)."""
@@ -112,9 +134,10 @@ class SegmentationModule(pl.LightningModule):
         return self.loss(self(batch["image"]), mask, pixels.clamp(min=1) / processes)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Counts one batch; gives `prediction`, class indices (N, H, W) uint8, to callbacks."""
+        """Score one batch. Callbacks get `prediction`, class indices (N, H, W) uint8."""
         mask = batch["mask"]
-        logits = self.network.forward(batch["image"])  # not a compiled one: sizes differ here
+        # Not the compiled network: images of a validation differ in size, and each would compile.
+        logits = self.network.forward(batch["image"])
         prediction = logits.max(1).indices  # (N, K, H, W) -> (N, H, W); argmax takes twice as long
         self.confusion.update(prediction, mask)
         self.val_losses.update(self.loss(logits, mask, pixels=1))
@@ -147,7 +170,7 @@ class SegmentationModule(pl.LightningModule):
         if self.make_optimizer is None:
             raise ValueError("SegmentationModule(optimizer=...) is needed for training")
         lr = self.make_optimizer.keywords["lr"]  # type: ignore[attr-defined]  # functools.partial
-        fresh = set(self.network.fresh_layers)
+        fresh = set(self.fresh_layers)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.network.named_parameters():
             layer, _, kind = name.rpartition(".")
@@ -206,14 +229,14 @@ class SegmentationModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file stand alone: its own values are the weights, none are fetched again."""
         checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"], weights=None)
-        checkpoint["fresh_layers"] = self.network.fresh_layers
+        checkpoint["fresh_layers"] = self.fresh_layers
         checkpoint["normalization"] = {
             "mean": self.network.mean.flatten().tolist(),
             "std": self.network.std.flatten().tolist(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.network.fresh_layers = checkpoint.get("fresh_layers", [])
+        self.fresh_layers = checkpoint.get("fresh_layers", [])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -238,6 +261,6 @@ class SegmentationModule(pl.LightningModule):
             module.load_state_dict(checkpoint["state_dict"])
         except (TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())[:200]
-            raise WeightsError(f"ckpt={path} does not build a network: {why}") from error
+            raise WeightsError(f"{path} does not build a network: {why}") from error
         module.on_load_checkpoint(checkpoint)
         return module

@@ -4,55 +4,54 @@ Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation
 
     FCN(num_classes=21, stride=8)(torch.zeros(1, 3, 375, 500, dtype=torch.uint8)).shape
     # torch.Size([1, 21, 375, 500])
+
+The network starts with random weights; `fcn.weights.load_weights` gives it those of ImageNet.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-BACKBONES = ("vgg11", "vgg13", "vgg16", "vgg19")
-SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}  # coarse to fine
-POOL_CHANNELS = {"pool3": 256, "pool4": 512}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's VGGs, RGB in [0, 1]
-CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # of the authors' nets
+from fcn.vgg import CAFFE_MEAN, MEAN, STD, backbones, stage_widths, vgg_stages
+
+# The pools whose features each variant adds to its coarse scores, coarse to fine.
+SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}
 
 
 class FCN(nn.Module):
     """A VGG turned into a segmentation network: encoder, head, and a decoder that adds skips.
 
     Args:
-        num_classes: K, background included. Void is no class.
+        num_classes: K, background included. Void is not a class.
         stride: of the finest prediction: 32, 16 or 8 pixels (FCN-32s, FCN-16s, FCN-8s).
-        backbone: a torchvision VGG without batch norm.
-        weights: what `fcn.weights.load_weights` takes, or None for a random start.
-        head_width: channels of conv6 and conv7; only 4096 can take VGG's own classifier.
-        head_kernel: size of conv6, odd; only 7 can take VGG's own classifier.
+        backbone: a torchvision VGG without batch norm: "vgg11", "vgg13", "vgg16" or "vgg19".
+        head_width: channels of conv6 and conv7. Only 4096 can take VGG's own classifier.
+        head_kernel: size of conv6, odd. Only 7 can take VGG's own classifier.
         dropout: after conv6 and conv7, while training.
         pooling: "max" as in VGG, or "avg" as in the tutorial this work starts from.
         fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
             scores to the pools' own channels, adds the pools themselves and predicts last.
         pool_scales: factors on (pool5, pool4, pool3) before the head and the skips read them. The
-            paper's at-once training uses (1, 0.01, 0.0001): an ImageNet VGG's pools grow towards
-            the image, and the largest would learn fastest.
+            paper's at-once training uses (1, 0.01, 0.0001), because an ImageNet VGG's pools grow
+            towards the image, and the largest would learn fastest.
         learn_upsampling: False keeps every upsampling as it starts: bilinear, or as loaded.
         learn_last_upsampling: False keeps the last one, to the image, as in the paper.
-        freeze_stages: how many VGG stages, from the image on, stay as they were loaded.
-        checkpoint_stages: how many VGG stages, from the image on, keep no activations: they are
-            computed again in the backward pass (Chen et al. 2016).
-        channels_last: activations of the VGG as (N, H, W, C) in memory: what tensor cores want, and
-            a tenth of a training step on CPUs.
-        alignment: "centered": every map covers the image, padded to whole cells, exactly. "caffe":
-            as in the authors' own nets, for their weights: 100 zeros around the image, none around
-            conv6 (which is 7x7 then) and in upsampling, pools that round up, crops that lay the
-            maps on each other; zero is Caffe's mean.
+        freeze_stages: how many VGG stages, counted from the image, are not trained.
+        checkpoint_stages: how many VGG stages, counted from the image, keep no activations. They
+            are computed again in the backward pass (Chen et al. 2016).
+        channels_last: whether the VGG's activations are (N, H, W, C) in memory. Tensor cores want
+            that, and on CPUs a training step takes a tenth less time.
+        alignment: "centered": every map covers the image, padded to whole cells of 32 pixels,
+            exactly. "caffe": as in the authors' own nets, for their weights: 100 zeros around the
+            image, none around conv6 (which is 7x7 then) and in upsampling, pools that round up,
+            and crops that lay the maps on each other. Its images are normalised with Caffe's mean.
 
     Raises:
-        ValueError: an argument is out of its range.
-        fcn.errors.WeightsError: the weights cannot be found or do not fit.
+        ValueError: an argument is out of its range. The message begins with "name=value".
     """
 
     mean: Tensor
@@ -63,14 +62,13 @@ class FCN(nn.Module):
         num_classes: int = 21,
         stride: int = 8,
         backbone: str = "vgg19",
-        weights: str | Path | None = None,
         *,
         head_width: int = 4096,
         head_kernel: int = 7,
         dropout: float = 0.5,
         pooling: str = "max",
         fusion: str = "score",
-        pool_scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        pool_scales: Sequence[float] = (1.0, 1.0, 1.0),
         learn_upsampling: bool = True,
         learn_last_upsampling: bool = True,
         freeze_stages: int = 0,
@@ -78,36 +76,21 @@ class FCN(nn.Module):
         channels_last: bool = False,
         alignment: str = "centered",
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _check_arguments(arguments)
         super().__init__()
-        _one_of("stride", stride, tuple(SKIPS))
-        _one_of("backbone", backbone, BACKBONES)
-        _one_of("pooling", pooling, ("max", "avg"))
-        _one_of("fusion", fusion, ("score", "feature"))
-        _one_of("alignment", alignment, ("centered", "caffe"))
-        _one_of("freeze_stages", freeze_stages, tuple(range(6)))
-        _one_of("checkpoint_stages", checkpoint_stages, tuple(range(6)))
-        for name, value in (("num_classes", num_classes), ("head_width", head_width)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if head_kernel < 1 or head_kernel % 2 == 0:
-            raise ValueError(f"head_kernel must be odd: conv6 keeps size; got {head_kernel}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
-        if len(pool_scales) != 3:
-            raise ValueError(f"pool_scales must be for (pool5, pool4, pool3); got {pool_scales}")
-        if alignment == "caffe" and head_kernel != 7:
-            raise ValueError(f"alignment='caffe' needs head_kernel=7; got {head_kernel}")
-        if fusion == "feature" and not (learn_upsampling and learn_last_upsampling):
-            raise ValueError("fusion='feature' changes channels while upsampling: it must learn it")
-
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
         self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
         caffe = alignment == "caffe"
-        # Pixels around the image (conv1_1 adds its own), and what the padded sides are multiples of
+        # Pixels added around the image (conv1_1 adds one more itself), and the number that the
+        # padded sides are multiples of.
         self.margin, self.cell = (99, 1) if caffe else (0, 32)
+
         self.stages = vgg_stages(backbone, pooling, ceil_mode=caffe)
-        around = 0 if caffe else head_kernel // 2
-        self.conv6 = nn.Conv2d(512, head_width, head_kernel, padding=around)
+        *_, pool3, pool4, pool5 = stage_widths(self.stages)  # 256, 512 and 512 in VGG-16 and 19
+        self.conv6 = nn.Conv2d(
+            pool5, head_width, head_kernel, padding=0 if caffe else head_kernel // 2
+        )
         self.conv7 = nn.Conv2d(head_width, head_width, 1)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
@@ -117,27 +100,21 @@ class FCN(nn.Module):
         self.upsample = nn.ModuleDict()  # x2 to each pool, then all the way to the image
         channels = num_classes
         for pool in SKIPS[stride]:
-            wide = POOL_CHANNELS[pool]
+            width = {"pool3": pool3, "pool4": pool4}[pool]
             scored = fusion == "score"
-            self.skips[pool] = nn.Conv2d(wide, num_classes, 1) if scored else nn.Identity()
-            after = channels if scored else wide
+            self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
+            after = channels if scored else width
             self.upsample[f"to_{pool}"] = _upsampling(channels, after, 2, caffe)
             channels = after
         self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride, caffe)
         self.offsets = crop_offsets(self)
 
-        # Non-persistent: constants, nothing that is learned.
+        # The buffers are constants and are not saved with the weights.
         mean = CAFFE_MEAN if caffe else MEAN
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
         self.reset_parameters()
-        # Layers of head and decoder without loaded values; `head_lr_multiplier` is for them.
-        self.fresh_layers = head_layers(self)
-        if weights is not None:
-            from fcn.weights import load_weights
-
-            self.fresh_layers = load_weights(self, weights)
         if channels_last:
             self.stages.to(memory_format=torch.channels_last)  # activations follow the weights
         self.stages[:freeze_stages].requires_grad_(False)
@@ -215,32 +192,6 @@ class FCN(nn.Module):
         return (image.to(self.mean.dtype) - self.mean) / self.std
 
 
-def vgg_stages(backbone: str, pooling: str = "max", *, ceil_mode: bool = False) -> nn.ModuleList:
-    """The five stages of a torchvision VGG's `features`, each ending with its pool."""
-    pool = nn.AvgPool2d if pooling == "avg" else MaxPool2d
-    with torch.device("meta"):  # skips the classifier's 123 M random values
-        features = torchvision.models.get_model(backbone, weights=None).features
-    stages, stage = nn.ModuleList(), nn.Sequential()
-    for layer in features.to_empty(device="cpu"):
-        if isinstance(layer, nn.MaxPool2d):
-            stage.append(pool(2, 2, ceil_mode=ceil_mode))
-            stages.append(stage)
-            stage = nn.Sequential()
-        else:
-            stage.append(layer)
-    return stages
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """As torch's, but the backward pass looks for the maxima again, in the input that the ReLU
-    before keeps anyway. Their indices, 8 bytes each, would be a quarter of all activations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
-        return super().forward(x)
-
-
 def head_layers(network: FCN) -> list[str]:
     """Names of all layers with parameters behind the VGG stages."""
     return [
@@ -304,6 +255,55 @@ def _upsampling(
     )
 
 
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+def _check_arguments(given: dict[str, Any]) -> None:
+    """Refuse a value that cannot work, before any layer is built.
+
+    Raises:
+        ValueError: for example "stride=7: must be 32, 16 or 8".
+    """
+    names = backbones()
+    caffe, feature = given["alignment"] == "caffe", given["fusion"] == "feature"
+    kernel, scales = given["head_kernel"], given["pool_scales"]
+    rules = {
+        "num_classes": (_is_whole(given["num_classes"], 1, 255), "a whole number from 1 to 255"),
+        "stride": (_is_whole(given["stride"], 8, 32) and given["stride"] in SKIPS, "32, 16 or 8"),
+        "backbone": (given["backbone"] in names, f"one of {', '.join(names)}"),
+        "head_width": (_is_whole(given["head_width"], 1, 2**14), "a whole number from 1 to 16384"),
+        "head_kernel": (_is_whole(kernel, 1, 63) and kernel % 2 == 1, "an odd number from 1 to 63"),
+        "dropout": (_is_number(given["dropout"], 0, 1, below=True), "at least 0 and below 1"),
+        "pooling": (given["pooling"] in ("max", "avg"), "max or avg"),
+        "fusion": (given["fusion"] in ("score", "feature"), "score or feature"),
+        "pool_scales": (
+            isinstance(scales, Sequence) and len(scales) == 3 and all(map(_is_positive, scales)),
+            "three numbers above 0, for pool5, pool4 and pool3",
+        ),
+        "freeze_stages": (_is_whole(given["freeze_stages"], 0, 5), "a whole number from 0 to 5"),
+        "checkpoint_stages": (
+            _is_whole(given["checkpoint_stages"], 0, 5),
+            "a whole number from 0 to 5",
+        ),
+        "alignment": (given["alignment"] in ("centered", "caffe"), "centered or caffe"),
+    }
+    for name in ("learn_upsampling", "learn_last_upsampling", "channels_last"):
+        rules[name] = (isinstance(given[name], bool), "true or false")
+    for name, (right, wanted) in rules.items():
+        if not right:
+            raise ValueError(f"{name}={given[name]}: must be {wanted}")
+    if caffe and kernel != 7:
+        raise ValueError(f"head_kernel={kernel}: must be 7 with alignment=caffe")
+    for name in ("learn_upsampling", "learn_last_upsampling"):
+        if feature and not given[name]:
+            raise ValueError(f"{name}=false: must be true with fusion=feature")
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float, *, below: bool = False) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low <= value <= high and not (below and value == high)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value, 0, 1e30) and value != 0

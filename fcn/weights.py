@@ -1,37 +1,32 @@
-"""Pretrained values for an FCN: ImageNet VGGs, and FCNs of the same or coarser stride, ours or the
-authors' own Caffe nets as torchfcn names their layers (`conv1_1.weight` ... `upscore8.weight`).
+"""Pretrained values for an FCN: ImageNet VGGs, and FCNs of the same or a coarser stride, ours or
+the authors' own Caffe nets.
 
-    FCN(stride=8, weights="IMAGENET1K_V1")                        # torchvision's, downloaded once
-    FCN(stride=8, weights="vgg19.safetensors")                    # torchvision's names, from a file
-    FCN(stride=8, weights="runs/fcn16s/.../checkpoints/best.ckpt")  # 16s starts 8s
-    FCN(stride=8, backbone="vgg16", alignment="caffe", weights="fcn8s_from_caffe.pth")
+    load_weights(network, "IMAGENET1K_V1")                          # torchvision's, downloaded once
+    load_weights(network, "vgg19.safetensors")                      # torchvision's names, from a file
+    load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
+    load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
 A layer is loaded, named in a warning, or named in an error: none is skipped in silence.
 """
 
 import logging
-import pickle
-import re
 import socket
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
+from fcn.checkpoint import StateDict, brief, from_caffe, is_published, read_tensors
 from fcn.datasets.download import TIMEOUT, locked
-from fcn.errors import WeightsError, reason
-from fcn.network import FCN, MEAN, POOL_CHANNELS, SKIPS, STD, head_layers
+from fcn.errors import WeightsError
+from fcn.network import FCN, SKIPS, head_layers
+from fcn.vgg import MEAN, STD
 
 log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
-StateDict = dict[str, Tensor]
 
 
 def load_weights(network: FCN, source: str | Path) -> list[str]:
@@ -53,22 +48,62 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     warning = ""
     theirs: dict[str, str] = {}  # names as the file has them, for messages
     may_drop: list[str] = []
-    imagenet, published = (any(n.startswith(f) for n in state) for f in ("features.", "conv1_1."))
+    imagenet = any(name.startswith("features.") for name in state)
     if imagenet:
         theirs = torchvision_layers(network)
         state, warning = from_torchvision(network, state)
         may_miss = [n for n in own if not n.startswith("stages.")]
     else:
-        if published:
-            theirs = torchfcn_layers(network)
-            state = from_torchfcn(network, state, source)
+        if is_published(state):
+            if network.alignment != "caffe":
+                raise WeightsError(
+                    f"{source} is one of the authors' Caffe nets: they need model.alignment=caffe "
+                    "model.backbone=vgg16"
+                )
+            state = from_caffe(state)
         may_miss, may_drop = _new_in_finer_stride(network, state)
+
+    both = [name for name in own if name in state]
+    loaded = {_layer(name) for name in both}
+    _refuse_what_does_not_fit(network, source, state, may_miss, may_drop, theirs)
+    with torch.no_grad():
+        for name in both:
+            own[name].copy_(state[name])  # float16 becomes float32
+        if imagenet:
+            weight, bias = own["stages.0.0.weight"], own["stages.0.0.bias"]  # (C, 3, 3, 3), (C,)
+            shift = (network.mean.flatten() - torch.tensor(MEAN)) / network.std.flatten()
+            bias += weight.sum((2, 3)) @ shift  # 0 unless its zero is Caffe's mean
+    if warning:
+        log.warning("%s: %s", source, warning)
+    return [layer for layer in head_layers(network) if layer not in loaded]
+
+
+def _refuse_what_does_not_fit(
+    network: FCN,
+    source: str | Path,
+    state: StateDict,
+    may_miss: Sequence[str],
+    may_drop: Sequence[str],
+    theirs: dict[str, str],
+) -> None:
+    """Name every tensor that is missing, unexpected, of another shape or not finite.
+
+    Args:
+        state: what was read, under our names.
+        may_miss: names in the network that need not be in `state`.
+        may_drop: names in `state` that need not be in the network.
+        theirs: names of layers in the file, for the message.
+
+    Raises:
+        WeightsError: there is such a tensor.
+    """
+    own = network.state_dict()
+    both = [name for name in own if name in state]
+    loaded = {_layer(name) for name in both}
 
     def shown(name: str) -> str:
         return _renamed(name, theirs)
 
-    both = [name for name in own if name in state]
-    loaded = {_layer(name) for name in both}
     problems = {
         "missing": [
             shown(n) for n in own if n not in state and (n not in may_miss or _layer(n) in loaded)
@@ -88,18 +123,6 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
             f"fusion={network.fusion}. {listed}. "
             "Do backbone, fusion, number of classes and widths agree, and is its stride no finer?"
         )
-    with torch.no_grad():
-        for name in both:
-            own[name].copy_(state[name])  # float16 becomes float32
-        weight, bias = own["stages.0.0.weight"], own["stages.0.0.bias"]  # (C, 3, 3, 3), (C,)
-        if published:  # it has seen BGR, 0 to 255 before the mean
-            weight.copy_(weight.flip(1) * (255 * network.std))
-        elif imagenet:
-            shift = (network.mean.flatten() - torch.tensor(MEAN)) / network.std.flatten()
-            bias += weight.sum((2, 3)) @ shift  # 0 unless its zero is Caffe's mean
-    if warning:
-        log.warning("%s: %s", source, warning)
-    return [layer for layer in head_layers(network) if layer not in loaded]
 
 
 def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
@@ -123,7 +146,7 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     """The tensors at `source`, under the names they have there (ours without `network.`)."""
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
-        return read_file(weights)
+        return read_tensors(weights)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     cached.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
@@ -212,33 +235,6 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
     return renamed, f"{layers} start{'s' if len(random) == 1 else ''} at random ({reasons})"
 
 
-def torchfcn_layers(network: FCN) -> dict[str, str]:
-    """Our layers, of all strides, with the names that torchfcn has from the authors' Caffe nets."""
-    names = {"conv6": "fc6", "conv7": "fc7", "score": "score_fr"}
-    for number, stage in enumerate(network.stages, start=1):
-        layers = [name for name, layer in stage.named_children() if isinstance(layer, nn.Conv2d)]
-        names |= {f"stages.{number - 1}.{j}": f"conv{number}_{i + 1}" for i, j in enumerate(layers)}
-    names |= {f"skips.{pool}": f"score_{pool}" for pool in POOL_CHANNELS}
-    names |= {"upsample.to_pool4": "upscore2", "upsample.to_pool3": "upscore_pool4"}
-    names |= {f"upsample.to_image_{stride}": f"upscore{stride}" for stride in SKIPS}
-    return names | {"upsample.to_image_32": "upscore"}
-
-
-def from_torchfcn(network: FCN, state: StateDict, source: str | Path) -> StateDict:
-    """torchfcn's tensors under our names; what has no place here keeps its name.
-
-    Raises:
-        WeightsError: the network has another alignment than those nets.
-    """
-    if network.alignment != "caffe":
-        raise WeightsError(
-            f"{source} is one of the authors' Caffe nets: they need model.alignment=caffe "
-            "model.backbone=vgg16"
-        )
-    ours = {theirs: layer for layer, theirs in torchfcn_layers(network).items()}
-    return {_renamed(name, ours): value for name, value in state.items()}
-
-
 def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
     """What a checkpoint of a coarser stride may lack, and what of it has no place (32s -> 16s)."""
     strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
@@ -251,29 +247,6 @@ def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], lis
     return may_miss, [n for n in state if n.startswith(f"upsample.to_image_{strides[0]}.")]
 
 
-def read_file(path: Path) -> StateDict:
-    """The tensors of a file, under the names they have there (ours without `network.`)."""
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            # mapped where the format allows it: a compressed file would unpack to any size
-            mapped = is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # bytes of any kind make torch raise errors of any kind
-        raise WeightsError(f"{path} cannot be read as weights: {brief(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # of a Lightning checkpoint
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise WeightsError(f"{path} holds no state dict (a table of tensors by name)")
-    return {name.removeprefix("network."): value for name, value in content.items()}
-
-
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -281,19 +254,6 @@ def _layer(name: str) -> str:
 def _renamed(name: str, layers: dict[str, str]) -> str:
     layer, dot, kind = name.rpartition(".")
     return f"{layers.get(layer, layer)}{dot}{kind}"
-
-
-def brief(error: BaseException) -> str:
-    """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
-    if isinstance(error, pickle.UnpicklingError):
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            return "not written by torch.save, or damaged"
-        return f"it holds {code[1]}, no plain value, and to load that could run code"
-    if isinstance(error, OSError):
-        return reason(error)
-    text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return text if " " in text else f"damaged ({type(error).__name__})"
 
 
 def _listed(names: Sequence[str], most: int = 40) -> str:

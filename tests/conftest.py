@@ -14,6 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
+from torch import nn
+from torchvision.models import VGG, VGG11_Weights
+from torchvision.models._api import register_model
 
 from fcn.datasets.voc2012 import voc_palette
 from train import train
@@ -29,7 +32,7 @@ TINY = (
     "data.num_workers=0",
     "model=fcn32s",
     "model.weights=null",
-    "model.backbone=vgg11",
+    "model.backbone=vgg_tiny",
     "model.head_width=8",
     "model.head_kernel=3",
     "optimizer.lr=1e-3",
@@ -41,6 +44,23 @@ TINY = (
     "trainer.enable_progress_bar=false",
     "callbacks.panel_images=2",
 )
+
+TINY_WIDTHS = (4, "M", 8, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M")  # VGG-11 with thin layers
+
+
+@register_model()
+def vgg_tiny(*, weights: VGG11_Weights | None = None, progress: bool = True) -> VGG:
+    """A VGG of some 10,000 parameters, which torchvision then knows by this name."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in TINY_WIDTHS:
+        if isinstance(width, int):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        else:
+            layers.append(nn.MaxPool2d(2, 2))
+    return VGG(nn.Sequential(*layers), init_weights=False)
+
 
 # id: (width, height, label, grey); the first six are train, the rest val
 TINY_VOC = {

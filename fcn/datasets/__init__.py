@@ -4,12 +4,17 @@ They share no base class and no registry: a data set is whatever satisfies `Segm
 and `conf/data/*.yaml` names it by its import path.
 """
 
+import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from torchvision import tv_tensors
 
-VOID = 255  # the label of pixels that count nowhere: not in a loss, not in a metric
+from fcn.errors import DataError
+
+VOID = 255  # the label of pixels that are ignored in every loss and every score
 
 
 class Sample(TypedDict):
@@ -58,3 +63,22 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def find_dataset(name: object) -> Any:
+    """The data set class that a checkpoint names, such as "fcn.datasets.voc2012.VOC2012".
+
+    A checkpoint may come from anybody, so that only a class that a file of this folder defines is
+    taken: nothing else is imported.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    module, _, attribute = str(name).rpartition(".")
+    if re.fullmatch(r"fcn\.datasets\.\w+", module) and find_spec(module) is not None:
+        found = getattr(import_module(module), attribute, None)
+        if isinstance(found, type) and found.__module__ == module:
+            return found
+    raise DataError(
+        f"the checkpoint's data set {name} is none of fcn/datasets/; choose the data with data=..."
+    )

@@ -17,10 +17,9 @@ from pytorch_lightning.callbacks import Callback
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from fcn.checkpoints import read_checkpoint
+from fcn.checkpoint import read_checkpoint
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.published import is_published
 from fcn.runs import atomic_write
 
 log = logging.getLogger(__name__)
@@ -31,18 +30,7 @@ NARROWEST = np.searchsorted(WIDTHS, np.arange(1, WIDTHS[-1] + 2)).astype(np.int3
 
 
 def open_checkpoint(path: Path) -> tuple[SegmentationModule, dict[str, Any]]:
-    """The module of a checkpoint of ours, or of a published net, and what `read_checkpoint` gives.
-
-    Raises:
-        WeightsError: as `read_checkpoint`, or the tensors do not fit.
-    """
-    checkpoint = read_checkpoint(path)
-    settings = checkpoint["hyper_parameters"]
-    if not is_published(checkpoint["state_dict"]):
-        return SegmentationModule.load_from_checkpoint(path), checkpoint
-    if settings["stride"] == 8:
-        log.info("%s is taken as trained in stages; if at once: python -m fcn.published", path)
-    return SegmentationModule(**settings), checkpoint
+    return SegmentationModule.load_from_checkpoint(path), read_checkpoint(path)
 
 
 class ImageScores(Callback):

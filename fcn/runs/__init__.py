@@ -8,35 +8,21 @@ import fcntl
 import json
 import math
 import os
-import platform
-import resource
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
+from fcn.checkpoint import best_checkpoint, last_checkpoint  # noqa: F401
 from fcn.errors import ConfigError, WriteError, reason
+from fcn.runs.process import peak_memory  # noqa: F401
+from fcn.runs.versions import git_revision, versions  # noqa: F401
 
-PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "wandb")
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The checkpoint that a run is resumed from."""
-    return run / "checkpoints" / "last.ckpt"
-
-
-def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the highest validation mean IoU."""
-    return run / "checkpoints" / "best.ckpt"
 
 
 def output_folder(checkpoint: Path, name: str) -> Path:
@@ -173,31 +159,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a result."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
-def git_revision() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
-
-
-def peak_memory() -> int:
-    """Bytes: the most that was allocated on the GPU, or that this process held in RAM."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_settings(run: Path, cfg: DictConfig, overrides: list[str]) -> None:

@@ -1,0 +1,317 @@
+"""The only place that opens a checkpoint, or any other file of weights.
+
+    read_checkpoint(find_checkpoint("runs/fcn8s/2026-01-31_12-00-00"))      # best.ckpt of that run
+    read_checkpoint(Path("best.safetensors"))                    # what export.py made of one
+    read_checkpoint(Path("fcn8s_from_caffe.pth"))                # the authors' own nets, see below
+    read_tensors(Path("vgg19.pth"))                              # any table of tensors by name
+
+Such files may come from anybody. So nothing in them is run: only tensors and plain values are read,
+every byte of a .ckpt is compared with the checksums that it holds, and a file cannot ask for more
+memory than it has bytes.
+
+A checkpoint is a dict with at least `state_dict` (tensors, under `network.…`), `hyper_parameters`
+(the arguments of `SegmentationModule`), `config` (the run's settings, as plain values: where the
+run's config.yaml has a `_target_` to call, this has a `class`, which is only a name), `precision`
+and `global_step`.
+
+The authors' Caffe nets, as torchfcn (github.com/wkentaro/pytorch-fcn) has converted them, are read
+as if they were checkpoints of ours. Their layers have other names, and their first convolution
+reads BGR from 0 to 255.
+"""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile, is_zipfile
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fcn.datasets.voc2012 import VOC2012
+from fcn.errors import ConfigError, WeightsError, reason
+from fcn.files import atomic_write
+from fcn.vgg import STD
+
+StateDict = dict[str, Tensor]
+SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
+# Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which its file does not tell.
+AT_ONCE = (1.0, 0.01, 0.0001)
+# Names of layers in torchfcn's files beside conv1_1 to conv5_3, and ours.
+CAFFE_LAYERS = {
+    "fc6": "conv6",
+    "fc7": "conv7",
+    "score_fr": "score",
+    "score_pool4": "skips.pool4",
+    "score_pool3": "skips.pool3",
+    "upscore2": "upsample.to_pool4",
+    "upscore_pool4": "upsample.to_pool3",
+    "upscore": "upsample.to_image_32",
+    "upscore16": "upsample.to_image_16",
+    "upscore8": "upsample.to_image_8",
+}
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint that a run is resumed from."""
+    return run / "checkpoints" / "last.ckpt"
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint with the highest validation mean IoU."""
+    return run / "checkpoints" / "best.ckpt"
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The best checkpoint of a run folder; any other path is that of a checkpoint itself."""
+    path = Path(path).expanduser()
+    return best_checkpoint(path) if path.is_dir() else path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, or one of the authors' nets as if it were one.
+
+    Raises:
+        WeightsError: there is no file, or it is broken, not ours, or could run code.
+    """
+    if not path.is_file():
+        raise WeightsError(f"ckpt={path}: no such file")
+    checkpoint = _load(path)
+    if is_published(checkpoint):
+        return published_checkpoint(checkpoint)
+    names = {"state_dict", *SETTINGS}
+    missing = names - set(checkpoint) if isinstance(checkpoint, dict) else names
+    if missing:
+        raise WeightsError(
+            f"{path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
+        )
+    return checkpoint | {"config": without_targets(checkpoint["config"])}
+
+
+def read_tensors(path: Path) -> StateDict:
+    """The tensors of any file of weights, under the names they have there.
+
+    Of a checkpoint of ours, these are the network's own names, without `network.` in front.
+
+    Raises:
+        WeightsError: the file is broken, could run code, or holds no table of tensors.
+    """
+    content = _load(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
+        raise WeightsError(f"{path} holds no state dict (a table of tensors by name)")
+    return {name.removeprefix("network."): value for name, value in content.items()}
+
+
+def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run that is whole and holds its network.
+
+    Args:
+        run: the run folder.
+        weights: what the network needs, by name; only their shapes matter.
+
+    Returns:
+        Its path, and what is wrong with each file that was passed over.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps: dict[Path, int] = {}
+    wrong: list[str] = []
+    for path in sorted(run.glob("checkpoints/*.ckpt")):
+        try:
+            steps[path] = _resumable_step(path, weights)
+        except WeightsError as error:
+            wrong.append(str(error))
+    # On a tie prefer last.ckpt: only it knows that a validation is still due.
+    newest = max(steps, key=lambda path: (steps[path], path == last_checkpoint(run)), default=None)
+    if newest is None:
+        raise ConfigError(f"resume={run}: " + ("; ".join(wrong) or "there is no checkpoint in it"))
+    return newest, wrong
+
+
+def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
+    """The optimizer step at which a checkpoint was made, if a run can go on from it."""
+    checkpoint = read_checkpoint(path)
+    missing = {"optimizer_states", "callbacks", "loops"} - set(checkpoint)
+    if missing:
+        raise WeightsError(
+            f"{path} is no checkpoint to go on from: no {', '.join(sorted(missing))}"
+        )
+    shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise WeightsError(f"{path} holds another network than this run's")
+    return checkpoint["global_step"]
+
+
+def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a few bytes that ask for a network of any size.
+
+    Raises:
+        WeightsError: weights and settings are not of one FCN.
+    """
+    state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    tables = isinstance(state, Mapping) and isinstance(settings, Mapping)
+    if not tables or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is no checkpoint of this codebase")
+    claimed = sum(math.prod(t.shape) * t.element_size() for t in state.values())
+    conv6, score = (state.get(f"network.{name}.weight") for name in ("conv6", "score"))
+    if conv6 is None or score is None or conv6.ndim != 4 or score.ndim != 4:
+        raise WeightsError(f"{path} holds no weights of an FCN")
+    held = {"head_width": conv6.shape[0], "head_kernel": conv6.shape[2]}
+    held["num_classes"] = score.shape[0]
+    wrong = [f"{k}={settings[k]}" for k, size in held.items() if settings.get(k, size) != size]
+    if wrong or claimed > path.stat().st_size:
+        what = ", ".join(wrong) or f"of {claimed:,} bytes in a smaller file"
+        raise WeightsError(f"{path}: the weights are not what it says: {what}")
+
+
+def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The data settings of the run that made a checkpoint: `dataset` and arguments of the loaders.
+
+    `dataset` holds the data set's `class` (`fcn.datasets.find_dataset` takes it) and its arguments.
+
+    Raises:
+        WeightsError: the checkpoint does not tell.
+    """
+    config = checkpoint["config"]
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or not isinstance(data.get("dataset"), dict):
+        raise WeightsError(f"{path} has no data settings; choose the data with data=...")
+    return {name: value for name, value in data.items() if name != "class"}
+
+
+def without_targets(config: Any) -> Any:
+    """Settings as plain values: nothing that Hydra would call is left in them.
+
+    What was a `_target_` becomes a `class`, which is only a name.
+    """
+    if isinstance(config, dict):
+        return {
+            "class" if key == "_target_" else key: without_targets(value)
+            for key, value in config.items()
+            if key != "_partial_"
+        }
+    return list(map(without_targets, config)) if isinstance(config, list | tuple) else config
+
+
+def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Path) -> None:
+    """Weights and settings of a checkpoint, for other people: there can be no code in the file.
+
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        state: the tensors to write, under the names of a checkpoint.
+
+    Raises:
+        WriteError: `path` cannot be written.
+    """
+    about = {name: checkpoint[name] for name in SETTINGS}
+    about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
+    about["fresh_layers"] = checkpoint.get("fresh_layers", [])
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    with atomic_write(path) as part:
+        save_file(tensors, part, {"fcn": json.dumps(about)})
+
+
+def is_published(content: Any) -> bool:
+    """Whether this is a table of tensors with the names of the authors' Caffe nets."""
+    return isinstance(content, dict) and isinstance(content.get("conv1_1.weight"), Tensor)
+
+
+def published_checkpoint(
+    state: StateDict, pool_scales: Sequence[float] = (1.0, 1.0, 1.0)
+) -> dict[str, Any]:
+    """What a checkpoint of ours would hold for one of the authors' nets.
+
+    Args:
+        state: the tensors of its file.
+        pool_scales: `AT_ONCE` for the FCN-8s that was trained at once. Its file looks just like
+            that of the FCN-8s trained in stages: python -m fcn.published tells them apart.
+    """
+    network = {
+        "stride": next((s for s in (8, 16) if f"upscore{s}.weight" in state), 32),
+        "backbone": "vgg16",
+        "head_width": state["fc6.bias"].numel() if "fc6.bias" in state else 4096,
+        "pool_scales": list(pool_scales),
+        "alignment": "caffe",
+    }
+    return {
+        "state_dict": {f"network.{name}": value for name, value in from_caffe(state).items()},
+        "hyper_parameters": {"class_names": list(VOC2012.classes), **network},
+        "config": {"data": {"dataset": {"class": "fcn.datasets.voc2012.VOC2012"}, "root": "data"}},
+        "precision": "32-true",
+        "global_step": 0,
+    }
+
+
+def from_caffe(state: StateDict) -> StateDict:
+    """The tensors of one of the authors' nets under our names, for our normalisation.
+
+    What has no place in our network keeps its name.
+    """
+    renamed = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        stage = re.fullmatch(r"conv(\d)_(\d)", layer)
+        if stage:  # A ReLU follows each convolution, so that they have the even numbers.
+            layer = f"stages.{int(stage[1]) - 1}.{2 * (int(stage[2]) - 1)}"
+        renamed[f"{CAFFE_LAYERS.get(layer, layer)}.{kind}"] = value
+    first = renamed["stages.0.0.weight"]  # (C, 3, 3, 3): it has seen BGR, 0 to 255
+    std = torch.tensor(STD).view(3, 1, 1)
+    return renamed | {"stages.0.0.weight": first.flip(1) * (255 * std)}
+
+
+def _load(path: Path) -> Any:
+    """What a file holds, without running any of it. Tensors stay on disk until they are used."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("fcn", "{}"))
+            tensors = load_file(path)
+            return {**about, "state_dict": tensors} if about else tensors
+        zipped = is_zipfile(path)  # files of torch before 1.6, such as the authors' nets, are not
+        if zipped:
+            stat = path.stat()
+            _check_whole(path, stat.st_mtime_ns, stat.st_size)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # bytes of any kind raise errors of any kind
+        raise WeightsError(f"{path} cannot be read: {brief(error)}") from error
+
+
+@lru_cache
+def _check_whole(path: Path, time: int, size: int) -> None:
+    """Compare every byte of a file, at this time and size, with the checksums that it holds.
+
+    torch.save writes a ZIP, with a CRC-32 of each tensor, but torch.load does not look at it.
+
+    Raises:
+        ValueError: a bit has changed, or a part is missing.
+    """
+    with ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"it is damaged, {damaged} in it is not what was written")
+
+
+def brief(error: BaseException) -> str:
+    """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
+    if isinstance(error, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            return "not written by torch.save, or damaged"
+        return f"it holds {code[1]}, no plain value, and to load that could run code"
+    if isinstance(error, OSError):
+        return reason(error)
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return text if " " in text else f"damaged ({type(error).__name__})"
