@@ -110,7 +110,6 @@ RULES: dict[str, tuple[Test, str]] = {
     "data.jitter": (_optional(_between(0, 1)), "null or a number from 0 to 1"),
     "data.seed": SEED,
     "model.stride": (_one_of(32, 16, 8), "32, 16 or 8"),
-    "model.backbone": (_one_of("vgg11", "vgg13", "vgg16", "vgg19"), "vgg11, vgg13, vgg16 or vgg19"),
     "model.weights": TEXT_OR_NONE,
     "model.num_classes": (_optional(_whole(2, 255)), "null or a whole number from 2 to 255"),
     "model.head_width": SIZE,
