@@ -1,42 +1,52 @@
 """The LightningDataModule: loaders for one data set, and nothing else.
 
-Which image comes when, and how it is augmented, is a pure function of (seed, position): a run
-that was killed and resumed sees what it would have seen, whatever the number of workers.
+    data = SegmentationDataModule(dataset=VOC2012, root="data", batch_size=2, crop_size=320)
+    trainer.fit(module, datamodule=data)
+
+Which image comes when, and how it is augmented, depends only on the seed and on the position in the
+stream. A run that was killed and resumed therefore sees the images that it would have seen without
+the interruption, and the number of loader processes makes no difference.
 """
 
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fcn.datasets import Sample, SegmentationDataset
+from fcn.datasets import Sample, SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
-from fcn.errors import DataError
-from fcn.transforms import Transform, collate, eval_transform, train_transform
+from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
+from fcn.transforms import MAX_SIZE, Transform, collate, eval_transform, train_transform
 
 
 class SegmentationDataModule(pl.LightningDataModule):
     """Training batches as an endless stream; evaluation batches in order, each image once.
 
     Args:
-        dataset: makes one from (split, root, download), such as `fcn.datasets.voc2012.VOC2012`.
-        root: folder that holds or receives the data.
-        download: fetch the data if it is missing.
-        train_split, val_split: names of splits.
-        batch_size: images in a training batch of each process (device).
-        eval_batch_size: images in an evaluation batch. 1 judges each image alone; more pads them
-            to one size, which changes scores in the last digits.
+        dataset: opens a split, given `split`, `root` and `download`: a data set's class such as
+            `fcn.datasets.voc2012.VOC2012`, or a `functools.partial` of one.
+        root: the folder that holds the data, or receives it.
+        download: whether to fetch the data if it is missing.
+        train_split, val_split: names of splits of the data set.
+        batch_size: images in a training batch of each process (device). "auto" is accepted as a
+            placeholder, to be replaced by a number before the loaders are made.
+        eval_batch_size: images in an evaluation batch. 1 evaluates every image at its own size. A
+            larger number pads images to a common size, which changes scores in the last digits.
         num_workers: loader processes; None: one less than there are cores, at most 8.
-        limit: use only the first so many images of each split.
+        limit: use only the first so many images of each split; None: all.
         crop_size, scale, flip, jitter: see `fcn.transforms.train_transform`.
-        seed: of order and augmentation.
+        seed: of the order of the images and of their augmentation.
 
     Raises:
+        ConfigError: an argument cannot work. The message begins with "name=value".
         DataError: in `prepare_data`, `setup` or while loading: the data is missing or broken.
     """
 
@@ -58,44 +68,93 @@ class SegmentationDataModule(pl.LightningDataModule):
         jitter: float | None = None,
         seed: int = 0,
     ) -> None:
+        if not callable(dataset):
+            refuse("dataset", dataset, "a class or function that opens a split")
+        if not isinstance(root, Path):
+            check_text("root", root, optional=True)
+        check_flag("download", download)
+        check_text("train_split", train_split, wanted="the name of a split, such as train")
+        check_text("val_split", val_split, wanted="the name of a split, such as val")
+        if isinstance(batch_size, str) and batch_size != "auto":
+            refuse("batch_size", batch_size, f"auto or a whole number from 1 to {MAX_SIZE}")
+        if batch_size != "auto":
+            check_whole("batch_size", batch_size, 1, MAX_SIZE)
+        check_whole("eval_batch_size", eval_batch_size, 1, MAX_SIZE)
+        check_whole("num_workers", num_workers, 0, 256, optional=True)
+        check_whole("limit", limit, 1, optional=True)
+        check_whole("seed", seed, 0, 2**32 - 1)
         super().__init__()
+        self.augment = train_transform(crop_size=crop_size, scale=scale, flip=flip, jitter=jitter)
         self.make_dataset = dataset
         self.root, self.download = root, download
         self.train_split, self.val_split = train_split, val_split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        if num_workers is None:
-            able = hasattr(os, "sched_getaffinity")  # Linux
-            cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
-            num_workers = min(8, cores - 1)
-        self.num_workers = num_workers
+        self.num_workers = default_workers() if num_workers is None else num_workers
         self.limit, self.seed = limit, seed
-        self.augment = train_transform(crop_size=crop_size, scale=scale, flip=flip, jitter=jitter)
         self.train_data: SegmentationDataset | None = None
         self.val_data: SegmentationDataset | None = None
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Build a data module from the plain values that a checkpoint holds.
+
+        Args:
+            settings: as `fcn.checkpoint.data_settings` returns them. `dataset` holds the name of
+                the data set's class under `class`, and the arguments of that class. Everything
+                else are arguments of this data module.
+
+        Raises:
+            DataError: `class` names no data set of this project.
+            ConfigError: an argument has an unknown name, or a value that cannot work.
+        """
+        arguments = dict(settings)
+        dataset = arguments.pop("dataset", None)
+        if not isinstance(dataset, Mapping):
+            refuse("dataset", dataset, "the name of a data set's class, and its arguments")
+        options = dict(dataset)
+        dataset_class = find_dataset(options.pop("class", None))
+        _refuse_unknown(arguments, cls, "data", given_here=("dataset",))
+        _refuse_unknown(
+            options, dataset_class, "data.dataset", given_here=("split", "root", "download")
+        )
+        return cls(dataset=partial(dataset_class, **options), **arguments)
+
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, known before any data is there."""
+        """Names of the classes, known before any data is on disk."""
         return self._labels.classes
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """A colour (R, G, B) for each class."""
+        """A colour (R, G, B), 0 to 255, for each class."""
         return self._labels.palette
 
     @property
     def _labels(self) -> Any:
-        """What has both: the data set's class, or what `labels` there makes of its settings."""
+        """What has `classes` and `palette`: the data set's class, or the result of its `labels`.
+
+        A data set whose classes depend on its arguments has a class method `labels`, which takes
+        the same arguments (see `fcn.datasets.SegmentationDataset`).
+        """
         make = self.make_dataset
-        cls, settings = getattr(make, "func", make), getattr(make, "keywords", {})  # of a partial
-        return cls.labels(**settings) if hasattr(cls, "labels") else cls
+        if isinstance(make, partial):
+            dataset_class, arguments = make.func, make.keywords
+        else:
+            dataset_class, arguments = make, {}
+        if hasattr(dataset_class, "labels"):
+            return dataset_class.labels(**arguments)
+        return dataset_class
 
     def prepare_data(self) -> None:
-        """Fetch what is missing; Lightning calls this in one process only."""
+        """Fetch the data if it is missing. Lightning calls this in one process only."""
         self.make_dataset(split=self.val_split, root=self.root, download=self.download)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits; refuse training images among those to validate on."""
+        """Open the splits that a stage needs.
+
+        Raises:
+            DataError: a split is incomplete, or the two share images.
+        """
         if stage in ("fit", None) and self.train_data is None:
             self.train_data = self.open(self.train_split)
         if stage in ("fit", "validate", None) and self.val_data is None:
@@ -104,7 +163,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             check_disjoint(self.train_data.ids, self.val_data.ids)
 
     def sizes(self) -> str:
-        """How many images there are, in words."""
+        """How many images there are to train on and to validate on, as a phrase."""
         assert self.train_data is not None
         assert self.val_data is not None
         return f"{len(self.train_data)} images to train on, {len(self.val_data)} to validate on"
@@ -117,8 +176,11 @@ class SegmentationDataModule(pl.LightningDataModule):
         return data
 
     def train_dataloader(self) -> DataLoader:
-        """From where the trainer stands, on and on: it ends by steps or time, not by epochs."""
-        assert self.train_data is not None, "setup('fit') comes first"
+        """An endless loader that starts where the trainer is.
+
+        It never ends, so that the length of a run is given in steps or in time, not in epochs.
+        """
+        assert self.train_data is not None, "call setup('fit') first"
         rank, world = self._process()
         start = 0
         if self.trainer is not None:
@@ -131,15 +193,18 @@ class SegmentationDataModule(pl.LightningDataModule):
         return self._loader(data, batch_size=self.batch_size, sampler=stream)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split."""
-        assert self.val_data is not None, "setup('validate') comes first"
+        """The loader of the validation split."""
+        assert self.val_data is not None, "call setup('validate') first"
         return self.eval_dataloader(self.val_data)
 
     def eval_dataloader(self, data: SegmentationDataset) -> DataLoader:
-        """Any split, in order, nothing changed, the last partial batch kept.
+        """A loader of any split: in order, unchanged, with the last batch even if it is smaller.
 
-        Several processes share it out: each has one stretch of it, and no image comes twice, as it
-        would from Lightning's own sampler, which evens the shares out.
+        Several processes divide the split between them into consecutive parts. Lightning's own
+        sampler would repeat some images to make all parts equally long, which changes the scores.
+
+        Raises:
+            DataError: there are fewer images than processes.
         """
         rank, world = self._process()
         if len(data) < world:
@@ -149,27 +214,34 @@ class SegmentationDataModule(pl.LightningDataModule):
         return self._loader(unchanged, batch_size=self.eval_batch_size, sampler=order)
 
     def _process(self) -> tuple[int, int]:
-        """Which one this is, of how many."""
+        """The rank of this process, and how many processes there are."""
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(self, data: Dataset, **options: Any) -> DataLoader:
+    def _loader(self, data: Dataset, *, batch_size: int, sampler: Any) -> DataLoader:
         return DataLoader(
             data,
+            batch_size=batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
-            **options,
         )
 
 
 class ShuffledStream(Sampler[tuple[int, int]]):
-    """(epoch, index) for each position of an endless stream; every epoch is a fresh permutation.
+    """Yields (epoch, index) without end; every epoch is another permutation of the images.
 
-    Position p of epoch e = p // size depends on (seed, p) alone. Each of `world` processes takes
-    every world-th position.
+    What comes at position p, in epoch p // size, depends only on the seed and on p.
+
+    Args:
+        size: the number of images.
+        seed: of the permutations.
+        start: the position in the stream to begin at.
+        rank, world: of `world` processes, each takes every `world`-th position; the first
+            position of this one is `start + rank`.
     """
 
     def __init__(
@@ -191,7 +263,14 @@ class ShuffledStream(Sampler[tuple[int, int]]):
 
 
 class Transformed(Dataset[Sample]):
-    """A data set with a transform; with a `seed`, a key (epoch, index) fixes the randomness."""
+    """A data set with a transform.
+
+    Args:
+        data: the data set.
+        transform: applied to every sample.
+        seed: of the transform's random numbers. A key (epoch, index) then fixes them; a plain
+            index as the key is for transforms without any.
+    """
 
     def __init__(
         self, data: SegmentationDataset, transform: Transform, *, seed: int | None = None
@@ -203,7 +282,7 @@ class Transformed(Dataset[Sample]):
             return self.transform(self.data[key])
         epoch, index = key
         sample = self.data[index]
-        # torchvision's transforms draw from torch's global generator: lend it, give it back.
+        # torchvision's transforms draw from torch's global generator. It is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             assert self.seed is not None
             torch.manual_seed(random_generator(self.seed, epoch, index).integers(2**63))
@@ -211,5 +290,37 @@ class Transformed(Dataset[Sample]):
 
 
 def random_generator(*key: int) -> np.random.Generator:
-    """A generator that depends on these numbers only, on every platform."""
+    """A generator whose numbers depend only on `key`, and are the same on every platform."""
     return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def default_workers() -> int:
+    """The number of loader processes where none is asked for: one less than cores, at most 8."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(8, cores - 1)
+
+
+def _refuse_unknown(
+    arguments: Mapping[str, Any], target: Callable[..., Any], prefix: str, given_here: Sequence[str]
+) -> None:
+    """Refuse arguments that a target does not take.
+
+    Args:
+        arguments: by name.
+        target: what they would be passed to.
+        prefix: where they are in the configuration, for the message.
+        given_here: the target's arguments that are passed in another way.
+
+    Raises:
+        ConfigError: names all such arguments.
+    """
+    known = inspect.signature(target).parameters.keys() - set(given_here)
+    unknown = [f"{prefix}.{name}" for name in arguments if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: there is no such setting; {prefix} has "
+            f"{', '.join(sorted(known)) or 'none'}"
+        )
