@@ -17,12 +17,12 @@ import yaml
 from conftest import PROJECT, TINY
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from test_train import script
 
 import train
 from fcn import sweep as sweeps
-from fcn import visualize
 from fcn.csv_logger import read_metrics
 from fcn.errors import ConfigError, Stopped
 from fcn.module import SegmentationModule
@@ -218,10 +218,10 @@ def test_sweep_table(tmp_path: Path) -> None:
 
 def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
-    save = visualize._save
+    save = Figure.savefig
     monkeypatch.setattr(
-        visualize,
-        "_save",
+        Figure,
+        "savefig",
         lambda figure, *rest, **more: (figures.append(figure), save(figure, *rest, **more)),
     )
     scores = iter((0.1, 0.4, 0.2, 0.3, 0.6, 0.5, 0.7, 0.9))
