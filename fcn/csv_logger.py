@@ -4,23 +4,18 @@ Lightning's CSVLogger starts a file anew when a run is resumed; this one goes on
 """
 
 import csv
-import math
 import os
-from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from fcn.runs import atomic_write, writing
-
-Row = dict[str, str]
-Columns = dict[str, np.ndarray]
+from fcn.runs.metrics import Columns as Columns
+from fcn.runs.metrics import Row, read_column, read_metrics, read_numbers, read_rows  # noqa: F401
 
 
 class MetricsCSV(Logger):
@@ -81,33 +76,3 @@ class MetricsCSV(Logger):
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics.csv as text, one at a time: a long run has a hundred thousand.
-
-    A last line that a kill cut short is left out.
-    """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(line for line in file if line.endswith(("\n", "\r")))
-
-
-def read_metrics(path: str | Path) -> list[Row]:
-    """All rows of a metrics.csv as text."""
-    return list(read_rows(path))
-
-
-def read_numbers(path: str | Path) -> Columns:
-    """Each column of a metrics.csv, (rows,); NaN where nothing was logged."""
-    columns: dict[str, array[float]] = {}
-    for row in read_rows(path):
-        for name, text in filter(itemgetter(0), row.items()):  # of fields beyond the header: None
-            columns.setdefault(name, array("d")).append(float(text or "nan"))
-    return {name: np.array(column) for name, column in columns.items()}
-
-
-def read_column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was logged and is a number."""
-    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-    points = [(step, value) for step, value in points if not math.isnan(value)]
-    return [step for step, _ in points], [value for _, value in points]

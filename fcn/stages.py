@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fcn.config import quoted, short_messages
 from fcn.errors import ConfigError
-from fcn.runs import best_checkpoint
-from fcn.sweep import find_job, finished_before, resumable
+from fcn.checkpoint import best_checkpoint
+from fcn.runs.sweep import find_job, finished_before, resumable
 
 PROJECT = Path(__file__).resolve().parents[1]
 STAGES = ("fcn32s", "fcn16s", "fcn8s")

@@ -1,33 +1,3 @@
-"""What is left of a run when it ends: summary.json."""
+"""Old name, until its users have moved."""
 
-from pathlib import Path
-from typing import Any
-
-from fcn.csv_logger import read_column, read_metrics
-from fcn.runs import git_revision, peak_memory, versions
-
-
-def summarise(run: Path, status: str) -> dict[str, Any]:
-    """What summary.json takes from metrics.csv, so that a resumed run has the same, and from here.
-
-    Args:
-        status: finished, or stopped by a signal.
-    """
-    rows = read_metrics(run / "metrics.csv")
-    validated = [row for row in rows if row.get("val/miou")]
-    last = validated[-1] if validated else {}
-    best = max(validated, key=lambda row: float(row["val/miou"]), default=None)
-    _, speeds = read_column(rows, "train/images_per_second")
-    _, smooth = read_column(rows, "train/loss_smooth")
-    return {
-        "status": status,
-        "steps": int(rows[-1]["step"]) if rows else 0,
-        **{name: float(value) for name, value in last.items() if name.startswith("val/") and value},
-        "best/val/miou": float(best["val/miou"]) if best else None,
-        "best/step": int(best["step"]) if best else None,
-        "train/loss_smooth": smooth[-1] if smooth else None,
-        "images_per_second": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
-        "peak_memory_bytes": peak_memory(),
-        "versions": versions(),
-        "git_revision": git_revision(),
-    }
+from fcn.runs.summary import summarise  # noqa: F401

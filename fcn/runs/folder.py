@@ -1,0 +1,150 @@
+"""The run folder `runs/<name>/<date_time>/`: a new one, the lock on it, and the settings in it.
+
+    run = create_run_folder(Path("runs/fcn8s/2026-01-31_12-00-00"))
+    with lock_run(run):
+        write_settings(run, cfg, overrides)
+
+What a finished run leaves there is a contract with users and scripts: config.yaml, overrides.yaml,
+checkpoints/best.ckpt and last.ckpt, metrics.csv, curves.png, panels/, summary.json and the logger's
+own folder. A sweep has one folder for its runs, with a sweep.csv and a sweep.png.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fcn import files
+from fcn.cli import RENAMED
+from fcn.errors import ConfigError
+
+LOCK = ".lock"
+HOLDER = ".lock_holder"  # which process holds the lock; Windows does not let others read LOCK
+# Names under which commit 33324f3 and earlier wrote a file before it was whole.
+OLD_PARTS = (".*.csv.*", ".*.yaml.*", ".*.json.*", ".*.png", "panels/**/.*.png", "panels/.*.gif")
+
+
+class RunLockedError(ConfigError):
+    """Another process trains in this run folder."""
+
+
+def output_folder(checkpoint: Path, name: str) -> Path:
+    """The folder `name` in the run of a checkpoint, or next to a checkpoint that is in no run."""
+    folder = checkpoint.absolute().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / name
+
+
+def create_run_folder(folder: Path) -> Path:
+    """Create an empty run folder for this process alone.
+
+    Args:
+        folder: the wanted path. If a run has it already, a number is added (`folder_2`, ...),
+            because two runs of one name may start in the same second.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    with files.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+            with suppress(FileExistsError):
+                candidate.mkdir(exist_ok=True)  # for a job of a sweep, Hydra has created it
+                if any(candidate.iterdir()):
+                    continue
+                # Only one process can create this. So the folder belongs to the one that does.
+                (candidate / "checkpoints").mkdir()
+                return candidate
+    raise ConfigError(f"no free name for a run folder near {folder}")
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Train in a run folder, and let no other process train there at the same time.
+
+    The lock ends with the process, however that ends. Whoever gets it removes what a killed process
+    had not finished writing.
+
+    Raises:
+        RunLockedError: another process trains there, also after `files.PATIENCE` seconds.
+        WriteError: the folder cannot be written.
+    """
+    holder = run / HOLDER
+    with ExitStack() as stack:
+        try:
+            with files.writing(run / LOCK):
+                stack.enter_context(files.lock(run / LOCK, timeout=files.PATIENCE))
+        except files.LockedError as error:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise RunLockedError(f"{run} is being trained by {who}; wait, or stop it") from error
+        with files.writing(holder):
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        stack.callback(holder.unlink, missing_ok=True)
+        remove_parts(run)
+        yield
+
+
+def is_training(run: Path) -> bool:
+    """Whether another process trains in a run folder.
+
+    This waits for up to `files.PATIENCE` seconds: for some seconds after a run was killed, its
+    loader processes still hold the lock.
+    """
+    if not (run / LOCK).exists():
+        return False
+    try:
+        with files.lock(run / LOCK, timeout=files.PATIENCE):
+            return False
+    except files.LockedError:
+        return True
+    except OSError:  # The folder cannot be written, so that nobody can be training there.
+        return False
+
+
+def remove_parts(run: Path) -> None:
+    """Remove the files that a killed process had not finished writing."""
+    files.remove_parts(run)
+    for pattern in OLD_PARTS:
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Write config.yaml and overrides.yaml.
+
+    A resumed run writes them anew, since its settings may have changed, such as its last step. What
+    was given for it is then added to the overrides of its first start.
+
+    Raises:
+        WriteError: a file cannot be written.
+    """
+    given = [override for override in overrides if not override.startswith("resume=")]
+    settings = OmegaConf.merge(cfg, {"resume": None})
+    files.write_text(run / "config.yaml", OmegaConf.to_yaml(settings))
+    write_overrides(run, [*(read_overrides(run) or []), *given])
+    (run / "error.txt").unlink(missing_ok=True)  # of an earlier start, which this one goes on from
+
+
+def write_overrides(run: Path, overrides: Sequence[str]) -> None:
+    """Write overrides.yaml: what was given on the command line, as it was written there."""
+    files.write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+
+
+def read_overrides(run: Path) -> list[str] | None:
+    """What was given on the command line of a run; None in a folder without overrides.yaml.
+
+    Settings of earlier versions come under the names that they have today.
+    """
+    path = run / "overrides.yaml"
+    if not path.is_file():
+        return None
+    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return [_renamed(str(override)) for override in overrides or ()]
+
+
+def _renamed(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{RENAMED.get(key, key)}{equals}{value}"

@@ -1,0 +1,115 @@
+"""What train.py does around one training: choose the run folder, go on with a run, report the end.
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    launch(cfg, train)
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fcn.errors import DataError, Stopped, TrainingError
+
+# torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
+Train = Callable[[DictConfig, Path, list[str]], Any]
+
+
+def launch(cfg: DictConfig, train: Train) -> None:
+    """Train once, as Hydra has composed the settings: a single run, or one job of a sweep.
+
+    Args:
+        cfg: the settings. `resume` may be a run folder, or "auto".
+        train: trains with given settings, in a given run folder; its third argument is what was
+            changed on the command line.
+
+    Raises:
+        SystemExit: a signal has stopped the run; the code is 128 plus the signal's number.
+        FCNError: training was not possible, or has failed.
+    """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    if hydra.mode != RunMode.MULTIRUN:
+        chosen = hydra.run.dir != "."
+        folder = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        _launch(cfg, train, Path(hydra.run.dir) if chosen else folder, overrides, named=chosen)
+        return
+
+    from fcn.runs.sweep import run_job
+
+    sweep = Path(hydra.sweep.dir)
+    folder = sweep / hydra.sweep.subdir
+    for entry in (cfg.get("logger") or {}).values():
+        if isinstance(entry, DictConfig) and "group" in entry:  # W&B's
+            entry.group = entry.group or f"sweep_{sweep.name}"
+            entry.name = f"{entry.name}_{hydra.job.num}"
+
+    def job(earlier: Path | None) -> None:
+        if earlier is None:
+            _launch(cfg, train, folder, overrides, named=True)
+        else:
+            cfg.resume = str(earlier)
+            _launch(cfg, train, folder, [], named=True)
+
+    run_job(sweep, folder, overrides, job)
+
+
+def _launch(
+    cfg: DictConfig, train: Train, folder: Path, overrides: list[str], *, named: bool
+) -> None:
+    """Train in a new folder, or go on with the run that `cfg.resume` asks for.
+
+    Args:
+        folder: for a new run.
+        named: whether the user has chosen the folder.
+    """
+    from fcn.runs.process import is_main_process
+    from fcn.runs.resume import find_run, is_finished, resumed_config
+
+    run = folder
+    if cfg.resume == "auto":
+        last = find_run(folder, overrides, named=named, main=is_main_process())
+        if last is not None and is_finished(last):
+            print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
+            return
+        cfg.resume = None
+        if last is not None:
+            run, overrides = last, []
+            cfg = resumed_config(run, overrides)
+    elif cfg.resume:
+        run = Path(cfg.resume)
+        cfg = resumed_config(run, overrides)
+    try:
+        train(cfg, run, overrides)
+    except (Stopped, TrainingError) as error:
+        if not is_main_process():
+            # All processes of a distributed run end in the same way. If this one ended with an
+            # error, the main process would be killed before it can say what has happened.
+            sys.exit(0)
+        if isinstance(error, Stopped):
+            sys.exit(error.exit_code)
+        raise
+    except DataError as error:
+        error.args = (_with_hint(str(error), overrides),)
+        raise
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # Hydra creates it too early. It is removed only if it is still empty.
+
+
+def _with_hint(message: str, overrides: list[str]) -> str:
+    """Name the command that lists everything that is wrong with the data, if there is any data."""
+    from fcn.datasets.download import HINT
+
+    if HINT in message:
+        return message
+    data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
+    return f"{message}\nTo see all that is wrong: python -m fcn.datasets.check {data}"

@@ -1,0 +1,50 @@
+"""What a run needs to know, and to settle, about the process that it runs in."""
+
+import logging
+import sys
+import warnings
+
+import psutil
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process of a run that writes files, talks to W&B and prints."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's advertisements and what our own lines say; warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # This is Lightning's own use of torch, and nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # One or two workers are enough here: an image is read and cropped in milliseconds.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The folder of checkpoints of a resumed run is not empty, of course.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def memory_size(device: torch.device) -> int:
+    """Bytes of a GPU's own memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def peak_memory() -> int | None:
+    """The most bytes that were allocated on the GPU, or that this process held in RAM.
+
+    None on a system that does not count them.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows counts it here
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

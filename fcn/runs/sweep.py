@@ -1,0 +1,228 @@
+"""The folder of a sweep: its jobs, its table and its figure.
+
+    python train.py -m model=fcn32s,fcn16s,fcn8s optimizer.lr=1e-3,1e-4
+
+The same command again continues the sweep: it is known by its command and its settings, and a job
+in it by its overrides. Jobs that have finished are skipped; those that were killed, stopped or have
+crashed are resumed. A crash of one job does not stop the others.
+"""
+
+import csv
+import io
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from fcn.checkpoint import last_checkpoint
+from fcn.cli import MENDABLE, short_message
+from fcn.errors import FCNError, Stopped
+from fcn.files import write_text
+from fcn.runs.folder import (
+    RunLockedError,
+    create_run_folder,
+    lock_run,
+    read_overrides,
+    write_overrides,
+)
+from fcn.runs.resume import read_summary
+from fcn.runs.versions import git_revision
+
+PROJECT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]
+
+
+class ContinueSweep(Callback):
+    """Hydra's callback in conf/train.yaml: a sweep that is started again goes on in its folder."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Choose the folder before Hydra starts the first job."""
+        # Launchers such as submitit's start jobs in other processes, which must find this code.
+        paths = [str(PROJECT), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        given = any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
+        sweep = None if given or several_processes() else find_sweep(config)
+        if sweep is not None:
+            print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
+            with read_write(config.hydra):
+                config.hydra.sweep.dir = str(sweep)
+                # A launcher composes the settings of each job again, from the overrides.
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say what became of the jobs; the command fails if one of them has crashed."""
+        from fcn.runs.process import is_main_process
+
+        if not is_main_process():
+            return
+        states = [row["status"] for row in write_results(Path(config.hydra.sweep.dir))]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        print(f"{config.hydra.sweep.dir}/sweep.csv: {counts}", flush=True)
+        if "crashed" in states:
+            sys.exit(1)
+
+
+def several_processes() -> bool:
+    """Whether torchrun or srun has started this command in several processes.
+
+    Each of them then goes through the whole sweep, somewhat earlier or later than the others. So
+    they must not decide by what is on disk, because they would not decide alike.
+    """
+    return any(int(os.environ.get(n) or 1) > 1 for n in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def find_sweep(config: DictConfig) -> Path | None:
+    """The newest sweep with the same overrides and settings, next to where a new one would be.
+
+    Args:
+        config: all settings of the new sweep, with Hydra's own.
+    """
+    root = Path(config.hydra.sweep.dir).parent
+    for path in sorted(root.glob("*/multirun.yaml"), reverse=True):
+        try:
+            same = _identity(OmegaConf.load(path)) == _identity(config)
+        except Exception:  # Hydra was killed while it wrote this file, or another program wrote it.
+            continue
+        if same:
+            return path.parent
+    return None
+
+
+def _identity(config: Any) -> tuple[Any, ...]:
+    settings = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(settings, dict)
+    return settings.pop("hydra")["overrides"]["task"], settings
+
+
+def find_job(sweep: Path, overrides: list[str]) -> Path | None:
+    """The folder of the run with these overrides."""
+    if several_processes():
+        return None
+    return next((run for run in _runs(sweep) if read_overrides(run) == overrides), None)
+
+
+def status(run: Path) -> str:
+    """finished, stopped by a signal, crashed, or unfinished: it is running, or was killed."""
+    if (run / "error.txt").is_file():
+        return "crashed"
+    return read_summary(run).get("status", "unfinished")
+
+
+def finished_before(run: Path) -> bool:
+    """Whether a run has finished; says so, and whether other code than today's has made it."""
+    if status(run) != "finished":
+        return False
+    revision = read_summary(run).get("git_revision")
+    by = "" if revision == git_revision() else f" by other code (git revision {revision})"
+    print(f"{run}: finished before{by}, so it is skipped", flush=True)
+    return True
+
+
+def resumable(run: Path) -> bool:
+    """Whether there is a checkpoint to go on from. If not, the folder is removed.
+
+    Raises:
+        RunLockedError: there is no checkpoint yet, but another process trains there.
+    """
+    if last_checkpoint(run).is_file():
+        return True
+    with lock_run(run):
+        pass
+    shutil.rmtree(run)
+    return False
+
+
+def run_job(
+    sweep: Path, folder: Path, overrides: list[str], train: Callable[[Path | None], None]
+) -> None:
+    """Do one job of a sweep, unless it is done, and write down what became of it.
+
+    A crash is written down, so that the next job can start. Ctrl-C and SIGTERM end the sweep.
+
+    Args:
+        folder: the run folder of a new job.
+        train: goes on with the run in a folder, or begins a new one if it gets None.
+    """
+    from fcn.runs.process import is_main_process
+
+    earlier = find_job(sweep, overrides)
+    if earlier is not None and finished_before(earlier):
+        return
+    try:
+        train(earlier if earlier is not None and resumable(earlier) else None)
+    except RunLockedError as error:
+        print(f"{error}. Here, this job is skipped", flush=True)
+    except (Exception, SystemExit) as error:
+        if isinstance(error.__context__, Stopped | KeyboardInterrupt):
+            raise
+        if is_main_process():
+            _record_crash(find_job(sweep, overrides) or folder, overrides, error)
+    finally:
+        if is_main_process():
+            write_results(sweep)
+
+
+def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None:
+    """Write error.txt: the reason in one line, and a traceback if it is not the user's to mend."""
+    if isinstance(error, Exception) and isinstance(error, (FCNError, *MENDABLE)):
+        message, trace = short_message(error), ""
+    else:
+        message = f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error))
+    print(f"{trace}error: {message}", file=sys.stderr, flush=True)
+    if read_overrides(run) != overrides:  # The job has no folder yet, or its number is taken.
+        run = create_run_folder(run)
+        write_overrides(run, overrides)
+    write_text(run / "error.txt", f"{' '.join(message.split())}\n\n{trace}".strip() + "\n")
+
+
+def write_results(sweep: Path) -> list[Row]:
+    """Write sweep.csv, with a row for each run in the folder, and sweep.png.
+
+    Each job writes them anew when it ends, so that they are there with every launcher.
+
+    Returns:
+        The rows of sweep.csv.
+    """
+    from fcn.visualize import draw_sweep
+
+    rows = [_row(run) for run in _runs(sweep)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(sweep / "sweep.csv", file.getvalue())
+
+    settings = {key for run in _runs(sweep) for key in _settings(run)}
+    swept = [key for key in columns if key in settings and len({row.get(key) for row in rows}) > 1]
+    draw_sweep(rows, swept, sweep / "sweep.png")
+    return rows
+
+
+def _row(run: Path) -> Row:
+    """One row of sweep.csv: settings of the command line, then the numbers of summary.json."""
+    row: Row = {"run": run.name, "status": status(run)} | _settings(run)
+    for name, value in read_summary(run).items():
+        if isinstance(value, int | float) and not name.startswith("val/iou/"):
+            row[name] = value
+    if row["status"] == "crashed":
+        row["error"] = (run / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
+    return row
+
+
+def _settings(run: Path) -> dict[str, str]:
+    overrides = read_overrides(run) or []
+    return dict(override.split("=", 1) for override in overrides if "=" in override)
+
+
+def _runs(sweep: Path) -> list[Path]:
+    """The runs in a folder, in the order of their numbers."""
+    runs = [path.parent for path in sweep.glob("*/overrides.yaml")]
+    return sorted(runs, key=lambda run: (len(run.name), run.name))
