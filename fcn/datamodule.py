@@ -12,7 +12,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +23,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fcn.datasets import Sample, SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
 from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
-from fcn.transforms import MAX_SIZE, Transform, collate, eval_transform, train_transform
+from fcn.transforms import (
+    MAX_SIZE,
+    Transform,
+    collate,
+    eval_transform,
+    is_size,
+    train_transform,
+)
 
 
 class SegmentationDataModule(pl.LightningDataModule):
@@ -75,10 +81,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         check_flag("download", download)
         check_text("train_split", train_split, wanted="the name of a split, such as train")
         check_text("val_split", val_split, wanted="the name of a split, such as val")
-        if isinstance(batch_size, str) and batch_size != "auto":
+        if batch_size != "auto" and not is_size(batch_size):
             refuse("batch_size", batch_size, f"auto or a whole number from 1 to {MAX_SIZE}")
-        if batch_size != "auto":
-            check_whole("batch_size", batch_size, 1, MAX_SIZE)
         check_whole("eval_batch_size", eval_batch_size, 1, MAX_SIZE)
         check_whole("num_workers", num_workers, 0, 256, optional=True)
         check_whole("limit", limit, 1, optional=True)

@@ -1,8 +1,11 @@
 """Augmentation and batching: `train_transform()`, `eval_transform()`, `collate()`.
 
-Built on torchvision.transforms.v2 and tv_tensors, so an image and its mask move as one; bytes in,
-bytes out, since the network normalises on its own device. All randomness is torch's global
-generator: seed it and a sample comes out the same.
+    augment = train_transform(crop_size=320, scale=(0.5, 2.0), flip=0.5, jitter=0.2)
+    batch = collate([augment(sample) for sample in samples])
+
+Built on torchvision.transforms.v2 and tv_tensors, which change an image and its mask together.
+Images stay uint8: the network normalises them on its own device. All random numbers come from
+torch's global generator, so that a seed for it fixes what becomes of a sample.
 """
 
 import math
@@ -16,8 +19,10 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from fcn.datasets import VOID, Sample
+from fcn.errors import check_number, is_number, refuse
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: about 0 once the network has normalised it
+MAX_SIZE = 2**14  # an image of that height and width takes 1 GB; more is taken for a slip
 
 Transform = Callable[[Sample], Sample]
 
@@ -37,20 +42,22 @@ def train_transform(
     flip: float = 0.5,
     jitter: float | None = None,
 ) -> Transform:
-    """Random scale, padding and crop to one size, horizontal flip, colour; in this order.
+    """Random scale, padding and crop to one size, horizontal flip and colour, in this order.
 
-    crop_size: height and width of what comes out, or one number for both; None: whole images
-    scale: smallest and largest factor, drawn log-uniformly (halving as likely as doubling); None: 1
-    flip: probability
-    jitter: largest relative change of brightness, contrast and saturation, 0 to 1; a quarter of
-        it for hue; None: no change
+    Args:
+        crop_size: (height, width) in pixels of every result, or one number for both; None: the
+            whole image, whatever its size.
+        scale: the smallest and the largest factor. A factor is drawn uniformly on a logarithmic
+            scale, so that halving is as likely as doubling. None: no scaling.
+        flip: the probability of a flip.
+        jitter: the largest relative change of brightness, contrast and saturation, from 0 to 1;
+            the hue changes by at most a quarter of it. None: no change of colour.
 
-    Raises ValueError for numbers out of range.
+    Raises:
+        ConfigError: an argument cannot work. The message begins with "name=value".
     """
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip is a probability, not {flip}")
-    if jitter is not None and not 0 <= jitter <= 1:
-        raise ValueError(f"jitter must be 0 to 1, not {jitter}")
+    check_number("flip", flip, 0, 1)
+    check_number("jitter", jitter, 0, 1, optional=True)
     steps: list[torch.nn.Module] = [
         RandomScaleCrop(crop_size=crop_size, scale=scale),
         v2.RandomHorizontalFlip(flip),
@@ -61,16 +68,23 @@ def train_transform(
 
 
 def eval_transform() -> Transform:
-    """Changes nothing: a metric counts every pixel of the image as it is on disk."""
+    """No change at all: a score is taken over every pixel of the image as it is on disk."""
     return v2.Identity()
 
 
 class RandomScaleCrop(v2.Transform):
-    """Scales by a random factor and crops at a random place, without scaling what is cropped away.
+    """Scales by a random factor, then crops at a random place.
 
-    The crop is chosen in the scaled image, and only the part of the original below it is resized
-    (to whole pixels at both ends, so the factor may differ by the last of them). Where the scaled
-    image is smaller than the crop, it lies at the top left; the rest is FILL, and VOID in the mask.
+    The crop is chosen in the scaled image, but only the part of the original that lies below it is
+    resized, which saves time. That part is rounded to whole pixels, so that the factor may differ
+    slightly. A scaled image that is smaller than the crop is placed at the top left; the rest is
+    filled with FILL in the image and VOID in the mask.
+
+    Args:
+        crop_size, scale: as for `train_transform`.
+
+    Raises:
+        ConfigError: an argument cannot work. The message begins with "name=value".
     """
 
     def __init__(
@@ -78,13 +92,23 @@ class RandomScaleCrop(v2.Transform):
     ) -> None:
         super().__init__()
         size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"crop_size must be one or two numbers of pixels, not {crop_size}")
-        if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf):
-            raise ValueError(f"scale must be (smallest, largest) factor above 0, not {scale}")
+        if size is not None and not (_is_pair(size) and all(map(is_size, size))):
+            wanted = f"null, a number of pixels from 1 to {MAX_SIZE}, or [height, width]"
+            refuse("crop_size", crop_size, wanted)
+        if scale is not None and not (
+            _is_pair(scale) and all(map(is_number, scale)) and 0 < scale[0] <= scale[1]
+        ):
+            refuse("scale", scale, "null or [smallest, largest], both above 0")
         self.crop_size, self.scale = size, scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the factor and the place of the crop, once for an image and its mask.
+
+        Returns:
+            `box`: the rows and columns of the original to cut out, as slices.
+            `size`: (height, width) that this part is resized to.
+            `crop_size`: (height, width) that it is then padded to.
+        """
         sides = v2.query_size(flat_inputs)  # (H, W)
         low, high = self.scale or (1.0, 1.0)
         factor = math.exp(math.log(low) + torch.rand(()).item() * math.log(high / low))
@@ -94,7 +118,7 @@ class RandomScaleCrop(v2.Transform):
             crop = self.crop_size[i] if self.crop_size else scaled
             kept = min(crop, scaled)
             start = int(torch.randint(scaled - kept + 1, ()))
-            # Outwards to whole pixels of the original, and at least one of them.
+            # Round outwards to whole pixels of the original, and keep at least one of them.
             first = min(math.floor(start * side / scaled), side - 1)
             last = min(math.ceil((start + kept) * side / scaled), side)
             box.append(slice(first, max(last, first + 1)))
@@ -103,18 +127,21 @@ class RandomScaleCrop(v2.Transform):
         return {"box": tuple(box), "size": kept_size, "crop_size": crop_size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Cut, resize and pad an image (3, H, W) or a mask (H, W)."""
         is_mask = isinstance(inpt, tv_tensors.Mask)
-        part = inpt.as_subclass(Tensor)[..., *params["box"]]  # (3 | -, h, w)
+        part = inpt.as_subclass(Tensor)[..., *params["box"]]  # (3 | -, H, W) -> (3 | -, h, w)
         if part.shape[-2:] != params["size"]:
+            # (3 | -, h, w) -> (3 | -, kept H, kept W)
             if is_mask:
-                # Nearest *exact* takes the pixel below the centre, as bilinear does; torchvision's
-                # default for masks, plain nearest, would shift the labels against the image.
+                # NEAREST_EXACT takes the pixel below the centre, as bilinear interpolation does.
+                # Plain nearest, torchvision's default for masks, would shift the labels against
+                # the image.
                 part = F.resize_image(
                     part[None], params["size"], interpolation=InterpolationMode.NEAREST_EXACT
                 )[0]
             else:
-                # Channels last: the fastest kernel, and the other fails on an image 1 pixel wide
-                # (torch 2.14: "num_channels == unpacked_output.size(0)").
+                # Channels last is the fastest layout here. The other one fails on an image that is
+                # one pixel wide (torch 2.14: "num_channels == unpacked_output.size(0)").
                 part = part[None].contiguous(memory_format=torch.channels_last)
                 part = F.resize_image(part, params["size"], antialias=True)[0]
         # (3 | -, kept H, kept W) -> (3 | -, crop H, crop W)
@@ -122,8 +149,11 @@ class RandomScaleCrop(v2.Transform):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """One batch of samples that may differ in size: each is padded at the right and bottom to the
-    largest height and width, with FILL, and VOID in the mask, so that no loss or metric sees it."""
+    """One batch of samples that may differ in size.
+
+    Each sample is padded at the right and at the bottom to the largest height and width of all.
+    The padding is FILL in the image and VOID in the mask: no loss and no metric includes it.
+    """
     size = tuple(max(s["mask"].shape[i] for s in samples) for i in (-2, -1))
     return {
         "image": torch.stack([_pad(s["image"].as_subclass(Tensor), size) for s in samples]),
@@ -132,8 +162,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     }
 
 
+def is_size(value: Any) -> bool:
+    """Whether this can be a number of pixels, or of images in a batch."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
 def _pad(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """An image (3, h, w) or mask (h, w) at the top left of one of the wanted size."""
+    """An image (3, h, w) or a mask (h, w), placed at the top left of one of the wanted size."""
     h, w = x.shape[-2:]
     if (h, w) == size:
         return x
