@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn import files
 from fcn.cli import RENAMED
-from fcn.errors import ConfigError
+from fcn.errors import ConfigError, WriteError
 
 LOCK = ".lock"
 HOLDER = ".lock_holder"  # which process holds the lock; Windows does not let others read LOCK
@@ -75,8 +75,7 @@ def lock_run(run: Path) -> Iterator[None]:
     holder = run / HOLDER
     with ExitStack() as stack:
         try:
-            with files.writing(run / LOCK):
-                stack.enter_context(files.lock(run / LOCK, timeout=files.PATIENCE))
+            stack.enter_context(files.lock(run / LOCK, timeout=files.PATIENCE))
         except files.LockedError as error:
             who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
             raise RunLockedError(f"{run} is being trained by {who}; wait, or stop it") from error
@@ -100,7 +99,7 @@ def is_training(run: Path) -> bool:
             return False
     except files.LockedError:
         return True
-    except OSError:  # The folder cannot be written, so that nobody can be training there.
+    except WriteError:  # Nobody can be training in a folder that cannot be written.
         return False
 
 

@@ -36,30 +36,38 @@ def launch(cfg: DictConfig, train: Train) -> None:
         FCNError: training was not possible, or has failed.
     """
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    if hydra.mode != RunMode.MULTIRUN:
-        chosen = hydra.run.dir != "."
+    overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    if hydra.mode == RunMode.MULTIRUN:
+        folder = Path(hydra.sweep.dir) / hydra.sweep.subdir
+    elif hydra.run.dir != ".":
+        folder = Path(hydra.run.dir)
+    else:
         folder = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        _launch(cfg, train, Path(hydra.run.dir) if chosen else folder, overrides, named=chosen)
-        return
+    try:
+        if hydra.mode == RunMode.MULTIRUN:
+            _launch_job(cfg, train, folder, overrides)
+        else:
+            _launch(cfg, train, folder, overrides, named=hydra.run.dir != ".")
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # Hydra creates it too early. It is removed only if it is still empty.
 
+
+def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str]) -> None:
+    """One job of a sweep, whose loggers show it as a part of the sweep."""
     from fcn.runs.sweep import run_job
 
-    sweep = Path(hydra.sweep.dir)
-    folder = sweep / hydra.sweep.subdir
     for entry in (cfg.get("logger") or {}).values():
         if isinstance(entry, DictConfig) and "group" in entry:  # W&B's
-            entry.group = entry.group or f"sweep_{sweep.name}"
-            entry.name = f"{entry.name}_{hydra.job.num}"
+            entry.group = entry.group or f"sweep_{folder.parent.name}"
+            entry.name = f"{entry.name}_{HydraConfig.get().job.num}"
 
     def job(earlier: Path | None) -> None:
-        if earlier is None:
-            _launch(cfg, train, folder, overrides, named=True)
-        else:
+        if earlier is not None:
             cfg.resume = str(earlier)
-            _launch(cfg, train, folder, [], named=True)
+        _launch(cfg, train, folder, overrides if earlier is None else [], named=True)
 
-    run_job(sweep, folder, overrides, job)
+    run_job(folder, overrides, job)
 
 
 def _launch(
@@ -100,9 +108,6 @@ def _launch(
     except DataError as error:
         error.args = (_with_hint(str(error), overrides),)
         raise
-    finally:
-        with suppress(OSError):
-            folder.rmdir()  # Hydra creates it too early. It is removed only if it is still empty.
 
 
 def _with_hint(message: str, overrides: list[str]) -> str:

@@ -138,19 +138,18 @@ def resumable(run: Path) -> bool:
     return False
 
 
-def run_job(
-    sweep: Path, folder: Path, overrides: list[str], train: Callable[[Path | None], None]
-) -> None:
+def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], None]) -> None:
     """Do one job of a sweep, unless it is done, and write down what became of it.
 
     A crash is written down, so that the next job can start. Ctrl-C and SIGTERM end the sweep.
 
     Args:
-        folder: the run folder of a new job.
+        folder: the run folder that the job gets if it is new, in the folder of the sweep.
         train: goes on with the run in a folder, or begins a new one if it gets None.
     """
     from fcn.runs.process import is_main_process
 
+    sweep = folder.parent
     earlier = find_job(sweep, overrides)
     if earlier is not None and finished_before(earlier):
         return
@@ -190,9 +189,10 @@ def write_results(sweep: Path) -> list[Row]:
     Returns:
         The rows of sweep.csv.
     """
-    from fcn.visualize import draw_sweep
+    from fcn.figures.comparison import draw_sweep
 
-    rows = [_row(run) for run in _runs(sweep)]
+    runs = _runs(sweep)
+    rows = [_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns, restval="")
@@ -200,8 +200,8 @@ def write_results(sweep: Path) -> list[Row]:
     writer.writerows(rows)
     write_text(sweep / "sweep.csv", file.getvalue())
 
-    settings = {key for run in _runs(sweep) for key in _settings(run)}
-    swept = [key for key in columns if key in settings and len({row.get(key) for row in rows}) > 1]
+    settings = [_settings(run) for run in runs]
+    swept = [key for key in columns if len({s[key] for s in settings if key in s}) > 1]
     draw_sweep(rows, swept, sweep / "sweep.png")
     return rows
 
