@@ -1,9 +1,12 @@
-"""The frame that the four scripts and the commands share: short errors, paths of any spelling.
+"""The frame that the four scripts and the commands share: short errors, and paths of any spelling.
 
     if __name__ == "__main__":
-        cli.run(main)
+        cli.run(main)                     # in train.py, evaluate.py, predict.py and export.py
 
-It knows Hydra, but not torch: `python train.py --help` must answer at once.
+    cfg = compose(["data=shapes"])        # the configuration that train.py would get
+    data = build(cfg, "data")             # calls the _target_ of one of its parts
+
+This file imports Hydra, but not torch, so that `python train.py --help` answers at once.
 """
 
 import os
@@ -16,7 +19,7 @@ from traceback import walk_tb
 from typing import Any, NoReturn
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fcn.errors import ConfigError, FCNError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# Errors that a user can mend on the command line, beside our own.
+# Errors of Hydra and OmegaConf, which a user can mend on the command line.
 MENDABLE = (HydraException, OmegaConfBaseException)
-# Settings whose values are paths, which may hold any character.
+# Settings whose values are paths. A path may hold any character.
 PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
@@ -45,8 +48,9 @@ RENAMED = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main function as a user expects: paths as they are, errors in a line."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands errors on, and we report them
+    """Call a script's main function: paths may hold any character, and errors are short."""
+    # With this setting Hydra raises errors to its caller, and `short_messages` reports them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = map(quoted, sys.argv[1:])
     with short_messages():
         main()
@@ -54,13 +58,18 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def short_messages() -> Iterator[None]:
-    """End the program with a line or two, not a traceback, where the user can mend what is wrong."""
+    """End the program with a line or two, not a traceback, where the user can mend what is wrong.
+
+    An error that the user cannot mend keeps its traceback. Ctrl-C ends the program with code 130.
+    """
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, and not at the end of Python, an error of it can be caught
     except BrokenPipeError:
-        # `train.py --help | head` has read enough. Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not _reader_has_gone():
+            raise
         raise SystemExit(1) from None
     except Exception as error:
         if not isinstance(error, (FCNError, *MENDABLE)) and not _raised_by_hydra(error):
@@ -72,14 +81,30 @@ def short_messages() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def _reader_has_gone() -> bool:
+    """Whether nobody reads our output any more, as after `python train.py --help | head -1`.
+
+    Python would complain about that once more at its end, so the rest of the output goes nowhere.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def short_message(error: BaseException) -> str:
-    """What our own error says, if one is the cause, or the part of Hydra's that matters."""
+    """What our own error says, if one is the cause, or the part of Hydra's message that matters."""
     known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
     return str(known) if known is not None else _of_hydra(error)
 
 
 def quoted(argument: str) -> str:
-    """Keep Hydra's grammar out of the value of a path: any character may be in a file name."""
+    """Put quotes around the value of a path, which may hold characters of Hydra's grammar.
+
+    `input=a,b=(1).jpg` becomes `input='a,b=(1).jpg'`. Other arguments stay as they are.
+    """
     key, _, value = argument.partition("=")
     if key not in PATHS or value in ("", "null"):
         return argument
@@ -92,7 +117,7 @@ def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
 
     Args:
         overrides: as on the command line.
-        config: the script's name.
+        config: the script's name: train, evaluate, predict or export.
     """
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(config, list(overrides))
@@ -115,7 +140,8 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     try:
         return instantiate(node, _convert_="all", **more)
     except InstantiationException as error:
-        raise_named(key, error.__cause__ or error)
+        part = re.search(r"full_key: (\S+)", str(error))  # such as data.dataset, within data
+        raise_named(part[1] if part else key, error.__cause__ or error)
 
 
 def raise_named(key: str, error: BaseException) -> NoReturn:
@@ -124,23 +150,30 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
     `batch_size=0: must be ...` becomes `data.batch_size=0: must be ...`.
 
     Raises:
-        ConfigError: for a value that was refused; else the error itself.
+        ConfigError: a value was refused, an argument is unknown or missing, or there is no such
+            class. The user can mend these, so that the message is short.
+        BaseException: any other error, as it is: with its traceback.
     """
-    refused = ValueError | TypeError | ImportError | InstantiationException
-    known = isinstance(error, refused) or type(error).__name__ == "MisconfigurationException"
-    if not known or (isinstance(error, FCNError) and not isinstance(error, ConfigError)):
+    known: tuple[type, ...] = (ConfigError, ValueError, ImportError, InstantiationException)
+    mendable = isinstance(error, known)
+    mendable |= type(error).__name__ == "MisconfigurationException"  # Lightning's: slow to import
+    mendable |= isinstance(error, TypeError) and "argument" in str(error)
+    if not mendable:
         raise error
-    text = str(error).strip() or type(error).__name__
-    if text.startswith(f"{key}.") or text.startswith(f"{key}="):
+    text = " ".join(str(error).partition("\nfull_key:")[0].split()) or type(error).__name__
+    if text.startswith((f"{key}.", f"{key}=")):
         raise ConfigError(text) from error
-    raise ConfigError(f"{key}{'.' if re.match(r'[a-z_]+=', text) else ': '}{text}") from error
+    raise ConfigError(f"{key}{'.' if re.match(r'[a-z_0-9]+=', text) else ': '}{text}") from error
 
 
 def _of_hydra(error: BaseException) -> str:
-    """The two lines that matter of a message of Hydra's."""
+    """The two lines that matter of a message of Hydra's or OmegaConf's."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__).strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OverrideParseException):
+        why = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
+        return f"{error.override}: this does not read as setting=value ({why})"
     first = lines[0].replace("Could not override", "There is no setting")
     key = re.search(r"'([\w.]+)'", first)
     if key and key[1] in RENAMED:
@@ -156,7 +189,10 @@ def _of_hydra(error: BaseException) -> str:
 
 
 def _raised_by_hydra(error: Exception) -> bool:
-    """Hydra's own complaints are of any type (`data=1`: ValueError); those of what it calls not."""
+    """Whether Hydra or OmegaConf raised the error themselves, and not a function that they called.
+
+    Hydra's own errors may be of any type: `data=1` raises a ValueError.
+    """
     *_, (frame, _) = walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf")
 

@@ -8,16 +8,20 @@ the configuration, `fcn.cli.build` puts the group in front: "data.batch_size=0: 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from signal import Signals
 from typing import Any
+
+LARGEST = 2**31 - 1  # no setting is larger; torch and Lightning count in 32 bits here and there
 
 
 class FCNError(Exception):
     """An error that the user can mend: shown as its message, without a traceback."""
 
     def __str__(self) -> str:
-        # A loader process hands an error on as the text of its traceback. Keep only what it said.
+        # A loader's worker process hands an error on as the text of its traceback. Of that, keep
+        # only the message at its end.
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         return super().__str__().rpartition(name)[2].strip()
 
@@ -61,12 +65,13 @@ def reason(error: BaseException) -> str:
 
 
 def check_whole(
-    name: str, value: Any, low: int = 0, high: int = 2**31 - 1, *, optional: bool = False
+    name: str, value: Any, low: int = 0, high: int = LARGEST, *, optional: bool = False
 ) -> None:
     """Refuse what is not a whole number from `low` to `high`; None passes if `optional`."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    limit = "up" if high == 2**31 - 1 else f"to {high}"
-    _check(name, value, whole, f"a whole number from {low} {limit}", optional)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    limit = "up" if high == LARGEST and not (whole and value > high) else f"to {high}"
+    right = whole and low <= value <= high
+    _check(name, value, right, f"a whole number from {low} {limit}", optional)
 
 
 def check_number(
@@ -87,11 +92,13 @@ def check_number(
     """
     right = is_number(value) and low <= value <= high
     right = right and (above is None or value > above) and (below is None or value < below)
-    limits = [
-        f"{word} {limit:g}"
-        for word, limit in (("at least", low), ("above", above), ("at most", high), ("below", below))
-        if limit is not None and math.isfinite(limit)
-    ]
+    if math.isfinite(low) and math.isfinite(high):
+        limits = [f"from {low:g} to {high:g}"]
+    elif math.isfinite(low) and below is None:
+        limits = [f"from {low:g} up"]
+    else:
+        words = (("of at least", low), ("above", above), ("at most", high), ("below", below))
+        limits = [f"{w} {limit:g}" for w, limit in words if limit is not None and is_number(limit)]
     wanted = f"a number {' and '.join(limits)}".strip()
     _check(name, value, right, wanted, optional)
 
@@ -124,7 +131,9 @@ def refuse(name: str, value: Any, wanted: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether this is a finite int or float, and not True or False."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # NaN is not; an int of 400 digits has no float
 
 
 def _check(name: str, value: Any, right: bool, wanted: str, optional: bool) -> None:

@@ -1,18 +1,19 @@
 """The one way to write a file, and the one lock.
 
-    with atomic_write(run / "summary.json") as part:     # part: where to write for the moment
+    with atomic_write(run / "summary.json") as part:     # `part` is a path to write to for now
         part.write_text(text, encoding="utf-8")
 
     with lock(run / ".lock"):                             # one process at a time
         ...
 
-Both work on Linux, Windows and macOS, and neither needs to be cleaned up after a kill: a lock ends
-with its process, and `remove_parts` removes what a killed process had half written.
+Both work on Linux, Windows and macOS, and neither needs to be cleaned up by hand after a kill: a
+lock ends with its process, and `remove_parts` removes what a killed process had half written.
 """
 
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +25,8 @@ from filelock import FileLock, Timeout
 from fcn.errors import WriteError, reason
 
 SUFFIX = ".part"
-# Seconds to wait for a lock. Loader processes hold the lock of a killed run for up to 5 seconds,
-# until they notice that it is gone.
+# Seconds to wait for a lock. The worker processes of a killed run may hold its lock for up to
+# 5 seconds, until they notice that the run is gone.
 PATIENCE = 10.0
 
 
@@ -35,34 +36,39 @@ class LockedError(Exception):
 
 @contextmanager
 def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
-    """Write a file so that it is whole or not there, whenever the process is killed.
+    """Write a file so that it is complete or not there, whenever the process is killed.
 
     Args:
         path: the file. An older one of that name is replaced at the end, in one step.
-        size: bytes that the file needs, for the message of the error, if that is known.
+        size: bytes that the file needs, if that is known. The message of an error then says so.
 
     Yields:
-        A hidden path in the same folder, to be written in whatever way is at hand.
+        A hidden path in the same folder. Write the content there, with any function.
 
     Raises:
         WriteError: there is no room, no folder, or no permission.
+        RuntimeError: nothing was written to the hidden path, which is a mistake of the caller.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    # Only the beginning of a long name: a file system allows 255 bytes, and these come on top.
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
     with writing(path, size):
         try:
             yield part
+            if not part.exists():
+                raise RuntimeError(f"{path} was not written: there is no {part}")
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # a power cut must not leave an empty file under the name
             os.replace(part, path)
         except BaseException:
-            part.unlink(missing_ok=True)  # makes room for others, on a full disk
+            with suppress(OSError):
+                part.unlink()  # on a full disk this makes room for others
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, with the line ends that are in `text`.
+    """Write a text file in UTF-8, with the line ends that are in `text`.
 
-    Of file names that are not UTF-8, the odd bytes come out as `\\udcff` and the like.
+    A file name in the text may hold bytes that are not UTF-8. They are written as `\\udcff`.
     """
     with (
         atomic_write(path) as part,
@@ -72,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable JSON. NaN and Inf, which JSON does not have, become null."""
+    """Write readable JSON. NaN and infinity, which JSON does not have, become null."""
     write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
@@ -85,9 +91,14 @@ def _finite(value: Any) -> Any:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a killed process had not finished writing, in a folder and all below it."""
+    """Remove what killed processes had not finished writing, in a folder and all below it.
+
+    Call it only where no other process writes at the moment, such as in a run folder that you have
+    locked.
+    """
     for part in folder.rglob(f".*{SUFFIX}"):
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it does no harm where it cannot be removed
+            part.unlink()
 
 
 @contextmanager
@@ -103,6 +114,8 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         message = f"{path} cannot be written: {reason(error)}"
         if not path.parent.is_dir():
             message += f"; there is no folder {path.parent}"
+        elif isinstance(error, PermissionError) and path.exists() and _may_write_in(path.parent):
+            message += "; close other programs that have it open (Windows replaces no open file)"
         else:
             need = f"it needs {size / 1e6:,.1f} MB, " if size else ""
             free = shutil.disk_usage(path.parent).free
@@ -110,27 +123,34 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         raise WriteError(message) from error
 
 
+def _may_write_in(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def lock(path: Path, *, timeout: float = PATIENCE) -> Iterator[None]:
     """Hold a lock. It ends with the process, however that ends.
 
     Args:
-        path: the lock's own file. It is removed again.
-        timeout: seconds to wait for another process; -1: for as long as it takes.
+        path: the lock's own file, which is removed again at the end.
+        timeout: seconds to wait for another process; -1 waits for as long as it takes.
 
     Raises:
         LockedError: another process still holds the lock.
+        WriteError: the lock's file cannot be made.
     """
     guard = FileLock(path)
-    try:
-        guard.acquire(timeout=timeout)
-    except Timeout as error:
-        raise LockedError(str(path)) from error
+    with writing(path):
+        try:
+            guard.acquire(timeout=timeout)
+        except Timeout as error:
+            raise LockedError(str(path)) from error
     try:
         yield
     finally:
-        # Removed while it is held: a process that waits for it then notices, and makes a new one.
-        # Windows does not let go of an open file; there it is removed after the release.
+        # The file is removed while the lock is held. A process that has waited for it then notices
+        # (since filelock 3.21), and makes a new one. Windows does not remove an open file, so there
+        # it is removed after the release.
         with suppress(OSError):
             path.unlink()
         guard.release()
@@ -143,12 +163,10 @@ def is_locked(path: Path) -> bool:
     """Whether another process holds the lock at this moment."""
     if not path.exists():
         return False
-    guard = FileLock(path)
     try:
-        guard.acquire(timeout=0)
-    except Timeout:
+        with lock(path, timeout=0):
+            return False
+    except LockedError:
         return True
-    except OSError:  # a folder that cannot be written: no process of ours is at work there
+    except WriteError:  # in a folder that cannot be written, none of our processes is at work
         return False
-    guard.release()
-    return False
