@@ -58,10 +58,14 @@ def test_the_file_appears_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    writer = atomic_write(path)
-    writer.__enter__().write_text("half of the ne")
+
+    def interrupted() -> None:
+        with atomic_write(path) as part:
+            part.write_text("half of the ne")
+            raise error
+
     with pytest.raises(error):
-        writer.__exit__(error, error(), None)
+        interrupted()
     assert path.read_text() == "old"
     assert content(tmp_path) == ["a.json"]
 
