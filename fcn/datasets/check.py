@@ -3,28 +3,30 @@
     python -m fcn.datasets.check data=voc2012 data.root=/data
     python -m fcn.datasets.check data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
 
-Takes what train.py takes (`experiment=` too, and `data.limit=` for a first look), and
-`output=FOLDER` (default: check) for data_check.png: some samples as image | label | both. Downloads
-nothing unless told data.download=true. Exits 1 if there is an error: a file that is missing or
-broken, an unknown label, sizes that differ, or an image in both train and val, be it by id or by
-content (equal pixels once decoded, whatever the files are).
+It takes the settings that train.py takes (`experiment=` too, and `data.limit=` for a first look at
+a part of the data), and `output=FOLDER` (default: check) for data_check.png, a picture of some
+samples as image | label | overlay. It downloads nothing unless it is given data.download=true.
+
+It exits with 1 if it finds an error: a file that is missing or broken, an unknown label, an image
+and a mask of different sizes, or an image in both train and val. Such an image is found by its id,
+or by its content: two files are one image if their pixels are equal once decoded.
 """
 
 import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from omegaconf import OmegaConf
+from PIL import Image
 from tqdm import tqdm
 
-from fcn.config import check_values, short_messages
+from fcn import cli
 from fcn.datasets import Sample, SegmentationDataset
 from fcn.datasets.reading import (
     MismatchedSizeError,
@@ -33,50 +35,77 @@ from fcn.datasets.reading import (
     missing_allowed,
 )
 from fcn.errors import DataError
-from fcn.visualize import colourise, one_line, overlay
+from fcn.figures.legend import legend_entries, one_line
+from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
+from fcn.figures.panels import Cell, draw_sheet
+from fcn.files import atomic_write
 
-SHOWN = 40  # lines of errors
-PICTURED = 3  # samples of each split
-KINDS = {UnknownLabelError: "with unknown labels", MismatchedSizeError: "of two sizes"}
+SHOWN = 40  # errors that are printed; of more, only the number
+PICTURED = 3  # samples of each split in data_check.png
+# The words for each kind of error in the summary of a split.
+KINDS: dict[type[DataError], str] = {
+    UnknownLabelError: "with unknown labels",
+    MismatchedSizeError: "of two sizes",
+}
+
+
+class Facts(NamedTuple):
+    """What is noted of one pair of image and mask."""
+
+    size: tuple[int, int]  # height and width
+    pixels: np.ndarray  # (256,), the number of pixels with each label
+    content: bytes  # a hash of the image's pixels
 
 
 class Survey:
-    """All of one split, read; an error in one pair does not keep the rest from being read."""
+    """What is in one split. Every pair is read, whatever is wrong with the ones before it.
+
+    Attributes:
+        errors: of the pairs that cannot be used.
+        good: indices of the others.
+        sizes: how many images there are of each (height, width).
+        pixels, images: (256,), how many pixels have each label, and how many masks.
+        contents: for the hash of each image, the id of the first one that has it.
+    """
 
     def __init__(self, split: str, data: SegmentationDataset) -> None:
         self.split, self.data = split, data
         self.errors: list[DataError] = []
-        self.good: list[int] = []  # indices of pairs without an error
-        self.sizes: Counter[tuple[int, int]] = Counter()  # (height, width)
-        self.pixels = np.zeros(256, np.int64)  # of each label
-        self.images = np.zeros(256, np.int64)  # with each label
-        self.contents: dict[bytes, str] = {}  # hash of an image: id
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow frees the GIL
+        self.good: list[int] = []
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.pixels = np.zeros(256, np.int64)
+        self.images = np.zeros(256, np.int64)
+        self.contents: dict[bytes, str] = {}
+        # Threads are enough, since Pillow releases Python's lock while it decodes.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(self._read, range(len(data)))
-            for index, pair in enumerate(tqdm(found, split, len(data), leave=False, disable=None)):
-                if isinstance(pair, DataError):
-                    self.errors.append(pair)
-                    continue
-                size, pixels, content = pair
-                self.good.append(index)
-                self.sizes[size] += 1
-                self.pixels += pixels
-                self.images += pixels > 0
-                self.contents.setdefault(content, data.ids[index])
+            for index, facts in enumerate(tqdm(found, split, len(data), leave=False, disable=None)):
+                if isinstance(facts, DataError):
+                    self.errors.append(facts)
+                else:
+                    self._count(index, facts)
 
-    def _read(self, index: int) -> tuple[tuple[int, int], np.ndarray, bytes] | DataError:
+    def _read(self, index: int) -> Facts | DataError:
         try:
             sample = self.data[index]
         except DataError as error:
             return error
         height, width = sample["mask"].shape
-        image = sample["image"].permute(1, 2, 0).numpy().tobytes()  # (H, W, 3)
+        image = sample["image"].permute(1, 2, 0).numpy().tobytes()  # (3, H, W) -> (H, W, 3)
+        # The size is part of the hash: images of 2×8 and 4×4 pixels can have the same bytes.
         content = hashlib.blake2b(image, digest_size=16, salt=f"{height}×{width}".encode())
         pixels = np.bincount(sample["mask"].numpy().ravel(), minlength=256)
-        return (height, width), pixels, content.digest()
+        return Facts((height, width), pixels, content.digest())
+
+    def _count(self, index: int, facts: Facts) -> None:
+        self.good.append(index)
+        self.sizes[facts.size] += 1
+        self.pixels += facts.pixels
+        self.images += facts.pixels > 0
+        self.contents.setdefault(facts.content, self.data.ids[index])
 
     def describe(self) -> Iterator[str]:
-        """Counts and sizes, as lines."""
+        """Lines that say how many pairs there are, what is wrong with some, and their sizes."""
         kinds = Counter(KINDS.get(type(error), "missing or broken") for error in self.errors)
         bad = "".join(f", {number} {kind}" for kind, number in kinds.items())
         yield f"{self.split}: {len(self.data)} pairs, {len(self.good)} good{bad}"
@@ -88,126 +117,132 @@ class Survey:
                 f"most often {common}"
             )
 
+    def samples(self) -> list[Sample]:
+        """Some of the good pairs, from all over the split."""
+        step = max(1, len(self.good) // PICTURED)
+        return [self.data[index] for index in self.good[::step][:PICTURED]]
 
-def table(surveys: list[Survey], data: SegmentationDataset) -> Iterator[str]:
-    """Pixels and images of each class in each split, as lines."""
+
+def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterator[str]:
+    """The lines of a table: pixels, share and images of each class in each split."""
     names = {k: one_line(name, 60) for k, name in enumerate(data.classes)} | {data.void: "void"}
     wide = max(map(len, names.values()))
     heads = (f"{s.split + ' pixels':>18} {'%':>6} {'images':>7}" for s in surveys)
     yield f"{'label':>5} {'class':{wide}}{''.join(heads)}"
     for k, name in names.items():
-        shares = (100 * s.pixels[k] / max(s.pixels.sum(), 1) for s in surveys)
-        cells = (
-            f"{s.pixels[k]:>18,} {share:>6.2f} {s.images[k]:>7,}"
-            for s, share in zip(surveys, shares, strict=True)
-        )
-        yield f"{k:>5} {name:{wide}}{''.join(cells)}"
+        line = f"{k:>5} {name:{wide}}"
+        for s in surveys:
+            share = 100 * s.pixels[k] / max(s.pixels.sum(), 1)
+            line += f"{s.pixels[k]:>18,} {share:>6.2f} {s.images[k]:>7,}"
+        yield line
     for s in surveys:
         unseen = [names[k] for k in range(len(data.classes)) if not s.pixels[k]]
         if unseen:
             yield f"never in {s.split}: {', '.join(unseen)}"
 
 
-def shared(train: Survey, val: Survey) -> Iterator[DataError]:
-    """What training and validation have in common, by id and by content."""
+def images_in_both(train: Survey, val: Survey) -> Iterator[DataError]:
+    """An error for the ids that training and validation share, and one for each equal image."""
     try:
         check_disjoint(train.data.ids, val.data.ids)
     except DataError as error:
         yield error
     for content, name in train.contents.items():
         other = val.contents.get(content, name)
-        if other != name:  # one id in both has been told
+        if other != name:  # an id that is in both splits is in the error above
             yield DataError(f"{name} of {train.split} and {other} of {val.split}: one picture")
 
 
-def draw(samples: list[Sample], data: SegmentationDataset, width: int = 300) -> Image.Image:
-    """A row for each sample: image | label | both, under its classes in their colours."""
-    rows = []
+def draw(samples: Sequence[Sample], data: SegmentationDataset, width: int = 300) -> Image.Image:
+    """A row of image | label | overlay for each sample, and a legend of all classes in them.
+
+    Args:
+        width: of a column, in pixels. A tall image is limited to a height of three widths.
+    """
+    rows: list[list[Cell]] = []
+    found: set[int] = set()
     for sample in samples:
-        image, mask = sample["image"], sample["mask"]
-        colours = colourise(mask, data.palette, data.void)
-        strip = torch.cat((image, colours, overlay(image, mask, data.palette)), 2)  # (3, H, 3 W)
-        height = min(max(1, round(width * image.shape[1] / image.shape[2])), 3 * width)
-        picture = Image.fromarray(strip.permute(1, 2, 0).numpy()).resize((3 * width, height))
-        row = Image.new("RGB", (3 * width, height + 24), "white")
-        row.paste(picture, (0, 24))
-        pen, left = ImageDraw.Draw(row), 4.0
-        labels = [k for k in mask.unique().tolist() if k != data.void]
-        for text, colour in [(sample["id"], None), *((data.classes[k], k) for k in labels)]:
-            text = one_line(text, 40)
-            if colour is not None:
-                pen.rectangle((left, 6, left + 11, 17), data.palette[colour])
-            pen.text((left + 15, 12), text, "black", anchor="lm")
-            left += 30 + pen.textlength(text)
-        rows.append(row)
-    page = Image.new("RGB", (3 * width, sum(row.height for row in rows)), "white")
-    for number, row in enumerate(rows):
-        page.paste(row, (0, sum(above.height for above in rows[:number])))
-    return page
+        labels = labels_in(sample["mask"])
+        found.update(labels)
+        names = ", ".join(data.classes[k] for k in labels if k != data.void)
+        image = resize_to_fit(sample["image"], width, 3 * width)  # (3, h, width)
+        mask = resize_to_fit(sample["mask"], width, 3 * width)  # (h, width)
+        colours = colourise(mask, data.palette, data.void)  # (3, h, width)
+        both = overlay(image, mask, data.palette)
+        rows.append([(image, sample["id"]), (colours, names), (both, "")])
+    legend = legend_entries(found, data.classes, data.palette, data.void)
+    headings = ("image", "label", "overlay")
+    return draw_sheet(rows, headings=headings, legend=legend, width=width)
 
 
 def check(config: dict[str, Any], make: Callable[..., SegmentationDataset], output: Path) -> int:
-    """Look at training and validation data, print what is found; the number of errors.
+    """Read training and validation data, print what is found, and draw some samples.
 
     Args:
-        config: the data settings, resolved.
+        config: the data settings (conf/data/*.yaml), resolved.
         make: opens a split, from (split, root, download).
-        output: the folder for data_check.png.
+        output: the folder for data_check.png; it is made if there are samples to draw.
+
+    Returns:
+        The number of errors.
     """
     surveys: list[Survey] = []
     errors: list[DataError] = []
     for split in (config["train_split"], config["val_split"]):
         try:
-            with missing_allowed():
+            with missing_allowed():  # a missing file is an error of its pair, not of the split
                 data = make(split=split, root=config["root"], download=config["download"])
         except DataError as error:
             errors.append(error)
             continue
         del data.ids[config["limit"] or len(data) :]
-        surveys.append(Survey(split, data))
-        errors += surveys[-1].errors
-        print(*surveys[-1].describe(), sep="\n")
+        survey = Survey(split, data)
+        surveys.append(survey)
+        errors += survey.errors
+        print(*survey.describe(), sep="\n")
     if len(surveys) == 2:
-        errors += shared(*surveys)
-    samples = []
-    for s in surveys:
-        step = max(1, len(s.good) // PICTURED)
-        samples += [s.data[index] for index in s.good[::step][:PICTURED]]
+        errors += images_in_both(*surveys)
+    samples = [sample for survey in surveys for sample in survey.samples()]
     if samples:
-        print(*table(surveys, data), sep="\n")
+        data = surveys[0].data
+        print(*class_table(surveys, data), sep="\n")
         output.mkdir(parents=True, exist_ok=True)
-        draw(samples, data).save(output / "data_check.png")
+        with atomic_write(output / "data_check.png") as part:
+            draw(samples, data).save(part, "PNG")
         print(f"some samples: {output / 'data_check.png'}")
-    texts = (one_line(" ".join(map(str.strip, str(e).splitlines())), 1000) for e in errors)
-    lines = list(dict.fromkeys(texts))
-    print(*(f"error: {line}" for line in lines[:SHOWN]), sep="\n", end="\n" if lines else "")
+    return _print_errors(errors)
+
+
+def _print_errors(errors: Sequence[DataError]) -> int:
+    """Print each error once and in one line, but no more than `SHOWN`; return their number."""
+    texts = (" ".join(map(str.strip, str(error).splitlines())) for error in errors)
+    lines = list(dict.fromkeys(one_line(text, 1000) for text in texts))
+    for line in lines[:SHOWN]:
+        print(f"error: {line}")
     if len(lines) > SHOWN:
         print(f"… and {len(lines) - SHOWN} more")
     print(f"errors: {len(lines)}" if lines else "no errors")
     return len(lines)
 
 
-def main(arguments: list[str]) -> None:
-    """Compose the settings as train.py does, and check the data they name."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+def main(arguments: Sequence[str]) -> None:
+    """Compose the settings as train.py does, and check the data that they name."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    conf = Path(__file__).resolve().parents[2] / "conf"
-    output = ["check", *(a.removeprefix("output=") for a in arguments if a.startswith("output="))]
-    overrides = [a for a in arguments if not a.startswith(("output=", "resume="))]
-    with short_messages(HydraException, OmegaConfBaseException):
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            cfg = compose("train", ["data.download=false", *overrides])
+    output = Path("check")
+    overrides = ["data.download=false"]
+    for argument in arguments:
+        if argument.startswith("output="):
+            output = Path(argument.removeprefix("output="))
+        elif not argument.startswith("resume="):  # a command line of train.py may have it
+            overrides.append(cli.quoted(argument))
+    with cli.short_messages():
+        cfg = cli.compose(overrides)
+        cli.build(cfg, "data")  # its constructor refuses settings that cannot work
+        make = cli.build(cfg, "data.dataset")
         config: Any = OmegaConf.to_container(cfg.data, resolve=True)
-        check_values({"data": config})
-        make = instantiate(cfg.data.dataset, _convert_="all")
-        if check(config, make, Path(output[-1])):
+        if check(config, make, output):
             raise SystemExit(1)
 
 
