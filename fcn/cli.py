@@ -51,7 +51,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main function: paths may hold any character, and errors are short."""
     # With this setting Hydra raises errors to its caller, and `short_messages` reports them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    if not {"-m", "--multirun"} & set(sys.argv):  # In a sweep, a comma separates the values.
+        sys.argv[1:] = map(quoted, sys.argv[1:])
     with short_messages():
         main()
 
@@ -103,10 +104,11 @@ def short_message(error: BaseException) -> str:
 def quoted(argument: str) -> str:
     """Put quotes around the value of a path, which may hold characters of Hydra's grammar.
 
-    `input=a,b=(1).jpg` becomes `input='a,b=(1).jpg'`. Other arguments stay as they are.
+    `input=a,b=(1).jpg` becomes `input='a,b=(1).jpg'`. Other arguments stay as they are, and so does
+    a path that needs no quotes, or has them already.
     """
     key, _, value = argument.partition("=")
-    if key not in PATHS or value in ("", "null"):
+    if key not in PATHS or re.fullmatch(r"[\w./-]*|'.*'|\".*\"", value):
         return argument
     value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
     return f"{key}='{value}'".replace("${", "\\${")
