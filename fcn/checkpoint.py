@@ -9,10 +9,13 @@ Such files may come from anybody. So nothing in them is run: only tensors and pl
 every byte of a .ckpt is compared with the checksums that it holds, and a file cannot ask for more
 memory than it has bytes.
 
-A checkpoint is a dict with at least `state_dict` (tensors, under `network.…`), `hyper_parameters`
-(the arguments of `SegmentationModule`), `config` (the run's settings, as plain values: where the
-run's config.yaml has a `_target_` to call, this has a `class`, which is only a name), `precision`
-and `global_step`.
+A checkpoint is a dict with at least these entries:
+    state_dict        tensors, under `network.…`
+    hyper_parameters  the arguments of `SegmentationModule`
+    config            the run's settings as plain values. Where the run's config.yaml has a
+                      `_target_`, which Hydra calls, this has a `class`, which is only a name.
+    precision         such as "bf16-mixed"
+    global_step       the number of optimizer steps that were taken
 
 The authors' Caffe nets, as torchfcn (github.com/wkentaro/pytorch-fcn) has converted them, are read
 as if they were checkpoints of ours. Their layers have other names, and their first convolution
@@ -41,10 +44,15 @@ from fcn.vgg import STD
 
 StateDict = dict[str, Tensor]
 SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
-# Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which its file does not tell.
+# Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which are not in its file.
 AT_ONCE = (1.0, 0.01, 0.0001)
-# Names of layers in torchfcn's files beside conv1_1 to conv5_3, and ours.
+# Names of layers in torchfcn's files, and ours. A ReLU follows each convolution of a stage, so that
+# conv3_2 is the layer number 2 of the third stage. VGG-16 goes up to conv5_3, VGG-19 to conv5_4.
 CAFFE_LAYERS = {
+    f"conv{stage}_{number}": f"stages.{stage - 1}.{2 * (number - 1)}"
+    for stage in range(1, 6)
+    for number in range(1, 5)
+} | {
     "fc6": "conv6",
     "fc7": "conv7",
     "score_fr": "score",
@@ -134,7 +142,7 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
             steps[path] = _resumable_step(path, weights)
         except WeightsError as error:
             wrong.append(str(error))
-    # On a tie prefer last.ckpt: only it knows that a validation is still due.
+    # Of two of the same step prefer last.ckpt: only it knows whether a validation is still due.
     newest = max(steps, key=lambda path: (steps[path], path == last_checkpoint(run)), default=None)
     if newest is None:
         raise ConfigError(f"resume={run}: " + ("; ".join(wrong) or "there is no checkpoint in it"))
@@ -156,7 +164,7 @@ def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
 
 
 def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a few bytes that ask for a network of any size.
+    """Refuse a small file whose settings ask for a huge network, before that is built.
 
     Raises:
         WeightsError: weights and settings are not of one FCN.
@@ -174,7 +182,7 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
     wrong = [f"{k}={settings[k]}" for k, size in held.items() if settings.get(k, size) != size]
     if wrong or claimed > path.stat().st_size:
         what = ", ".join(wrong) or f"of {claimed:,} bytes in a smaller file"
-        raise WeightsError(f"{path}: the weights are not what it says: {what}")
+        raise WeightsError(f"{path}: its weights are not what its settings say: {what}")
 
 
 def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     `dataset` holds the data set's `class` (`fcn.datasets.find_dataset` takes it) and its arguments.
 
     Raises:
-        WeightsError: the checkpoint does not tell.
+        WeightsError: the checkpoint has no such settings.
     """
     config = checkpoint["config"]
     data = config.get("data") if isinstance(config, dict) else None
@@ -207,7 +215,7 @@ def without_targets(config: Any) -> Any:
 
 
 def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Path) -> None:
-    """Weights and settings of a checkpoint, for other people: there can be no code in the file.
+    """Write weights and settings of a checkpoint for other people: the file can hold no code.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
@@ -235,7 +243,7 @@ def published_checkpoint(
     """What a checkpoint of ours would hold for one of the authors' nets.
 
     Args:
-        state: the tensors of its file.
+        state: the tensors of its file, under the names they have there.
         pool_scales: `AT_ONCE` for the FCN-8s that was trained at once. Its file looks just like
             that of the FCN-8s trained in stages: python -m fcn.published tells them apart.
     """
@@ -258,22 +266,26 @@ def published_checkpoint(
 def from_caffe(state: StateDict) -> StateDict:
     """The tensors of one of the authors' nets under our names, for our normalisation.
 
-    What has no place in our network keeps its name.
+    A tensor that has no place in our network keeps its name.
     """
     renamed = {}
     for name, value in state.items():
-        layer, _, kind = name.rpartition(".")
-        stage = re.fullmatch(r"conv(\d)_(\d)", layer)
-        if stage:  # A ReLU follows each convolution, so that they have the even numbers.
-            layer = f"stages.{int(stage[1]) - 1}.{2 * (int(stage[2]) - 1)}"
-        renamed[f"{CAFFE_LAYERS.get(layer, layer)}.{kind}"] = value
-    first = renamed["stages.0.0.weight"]  # (C, 3, 3, 3): it has seen BGR, 0 to 255
-    std = torch.tensor(STD).view(3, 1, 1)
-    return renamed | {"stages.0.0.weight": first.flip(1) * (255 * std)}
+        layer, dot, kind = name.rpartition(".")
+        renamed[f"{CAFFE_LAYERS.get(layer, layer)}{dot}{kind}"] = value
+    first = renamed["stages.0.0.weight"]
+    if first.shape[1:2] == (
+        3,
+    ):  # (C, 3, 3, 3): it has seen BGR from 0 to 255; else it fits nothing
+        renamed["stages.0.0.weight"] = first.flip(1) * (255 * torch.tensor(STD).view(3, 1, 1))
+    return renamed
 
 
 def _load(path: Path) -> Any:
-    """What a file holds, without running any of it. Tensors stay on disk until they are used."""
+    """What a file holds, without running any of it.
+
+    Tensors of a .ckpt stay on disk until they are used. So a compressed one cannot unpack to a size
+    that the memory does not have.
+    """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -283,14 +295,14 @@ def _load(path: Path) -> Any:
         zipped = is_zipfile(path)  # files of torch before 1.6, such as the authors' nets, are not
         if zipped:
             stat = path.stat()
-            _check_whole(path, stat.st_mtime_ns, stat.st_size)
+            _check_checksums(path, stat.st_mtime_ns, stat.st_size)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # bytes of any kind raise errors of any kind
         raise WeightsError(f"{path} cannot be read: {brief(error)}") from error
 
 
 @lru_cache
-def _check_whole(path: Path, time: int, size: int) -> None:
+def _check_checksums(path: Path, time: int, size: int) -> None:
     """Compare every byte of a file, at this time and size, with the checksums that it holds.
 
     torch.save writes a ZIP, with a CRC-32 of each tensor, but torch.load does not look at it.

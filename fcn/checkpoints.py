@@ -1,3 +1,4 @@
 """Moved to checkpoint.py."""
+
 from fcn.checkpoint import *  # noqa: F403
-from fcn.checkpoint import _check_whole, _load  # noqa: F401
+from fcn.checkpoint import _check_checksums, _load  # noqa: F401

@@ -1,7 +1,7 @@
 """The LightningModule: an FCN with its loss, metrics, optimizer groups and schedule.
 
-    module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
-    logits = module(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
+logits = module(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
 """
 
 import math
@@ -21,7 +21,7 @@ from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.checkpoint import check_sizes, read_checkpoint
-from fcn.errors import WeightsError, check_number, check_whole, refuse
+from fcn.errors import WeightsError, check_number, check_text, check_whole, refuse
 from fcn.metrics import Scores, segmentation_scores
 from fcn.network import FCN, head_layers
 from fcn.weights import load_weights
@@ -31,15 +31,17 @@ class SegmentationModule(pl.LightningModule):
     """Trains and evaluates one `FCN`.
 
     Args:
-        num_classes: K, background included; None: as many as `class_names`.
-        class_names: of the K classes; numbers where None.
+        num_classes: K, background included. None takes the number of `class_names`, or 21.
+        class_names: names of the K classes. None names them "0", "1" and so on.
         palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
         void: the label of pixels that are ignored in the loss and in every score.
         weights: pretrained weights to begin with, as `fcn.weights.load_weights` takes them.
         optimizer: makes the optimizer from parameter groups; its keyword `lr` is the base rate.
         scheduler: makes a schedule from (optimizer, total_steps, time_used), or None.
-        head_lr_multiplier: on the rate of head and decoder layers without loaded values.
-        bias_lr_multiplier: on the rate of biases, which never decay; 2 in the paper.
+        head_lr_multiplier: a factor on the learning rate of those layers of head and decoder that
+            have no pretrained values.
+        bias_lr_multiplier: a factor on the learning rate of biases, 2 in the paper. Biases have no
+            weight decay.
         network: further arguments of `fcn.network.FCN`.
 
     Raises:
@@ -61,7 +63,9 @@ class SegmentationModule(pl.LightningModule):
         bias_lr_multiplier: float = 2.0,
         **network: Any,
     ) -> None:
-        check_whole("num_classes", num_classes, 1, 255, optional=True)
+        check_whole("num_classes", num_classes, 2, 255, optional=True)
+        if not isinstance(weights, Path):
+            check_text("weights", weights, optional=True)
         check_number("head_lr_multiplier", head_lr_multiplier, above=0)
         check_number("bias_lr_multiplier", bias_lr_multiplier, above=0)
         super().__init__()
@@ -73,8 +77,8 @@ class SegmentationModule(pl.LightningModule):
             refuse(
                 "num_classes",
                 num_classes,
-                f"null or {len(class_names)}, as many as there are names of classes (background "
-                "is a class, void is not)",
+                f"null or {len(class_names)}, the number of class names (background is a class, "
+                "void is not)",
             )
         self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
@@ -93,7 +97,8 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=void, validate_args=False
         )
-        self.val_losses = CatMetric(nan_strategy="disable")  # a sum over the pixels of each batch
+        # Of each validation batch, the sum of the loss over its pixels.
+        self.val_losses = CatMetric(nan_strategy="disable")
         self.scores: Scores | None = None  # of the last validation
         self.val_loss = math.nan
 
@@ -106,12 +111,15 @@ class SegmentationModule(pl.LightningModule):
         return self.network(image)
 
     def loss(self, logits: Tensor, mask: Tensor, pixels: Tensor | float | None = None) -> Tensor:
-        """Cross-entropy in float32, mean over the pixels that are not void; 0 if all are void.
+        """Cross-entropy in float32, the mean over the pixels that are not void; 0 if all are void.
 
         Args:
             logits: (N, K, H, W).
             mask: (N, H, W).
-            pixels: divide by these instead; None: as many as are not void.
+            pixels: divide the sum by this number; None divides by the pixels that are not void.
+
+        Returns:
+            A scalar.
         """
         if pixels is None:
             pixels = (mask != self.void).sum().clamp(min=1)
@@ -123,8 +131,9 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W).
 
-        DDP averages the gradients of its processes. Each divides by an equal share of the pixels
-        of all, so that the average is the gradient of one mean over all pixels.
+        DDP averages the gradients of its processes, whose batches may differ in void pixels. So
+        each divides by the number of pixels in all processes, divided by the number of processes.
+        The average is then the gradient of one mean over all pixels.
         """
         mask = batch["mask"]
         pixels, processes = (mask != self.void).sum(), 1
@@ -148,10 +157,10 @@ class SegmentationModule(pl.LightningModule):
         self.val_losses.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the whole split, at the number of optimizer steps taken."""
-        confusion = self.confusion.compute()  # of all processes
+        """Log the scores of the whole split, at the number of optimizer steps taken so far."""
+        confusion = self.confusion.compute()  # (K, K), summed over all processes
         self.scores = segmentation_scores(confusion)
-        # An exactly rounded sum does not depend on how the images were shared out.
+        # fsum rounds once, so that the sum does not depend on which process saw which image.
         self.val_loss = math.fsum(self.val_losses.compute().flatten().tolist())
         self.val_loss /= max(1, int(confusion.sum()))
         named = {
@@ -166,7 +175,11 @@ class SegmentationModule(pl.LightningModule):
             logger.log_metrics(named, step=self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Groups: loaded or fresh, weight or bias; `train/lr` is the rate without multipliers."""
+        """Up to four parameter groups: loaded or fresh layers, weights or biases.
+
+        Each has its learning rate, and keeps its multiplier as `lr_multiplier`. The metric
+        `train/lr` is the rate without it.
+        """
         if self.make_optimizer is None:
             raise ValueError("SegmentationModule(optimizer=...) is needed for training")
         lr = self.make_optimizer.keywords["lr"]  # type: ignore[attr-defined]  # functools.partial
@@ -196,7 +209,7 @@ class SegmentationModule(pl.LightningModule):
             return optimizer
         scheduler = self.make_scheduler(
             optimizer,
-            total_steps=self.trainer.estimated_stepping_batches,  # inf: it ends by time
+            total_steps=self.trainer.estimated_stepping_batches,  # inf if only max_time ends it
             time_used=self.time_used,
         )
         return {
@@ -205,7 +218,7 @@ class SegmentationModule(pl.LightningModule):
         }
 
     def time_used(self) -> float:
-        """The share of `trainer.max_time` that has passed; 0 without a limit."""
+        """The share of `trainer.max_time` that has passed, from 0 to 1; 0 without a limit."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
                 elapsed = callback.time_elapsed()
@@ -219,7 +232,7 @@ class SegmentationModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning's, which refuses fused optimizers even in bf16-mixed, without need."""
+        """Clip as Lightning does, which refuses fused optimizers even where that is not needed."""
         if gradient_clip_val:
             clip = self.trainer.precision_plugin.clip_grad_by_norm
             if gradient_clip_algorithm == "value":
@@ -227,7 +240,7 @@ class SegmentationModule(pl.LightningModule):
             clip(optimizer, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the file stand alone: its own values are the weights, none are fetched again."""
+        """Let the file stand alone: it holds the weights, so that none are fetched to open it."""
         checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"], weights=None)
         checkpoint["fresh_layers"] = self.fresh_layers
         checkpoint["normalization"] = {
@@ -242,9 +255,10 @@ class SegmentationModule(pl.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, **changes: Any
     ) -> Self:
-        """Of a .ckpt or .safetensors, on the CPU, without running code that the file may hold.
+        """The module of a .ckpt or .safetensors, or of a published net, on the CPU.
 
-        Lightning's own imports and calls what a file's settings name, before 2.6.6 anything.
+        No code that the file may hold is run. (Lightning's own method imports and calls what a
+        file's settings name; before version 2.6.6 that may be any function.)
 
         Args:
             changes: arguments that replace the checkpoint's.

@@ -27,11 +27,12 @@ class FCN(nn.Module):
 
     Args:
         num_classes: K, background included. Void is not a class.
-        stride: of the finest prediction: 32, 16 or 8 pixels (FCN-32s, FCN-16s, FCN-8s).
+        stride: pixels between two predictions of the finest map that is upsampled to the image:
+            32, 16 or 8 (FCN-32s, FCN-16s, FCN-8s).
         backbone: a torchvision VGG without batch norm: "vgg11", "vgg13", "vgg16" or "vgg19".
         head_width: channels of conv6 and conv7. Only 4096 can take VGG's own classifier.
         head_kernel: size of conv6, odd. Only 7 can take VGG's own classifier.
-        dropout: after conv6 and conv7, while training.
+        dropout: the share of values that are zeroed after conv6 and conv7 while training.
         pooling: "max" as in VGG, or "avg" as in the tutorial this work starts from.
         fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
             scores to the pools' own channels, adds the pools themselves and predicts last.
@@ -76,8 +77,7 @@ class FCN(nn.Module):
         channels_last: bool = False,
         alignment: str = "centered",
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        _check_arguments(arguments)
+        _check_arguments(locals())  # so far these are the arguments
         super().__init__()
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
         self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
@@ -154,13 +154,16 @@ class FCN(nn.Module):
 
         Returns:
             Logits (N, K, H, W).
+
+        Raises:
+            ValueError: the images are of another shape or type.
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"expected images (N, 3, H, W); got {tuple(image.shape)}")
         height, width = image.shape[-2:]
         x = self.normalize(image)
-        near, right, bottom = self.margin, -width % self.cell, -height % self.cell
-        x = F.pad(x, (near, near + right, near, near + bottom))  # (N, 3, H', W')
+        margin, right, bottom = self.margin, -width % self.cell, -height % self.cell
+        x = F.pad(x, (margin, margin + right, margin, margin + bottom))  # (N, 3, H', W')
 
         pools = {}
         for number, stage in enumerate(self.stages, start=1):
@@ -170,7 +173,7 @@ class FCN(nn.Module):
                 x = stage(x)
             pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
 
-        # conv6 stays (N, C, H, W): its 103 M weights would be copied to the other layout each time
+        # Back from channels_last to (N, C, H, W), or conv6 would copy its 103 M weights each time.
         x = (self.pool_scales["pool5"] * x).contiguous()
         x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
         x = self.dropout(F.relu(self.conv7(x)))
@@ -178,13 +181,17 @@ class FCN(nn.Module):
 
         for pool, skip in self.skips.items():
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
-            beside = _crop(pools[pool], self.offsets[pool], x.shape[-2:])
-            x = x + skip(self.pool_scales[pool] * beside)
+            features = _crop(pools[pool], self.offsets[pool], x.shape[-2:])
+            x = x + skip(self.pool_scales[pool] * features)
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W')
         return _crop(x, self.offsets["image"], (height, width))
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Images, uint8 or float in [0, 1], to zero mean and unit variance of ImageNet."""
+        """Images (N, 3, H, W), uint8 or float in [0, 1], to ImageNet's zero mean and unit variance.
+
+        Raises:
+            ValueError: the images are of another type.
+        """
         if image.dtype == torch.uint8:
             image = image.to(self.mean.dtype) / 255
         elif not image.is_floating_point():
@@ -193,7 +200,7 @@ class FCN(nn.Module):
 
 
 def head_layers(network: FCN) -> list[str]:
-    """Names of all layers with parameters behind the VGG stages."""
+    """Names of the layers of head and decoder, which are all that come after the VGG stages."""
     return [
         name
         for name, module in network.named_modules()
@@ -202,7 +209,10 @@ def head_layers(network: FCN) -> list[str]:
 
 
 def init_upsampling_(layer: nn.ConvTranspose2d) -> None:
-    """Bilinear interpolation: channel by channel, or between random mixtures of channels."""
+    """Start as bilinear interpolation of each channel, or of random mixtures of channels.
+
+    Mixtures are needed where the layer also changes the number of channels (fusion="feature").
+    """
     size, factor = layer.kernel_size[0], layer.stride[0]
     position = torch.arange(size, dtype=torch.float64)
     line = 1 - (position - (size - 1) / 2).abs() / factor  # (2s,), a triangle
@@ -218,14 +228,17 @@ def init_upsampling_(layer: nn.ConvTranspose2d) -> None:
 
 
 def crop_offsets(network: FCN) -> dict[str, int]:
-    """Rows and columns to leave out before a pool is added, and before the image; 0 if "centered".
+    """How many rows and columns to crop from each pool, and from the last map: all 0 if "centered".
 
     As Caffe's coord_map.py, this follows the centre of each map's first pixel, in pixels of the
-    image: a kernel k with padding p takes it (k - 1) / 2 - p of its input's pixels further, and a
-    transposed one that much of its output's back.
+    image. A kernel of size k with padding p moves it by (k - 1) / 2 - p pixels of its input, and a
+    transposed one moves it back by that many pixels of its output.
+
+    Returns:
+        For example {"pool4": 5, "pool3": 9, "image": 31}, in pixels of those maps.
     """
     first = {f"pool{n}": (2**n - 1) / 2 - network.margin for n in range(1, 6)} | {"image": 0.0}
-    conv6, step = network.conv6, 32  # image pixels between two of the map
+    conv6, step = network.conv6, 32  # step: pixels of the image between two pixels of the map
     at = first["pool5"] + step * (conv6.kernel_size[0] // 2 - int(conv6.padding[0]))
     offsets = {}
     for name, layer in network.upsample.items():
@@ -233,7 +246,7 @@ def crop_offsets(network: FCN) -> dict[str, int]:
         step //= layer.stride[0]
         at -= step * ((layer.kernel_size[0] - 1) / 2 - int(layer.padding[0]))
         other = name.split("_")[1]  # to_pool4, to_pool3, to_image_8
-        offsets[other] = int(abs(at - first[other]) / step)  # what begins earlier is cropped
+        offsets[other] = int(abs(at - first[other]) / step)  # of the map that begins earlier
     return offsets
 
 
@@ -244,66 +257,67 @@ def _crop(x: Tensor, offset: int, size: tuple[int, int] | torch.Size) -> Tensor:
 def _upsampling(
     in_channels: int, out_channels: int, factor: int, caffe: bool
 ) -> nn.ConvTranspose2d:
-    """Exactly `factor` times as large, centred: kernel 2s, stride s, padding s/2 (Caffe's: 0)."""
+    """Upsampling by exactly `factor`, s, centred: kernel 2s, stride s, padding s/2 (Caffe's: 0)."""
     return nn.ConvTranspose2d(
         in_channels,
         out_channels,
         2 * factor,
         stride=factor,
         padding=0 if caffe else factor // 2,
-        bias=in_channels != out_channels,  # scores have theirs from the layer before
+        bias=in_channels != out_channels,  # scores got their bias from the layer before
     )
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
-    """Refuse a value that cannot work, before any layer is built.
+    """Refuse arguments of `FCN` that cannot work, before any layer is built.
 
     Raises:
         ValueError: for example "stride=7: must be 32, 16 or 8".
     """
-    names = backbones()
-    caffe, feature = given["alignment"] == "caffe", given["fusion"] == "feature"
-    kernel, scales = given["head_kernel"], given["pool_scales"]
+    names, scales, kernel = backbones(), given["pool_scales"], given["head_kernel"]
     rules = {
         "num_classes": (_is_whole(given["num_classes"], 1, 255), "a whole number from 1 to 255"),
         "stride": (_is_whole(given["stride"], 8, 32) and given["stride"] in SKIPS, "32, 16 or 8"),
         "backbone": (given["backbone"] in names, f"one of {', '.join(names)}"),
         "head_width": (_is_whole(given["head_width"], 1, 2**14), "a whole number from 1 to 16384"),
         "head_kernel": (_is_whole(kernel, 1, 63) and kernel % 2 == 1, "an odd number from 1 to 63"),
-        "dropout": (_is_number(given["dropout"], 0, 1, below=True), "at least 0 and below 1"),
+        "dropout": (
+            _is_number(given["dropout"]) and 0 <= given["dropout"] < 1,
+            "a number of at least 0 and below 1",
+        ),
         "pooling": (given["pooling"] in ("max", "avg"), "max or avg"),
         "fusion": (given["fusion"] in ("score", "feature"), "score or feature"),
         "pool_scales": (
-            isinstance(scales, Sequence) and len(scales) == 3 and all(map(_is_positive, scales)),
+            isinstance(scales, Sequence)
+            and len(scales) == 3
+            and all(_is_number(scale) and scale > 0 for scale in scales),
             "three numbers above 0, for pool5, pool4 and pool3",
-        ),
-        "freeze_stages": (_is_whole(given["freeze_stages"], 0, 5), "a whole number from 0 to 5"),
-        "checkpoint_stages": (
-            _is_whole(given["checkpoint_stages"], 0, 5),
-            "a whole number from 0 to 5",
         ),
         "alignment": (given["alignment"] in ("centered", "caffe"), "centered or caffe"),
     }
+    for name in ("freeze_stages", "checkpoint_stages"):
+        rules[name] = (_is_whole(given[name], 0, 5), "a whole number from 0 to 5")
     for name in ("learn_upsampling", "learn_last_upsampling", "channels_last"):
         rules[name] = (isinstance(given[name], bool), "true or false")
     for name, (right, wanted) in rules.items():
         if not right:
-            raise ValueError(f"{name}={given[name]}: must be {wanted}")
-    if caffe and kernel != 7:
-        raise ValueError(f"head_kernel={kernel}: must be 7 with alignment=caffe")
+            _refuse(name, given[name], wanted)
+    if given["alignment"] == "caffe" and kernel != 7:
+        _refuse("head_kernel", kernel, "7 with alignment=caffe")
     for name in ("learn_upsampling", "learn_last_upsampling"):
-        if feature and not given[name]:
-            raise ValueError(f"{name}=false: must be true with fusion=feature")
+        if given["fusion"] == "feature" and not given[name]:
+            _refuse(name, False, "true with fusion=feature, which must learn to upsample")
+
+
+def _refuse(name: str, value: object, wanted: str) -> None:
+    shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
+    raise ValueError(f"{name}={shown}: must be {wanted}")
 
 
 def _is_whole(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object, low: float, high: float, *, below: bool = False) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and low <= value <= high and not (below and value == high)
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value, 0, 1e30) and value != 0
+def _is_number(value: object) -> bool:
+    """Whether this is an int or a finite float, and not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

@@ -3,8 +3,8 @@
     python -m fcn.published fcn8s-atonce_from_caffe.pth --at-once   # fcn8s-atonce_from_caffe.ckpt
 
 evaluate.py, predict.py and export.py open these files as they are. Only the FCN-8s that was trained
-at once needs this command: its layers are named and shaped like those of the FCN-8s that was
-trained in stages, and nothing in its file says that it scales its pools.
+at once needs this command. Its layers are named and shaped like those of the FCN-8s that was trained
+in stages, and nothing in its file says that it scales its pools.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from fcn.checkpoint import AT_ONCE, is_published, published_checkpoint, read_ten
 from fcn.cli import short_messages
 from fcn.errors import ConfigError
 from fcn.files import atomic_write
+from fcn.module import SegmentationModule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a published net as a checkpoint."""
+    """Write a published net as a checkpoint, and print its path."""
     parser = argparse.ArgumentParser(
         prog="python -m fcn.published",
         description="Write one of the authors' Caffe nets, with torchfcn's names, as a checkpoint.",
@@ -36,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_published(state):
             raise ConfigError(f"{options.file} is none of the Caffe nets: it has no conv1_1.weight")
         checkpoint = published_checkpoint(state, AT_ONCE if options.at_once else (1.0, 1.0, 1.0))
-        if options.at_once and checkpoint["hyper_parameters"]["stride"] != 8:
+        settings = checkpoint["hyper_parameters"]
+        if options.at_once and settings["stride"] != 8:
             raise ConfigError(f"--at-once: {options.file} is no FCN-8s")
-        checkpoint |= {"fresh_layers": [], "pytorch-lightning_version": pl.__version__}
+        # This names what does not fit. Nothing is written then.
+        module = SegmentationModule(**settings, weights=options.file)
+        checkpoint["pytorch-lightning_version"] = pl.__version__
+        module.on_save_checkpoint(checkpoint)
         with atomic_write(output) as part:
             torch.save(checkpoint, part)
         print(output)

@@ -11,7 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's VGGs, RGB in [0, 1]
+# What torchvision's VGGs are used to: RGB in [0, 1], minus MEAN, divided by STD.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The mean pixel of the authors' Caffe nets, in RGB order and divided by 255.
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
 
@@ -38,7 +39,8 @@ def vgg_stages(backbone: str, pooling: str = "max", *, ceil_mode: bool = False) 
         (N, C, H, W) to (N, C', H/2, W/2).
     """
     pool = nn.AvgPool2d if pooling == "avg" else RecomputedMaxPool2d
-    with torch.device("meta"):  # The classifier's 123 M random values would take a second.
+    # On the meta device nothing is computed: the classifier's 123 M random values take a second.
+    with torch.device("meta"):
         features = torchvision.models.get_model(backbone, weights=None).features
     stages, stage = nn.ModuleList(), nn.Sequential()
     for layer in features.to_empty(device="cpu"):

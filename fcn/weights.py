@@ -6,7 +6,7 @@ the authors' own Caffe nets.
     load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
     load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
-A layer is loaded, named in a warning, or named in an error: none is skipped in silence.
+Every layer is loaded, named in a warning, or named in an error. None is skipped in silence.
 """
 
 import logging
@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 from torchvision.models import WeightsEnum, get_model_weights
 
-from fcn.checkpoint import StateDict, brief, from_caffe, is_published, read_tensors
+from fcn.checkpoint import (
+    CAFFE_LAYERS,
+    StateDict,
+    brief,
+    from_caffe,
+    is_published,
+    read_tensors,
+)
 from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError
 from fcn.network import FCN, SKIPS, head_layers
@@ -46,7 +53,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     state = read_weights(network.backbone, source)
     own = network.state_dict()
     warning = ""
-    theirs: dict[str, str] = {}  # names as the file has them, for messages
+    theirs: dict[str, str] = {}  # our layers with the names that the file has for them
     may_drop: list[str] = []
     imagenet = any(name.startswith("features.") for name in state)
     if imagenet:
@@ -60,19 +67,19 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
                     f"{source} is one of the authors' Caffe nets: they need model.alignment=caffe "
                     "model.backbone=vgg16"
                 )
+            theirs = {ours: layer for layer, ours in CAFFE_LAYERS.items()}
             state = from_caffe(state)
         may_miss, may_drop = _new_in_finer_stride(network, state)
 
-    both = [name for name in own if name in state]
-    loaded = {_layer(name) for name in both}
-    _refuse_what_does_not_fit(network, source, state, may_miss, may_drop, theirs)
+    loaded = _refuse_what_does_not_fit(network, source, state, may_miss, may_drop, theirs)
     with torch.no_grad():
-        for name in both:
-            own[name].copy_(state[name])  # float16 becomes float32
+        for name in own:
+            if name in state:
+                own[name].copy_(state[name])  # float16 becomes float32
         if imagenet:
             weight, bias = own["stages.0.0.weight"], own["stages.0.0.bias"]  # (C, 3, 3, 3), (C,)
             shift = (network.mean.flatten() - torch.tensor(MEAN)) / network.std.flatten()
-            bias += weight.sum((2, 3)) @ shift  # 0 unless its zero is Caffe's mean
+            bias += weight.sum((2, 3)) @ shift  # the shift is 0 unless alignment="caffe"
     if warning:
         log.warning("%s: %s", source, warning)
     return [layer for layer in head_layers(network) if layer not in loaded]
@@ -85,14 +92,17 @@ def _refuse_what_does_not_fit(
     may_miss: Sequence[str],
     may_drop: Sequence[str],
     theirs: dict[str, str],
-) -> None:
+) -> set[str]:
     """Name every tensor that is missing, unexpected, of another shape or not finite.
 
     Args:
         state: what was read, under our names.
         may_miss: names in the network that need not be in `state`.
         may_drop: names in `state` that need not be in the network.
-        theirs: names of layers in the file, for the message.
+        theirs: our layers with the names that the file has for them, for the message.
+
+    Returns:
+        The layers that `state` has values for.
 
     Raises:
         WeightsError: there is such a tensor.
@@ -123,10 +133,15 @@ def _refuse_what_does_not_fit(
             f"fusion={network.fusion}. {listed}. "
             "Do backbone, fusion, number of classes and widths agree, and is its stride no finer?"
         )
+    return loaded
 
 
 def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
-    """The file, or the torchvision weight set, that `source` means; nothing is read yet."""
+    """The file, or the torchvision weight set, that `source` means. Nothing is read yet.
+
+    Raises:
+        WeightsError: there is neither.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -143,7 +158,11 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
 
 
 def read_weights(backbone: str, source: str | Path) -> StateDict:
-    """The tensors at `source`, under the names they have there (ours without `network.`)."""
+    """The tensors at `source`, under the names they have there (ours without `network.`).
+
+    Raises:
+        WeightsError: they cannot be found, fetched or read. The message says what to do.
+    """
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
         return read_tensors(weights)
@@ -152,7 +171,7 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     patience = socket.getdefaulttimeout()
     try:
         with locked(cached):  # of two runs at once, one downloads
-            socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever
+            socket.setdefaulttimeout(TIMEOUT)  # else torch.hub waits for a silent server for ever
             state = weights.get_state_dict(
                 progress=True, check_hash=True, weights_only=True, map_location="cpu"
             )
@@ -177,8 +196,9 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
 def fold_normalization(state: StateDict, mean: Sequence[float], std: Sequence[float]) -> StateDict:
     """The same VGG for our normalisation instead of (mean, std): its first convolution changes.
 
-    torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has another one than all the rest. Equal but
-    for the zeros around the image, which stand for a mean that is less than one grey level away.
+    torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has another normalisation than all the rest.
+    The result is equal inside the image. At its border it differs a little, because the zeros
+    around an image stand for the mean, and the two means are almost one grey level apart.
     """
     if tuple(mean) == MEAN and tuple(std) == STD:
         return state
@@ -191,7 +211,10 @@ def fold_normalization(state: StateDict, mean: Sequence[float], std: Sequence[fl
 
 
 def torchvision_layers(network: FCN) -> dict[str, str]:
-    """Our layers that torchvision's VGG has too, with its names: it counts all stages through."""
+    """Our layers that torchvision's VGG has too, with its names.
+
+    torchvision numbers the layers of all stages in one row: stages.1.0 is features.5 in VGG-19.
+    """
     stages = [list(stage.children()) for stage in network.stages]
     layers = [f"stages.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
     names = {layer: f"features.{number}" for number, layer in enumerate(layers)}
@@ -201,8 +224,9 @@ def torchvision_layers(network: FCN) -> dict[str, str]:
 def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
     """A torchvision VGG's tensors under our names: `features.*`, and the classifier if it fits.
 
-    The classifier's first two linear layers become conv6 (7x7) and conv7 (1x1), as in the paper;
-    its third, for the 1000 classes of ImageNet, has no use. What has no place here keeps its name.
+    The classifier's first two linear layers become conv6 (7x7) and conv7 (1x1), as in the paper.
+    Its third, for the 1000 classes of ImageNet, is left out. A tensor that has no place in our
+    network keeps its name.
 
     Returns:
         The tensors, and a warning that names those of conv6 and conv7 that start at random: their
@@ -236,7 +260,11 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
 
 
 def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
-    """What a checkpoint of a coarser stride may lack, and what of it has no place (32s -> 16s)."""
+    """What may be missing and what may be left over where a coarser FCN starts a finer one.
+
+    From FCN-32s to FCN-16s these are the skip at pool4 with its upsampling and the last upsampling
+    to the image, and the last upsampling of FCN-32s.
+    """
     strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
     if len(strides) != 1 or strides[0] <= network.stride:
         return [], []
