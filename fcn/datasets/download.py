@@ -1,10 +1,11 @@
-"""Fetching and unpacking of data sets' archives, so that no failure leaves half of one behind.
+"""Download and unpack data sets' archives, so that no failure leaves half of one behind.
 
     fetch(urls, md5=md5, dest=root / "a.tar")                         # resumes, tries every mirror
-    unpack(root / "a.tar", into=root, member_root="VOCdevkit/VOC2012")  # all of it or nothing
-    Archive(...).find(root, download=True)  # both, unless the folder is there already
+    unpack(root / "a.tar", into=root, member_root="VOCdevkit/VOC2012")  # everything or nothing
+    Archive(...).find(root, download=True)  # both, unless the folder exists already
 
-Either may be called by several processes at once: one works, the others wait and find it done.
+Several processes may call any of these at once. One of them does the work; the others wait, and
+then find it done.
 """
 
 import logging
@@ -22,40 +23,45 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 
-from filelock import FileLock, Timeout
 from torchvision.datasets.utils import calculate_md5, check_integrity
 from tqdm import tqdm
 
 from fcn.errors import DataError, reason
+from fcn.files import is_locked, lock
 
 HINT = "`experiment=quickstart` needs no download."
-TIMEOUT = 30.0  # seconds to connect, and for the next bytes to arrive
-SLOWEST = 1000  # bytes a second, over all of a download: less is a mirror that stalls
+TIMEOUT = 30.0  # seconds to wait for a connection, and for the next bytes
+SLOWEST = 1000  # bytes per second, on average; a mirror that is slower is given up
+CHUNK = 2**20  # most bytes to read at once
 
 log = logging.getLogger(__name__)
 
 
 class _MirrorError(Exception):
-    """This mirror failed; the next one may not."""
+    """This mirror failed; another one may work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A data set's published archive, and the folder in it that is wanted."""
+    """A data set's published archive, and the folder in it that is needed."""
 
     data: str  # the data set's name, for messages
-    file: str  # what the archive is called on disk; .zip, or any kind of tar
-    size: str  # to download, for messages
+    file: str  # the archive's name on disk; a .zip, or any kind of tar
+    size: str  # of the download, for messages
     md5: str
     urls: tuple[str, ...]
-    tree: str  # the folder, as the archive names it
+    tree: str  # the path of the folder in the archive
 
     def find(self, root: str | Path | None, download: bool) -> Path:
-        """`root / tree`, fetched if it is missing and `download`; else that raises DataError."""
+        """The folder `root / tree`, which is downloaded if it is missing and `download` is true.
+
+        Raises:
+            DataError: the folder is missing, or it cannot be downloaded.
+        """
         if root is None:
             top = self.tree.partition("/")[0]
             raise DataError(f"{self.data} needs data.root: the folder that holds {top}/")
@@ -70,50 +76,38 @@ class Archive:
                 f"archive {self.file} in {root.absolute()},\n"
                 f"  or set data.root to the folder that holds {self.tree}/. {HINT}"
             )
-        # Both lock and look again, so two runs on one root share one download.
+        # Both of these lock and then look again, so that two runs on one root share one download.
         fetch(self.urls, md5=self.md5, dest=root / self.file)
         return unpack(root / self.file, into=root, member_root=self.tree)
 
 
 def fetch(urls: Sequence[str], md5: str, dest: Path) -> None:
-    """Puts the file with this md5 at `dest`, from the first of the mirrors that has it.
+    """Download the file with this MD5 sum to `dest`, from the first mirror that has it.
 
-    Bytes gather in `<dest>.part`, which a later call takes up where it ended, from any mirror;
-    only what has the right md5 ever gets the name `dest`. A file that is there already is used if
-    its md5 is right, which is how an archive is placed by hand.
+    Bytes are collected in `<dest>.part`. A later call continues that file, from any mirror. Only a
+    file with the right MD5 sum is ever given the name `dest`. A file that is at `dest` already is
+    used if its MD5 sum is right, so that an archive can be put there by hand.
 
-    Raises DataError, after every mirror failed, with each one's reason and the way around; at once
-    if `dest` holds something else, or if the disk is full or read-only.
+    Raises:
+        DataError: every mirror failed; the message gives the reason of each, and another way to
+            get the file. Or `dest` holds something else, or the disk is full or read-only.
     """
     part = dest.with_suffix(dest.suffix + ".part")
-    failures: list[str] = []
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with locked(dest):
             if dest.exists():
-                if (found := calculate_md5(dest)) != md5:
+                found = calculate_md5(dest)
+                if found != md5:
                     raise DataError(
                         f"{dest.absolute()} has md5 {found}, expected {md5}: it is incomplete or "
                         "something else. Delete it, or put the right file in its place."
                     )
                 return
-            mirrors = deque(urls)
-            while mirrors:
-                url = mirrors.popleft()
-                resumed = part.exists()
-                try:
-                    _download(url, part)
-                    if check_integrity(part, md5):
-                        os.replace(part, dest)
-                        return
-                    found = calculate_md5(part)
-                    part.unlink()  # nobody can tell which bytes are wrong
-                    if resumed:  # perhaps those of an earlier call: this mirror may start afresh
-                        mirrors.appendleft(url)
-                    raise _MirrorError(f"wrong md5 {found}")
-                except _MirrorError as e:
-                    log.warning("%s: %s", url, e)
-                    failures.append(f"  {url}\n    {e}")
+            failures = _try_mirrors(urls, md5, part)
+            if failures is None:
+                os.replace(part, dest)
+                return
     except OSError as e:
         raise DataError(f"{dest.absolute()}: cannot write here: {e.strerror or e}") from e
     raise DataError(
@@ -123,64 +117,110 @@ def fetch(urls: Sequence[str], md5: str, dest: Path) -> None:
     )
 
 
+def _try_mirrors(urls: Sequence[str], md5: str, part: Path) -> list[str] | None:
+    """Complete the file `part`, from one mirror after the other.
+
+    Returns:
+        None if it now has this MD5 sum; else why each mirror failed.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    failures: list[str] = []
+    mirrors = deque(urls)
+    while mirrors:
+        url = mirrors.popleft()
+        resumed = part.exists()
+        try:
+            _download(url, part)
+            if check_integrity(part, md5):
+                return None
+            found = calculate_md5(part)
+            part.unlink()  # it is unknown which bytes are wrong
+            if resumed:  # perhaps those of an earlier call: try this mirror again from the start
+                mirrors.appendleft(url)
+            raise _MirrorError(f"wrong md5 {found}")
+        except _MirrorError as e:
+            log.warning("%s: %s", url, e)
+            failures.append(f"  {url}\n    {e}")
+    return failures
+
+
 def _download(url: str, part: Path) -> None:
-    """Appends the rest of `url` to `part`. Raises _MirrorError; OSError only for the local disk."""
+    """Append to `part` what it lacks of the file at `url`.
+
+    Raises:
+        _MirrorError: the mirror failed.
+        OSError: the disk is full or read-only.
+    """
     start = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "fcn"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT
-        )
-    except HTTPError as e:
-        if e.code == 416 and start:  # nothing after `start`: all there, or too much; md5 tells
-            return
-        raise _MirrorError(f"HTTP {e.code} {e.reason}") from e
-    except (OSError, HTTPException, ValueError) as e:
-        raise _MirrorError(reason(e)) from e
+    response = _request(url, start)
+    if response is None:  # it is complete, or too long: its MD5 sum will show which
+        return
     with response:
         if response.headers.get_content_type() == "text/html":
             raise _MirrorError("sent a web page, not the file")
-        if start and response.status != 206:  # no Range here: the whole file comes again
+        if start and response.status != 206:  # the mirror cannot resume, and sends the whole file
             start = 0
         elif start:
             span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             if not span or int(span[1]) != start:
                 raise _MirrorError("answered a Range request with another range")
-        length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdigit() else None
-        with (
-            part.open("ab" if start else "wb") as file,
-            tqdm(
-                desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
-            ) as bar,
-        ):
-            begun, first = time.monotonic(), start
-            while True:
-                waited = time.monotonic() - begun
-                if waited > TIMEOUT and start - first < SLOWEST * waited:
-                    raise _MirrorError(f"sent only {start - first:,} bytes in {waited:.0f} s")
-                try:
-                    chunk = response.read1(1 << 20)
-                except (OSError, HTTPException) as e:
-                    raise _MirrorError(f"{reason(e)} after {bar.n:,} bytes") from e
-                if not chunk:
-                    break
-                file.write(chunk)
-                start += len(chunk)
-                bar.update(len(chunk))
-    if total is not None and start < total:
-        raise _MirrorError(f"connection closed after {start:,} of {total:,} bytes")
+        _append(response, part, start)
+
+
+def _request(url: str, start: int) -> HTTPResponse | None:
+    """Ask for a file from byte `start` on; None if the mirror has no bytes after that."""
+    headers = {"User-Agent": "fcn"} | ({"Range": f"bytes={start}-"} if start else {})
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as e:
+        if e.code == 416 and start:  # "Range Not Satisfiable"
+            return None
+        raise _MirrorError(f"HTTP {e.code} {e.reason}") from e
+    except (OSError, HTTPException, ValueError) as e:
+        raise _MirrorError(reason(e)) from e
+
+
+def _append(response: HTTPResponse, part: Path, start: int) -> None:
+    """Write what a mirror sends to `part`, which holds the first `start` bytes already."""
+    length = response.headers.get("Content-Length", "")
+    total = start + int(length) if length.isdigit() else None
+    progress = tqdm(
+        desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
+    )
+    size, begun = start, time.monotonic()
+    with part.open("ab" if start else "wb") as file, progress:
+        while True:
+            waited = time.monotonic() - begun
+            if waited > TIMEOUT and size - start < SLOWEST * waited:
+                raise _MirrorError(f"sent only {size - start:,} bytes in {waited:.0f} s")
+            try:
+                chunk = response.read1(CHUNK)
+            except (OSError, HTTPException) as e:
+                raise _MirrorError(f"{reason(e)} after {size:,} bytes") from e
+            if not chunk:
+                break
+            file.write(chunk)
+            size += len(chunk)
+            progress.update(len(chunk))
+    if total is not None and size < total:
+        raise _MirrorError(f"connection closed after {size:,} of {total:,} bytes")
 
 
 def unpack(archive: Path, into: Path, member_root: str) -> Path:
-    """Extracts the folder `member_root` of a tar or .zip to `into / member_root`, which it returns.
+    """Extract the folder `member_root` of a tar or .zip to `into / member_root`.
 
-    Extraction goes to a hidden folder beside it and ends with one rename, so a killed run never
-    leaves half a tree that looks whole; the next call removes what it left. A tree that is there
-    already is left alone.
+    The files go to a hidden folder in `into` first, which is renamed at the end. A killed run
+    therefore never leaves an incomplete folder under the final name, and the next call removes the
+    hidden one. A folder that exists already is left as it is.
 
-    Raises DataError for an archive that is broken, lacks `member_root`, or holds anything other
-    than plain files and folders below its own root (links, devices, absolute paths, '..').
+    Returns:
+        `into / member_root`.
+
+    Raises:
+        DataError: the archive is damaged, lacks `member_root`, or holds anything but plain files
+            and folders inside its own root (links, devices, absolute paths, '..').
     """
     target = into / member_root
     prefix = f".unpack-{archive.name}-"
@@ -212,19 +252,23 @@ def _unzip(archive: Path, folder: str) -> None:
         for member in tqdm(
             file.infolist(), f"unpacking {archive.name}", unit=" files", disable=None
         ):
-            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if not made on Unix
+            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 in an archive not made on Unix
             _check_member(member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)
 
 
 def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """tarfile's `data` filter, which also drops odd modes and owners, without its leniency: that
-    one strips a leading '/' and lets links pass that point inside."""
+    """A filter for `TarFile.extractall`, stricter than tarfile's own `data` filter.
+
+    The `data` filter removes a leading '/' and accepts links that point inside; both are refused
+    here. What passes still goes through it, because it also resets unusual modes and owners.
+    """
     _check_member(member.name, plain=member.isreg() or member.isdir())
     return tarfile.data_filter(member, folder)
 
 
 def _check_member(name: str, *, plain: bool) -> None:
+    """Refuse a member of an archive that could end up outside the folder, or is no plain file."""
     path = PurePosixPath(name)
     if not plain or path.is_absolute() or ".." in path.parts:
         raise DataError(f"archive refused: '{name}' is a link, a device or a path outside")
@@ -232,14 +276,9 @@ def _check_member(name: str, *, plain: bool) -> None:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Holds `.<file>.lock` beside the file; the system frees it when the process dies."""
-    lock = FileLock(file.with_name(f".{file.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    """Hold the lock `.<file>.lock` in the file's folder, for as long as this process lives."""
+    path = file.with_name(f".{file.name}.lock")
+    if is_locked(path):
         log.info("waiting for another process that works on %s", file)
-        lock.acquire()
-    try:
+    with lock(path, timeout=-1):
         yield
-    finally:
-        lock.release()
