@@ -18,10 +18,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fcn.cli import short_messages
-from fcn.csv_logger import read_numbers
 from fcn.errors import ConfigError, WriteError, reason
 from fcn.figures.comparison import compare_runs
 from fcn.figures.curves import DRAWN, Columns, draw_curves, series
+from fcn.runs.metrics import read_numbers
 
 LONGEST_CHANGES = 80  # characters of a run's settings in the legend
 

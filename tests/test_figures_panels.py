@@ -1,0 +1,89 @@
+"""Sheets of image | label | prediction | errors: what is where, and what is written on them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageDraw
+from test_figures_masks import NAMES, PALETTE, colours_in
+from torch import Tensor
+
+from fcn.datasets.voc2012 import VOC2012
+from fcn.figures.masks import CORRECT, IGNORED, VOID_COLOUR, WRONG
+from fcn.figures.panels import draw_panels
+
+IMAGE = (70, 80, 200)  # not a grey, because texts are grey
+
+
+def row(height: int, width: int, label: int, prediction: int) -> tuple[Tensor, Tensor, Tensor]:
+    image = torch.tensor(IMAGE, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, width)
+    masks = [torch.full((height, width), k, dtype=torch.uint8) for k in (label, prediction)]
+    return image, masks[0], masks[1]
+
+
+def test_every_picture_is_in_its_place() -> None:
+    rows = [row(30, 60, 1, 2), row(80, 40, 255, 0), row(1, 1, 2, 2)]
+    picture = draw_panels(rows, class_names=NAMES, palette=PALETTE, title="step 5", width=100)
+    pixels = np.asarray(picture).astype(int)
+    heights = 50 + 150 + 100  # at width 100, shapes kept; the second is limited to height 150
+    assert 400 < picture.width < 460
+    assert heights < picture.height < heights + 250
+    tall = 75 * 150
+    for colour, area in (
+        (IMAGE, 100 * 50 + tall + 100 * 100),  # every image
+        (PALETTE[1], 100 * 50),  # the first label
+        (PALETTE[2], 100 * (50 + 100 + 100)),  # a prediction, and both of the last row
+        (WRONG, 100 * 50),
+        (IGNORED, tall),
+        (CORRECT, 100 * 100),
+    ):
+        found = (pixels == colour).all(-1).sum()
+        assert area <= found <= area + 300, colour  # and its swatch in the legend
+    for colour, column in ((IMAGE, 0), (PALETTE[1], 1), (WRONG, 3)):
+        xs = np.nonzero((pixels == colour).all(-1).sum(0) > 40)[0]  # higher than a swatch
+        assert xs.max() - xs.min() == 99
+        assert 110 * column < xs.min() < 110 * column + 50
+
+
+def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda self, at, text, *args, **kw: (texts.append(text), draw(self, at, text, *args, **kw)),
+    )
+    rows = [row(20, 40, 1, 1), row(20, 40, 1, 2), row(4, 4, 255, 2)]
+    rows[0][2][:, :10] = 0  # a quarter of the first prediction is wrong
+    ids = ["one", "two\n" + "w" * 500, "three"]
+    captions = ["IoU 0.375", "IoU 0.000", "all void"]
+    title = "step 7, val mIoU 0.1"
+    draw_panels(rows, class_names=NAMES, palette=PALETTE, ids=ids, captions=captions, title=title)
+    assert {title, "image", "label", "prediction", "one", "three", *captions} <= set(texts)
+    assert {"25.0 % wrong", "100.0 % wrong", "0.0 % wrong"} <= set(texts)
+    assert {"background", "aeroplane", "potted plant", "void"} <= set(texts)
+    (cut,) = (text for text in texts if text.startswith("two"))
+    assert cut.endswith("…")
+    assert "\n" not in cut
+
+
+def test_legend_names_the_classes_that_occur() -> None:
+    picture = draw_panels([row(20, 20, 0, 1)], class_names=NAMES, palette=PALETTE)
+    assert {PALETTE[1], VOID_COLOUR} <= colours_in(picture)
+    assert PALETTE[2] not in colours_in(picture)
+
+
+def test_all_classes() -> None:
+    k = len(VOC2012.classes)
+    label = torch.arange(k, dtype=torch.uint8).repeat(4, 1)
+    rows = [(torch.zeros(3, 4, k, dtype=torch.uint8), label, torch.full_like(label, 3))]
+    full = draw_panels(rows, class_names=VOC2012.classes, palette=VOC2012.palette)
+    assert set(VOC2012.palette) <= colours_in(full)
+    few = draw_panels([row(4, k, 1, 1)], class_names=NAMES, palette=PALETTE)
+    assert few.width == full.width
+    assert full.height > few.height + 40  # the legend takes more lines
+
+
+def test_void_is_not_a_class() -> None:
+    rows = [row(20, 20, 20, 1)]
+    picture = draw_panels(rows, class_names=NAMES, palette=PALETTE, void=20)
+    assert VOID_COLOUR in colours_in(picture)
