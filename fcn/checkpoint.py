@@ -273,9 +273,8 @@ def from_caffe(state: StateDict) -> StateDict:
         layer, dot, kind = name.rpartition(".")
         renamed[f"{CAFFE_LAYERS.get(layer, layer)}{dot}{kind}"] = value
     first = renamed["stages.0.0.weight"]
-    if first.shape[1:2] == (
-        3,
-    ):  # (C, 3, 3, 3): it has seen BGR from 0 to 255; else it fits nothing
+    if first.shape[1:2] == (3,):  # (C, 3, 3, 3); what has another shape will be refused anyway
+        # Theirs takes BGR from 0 to 255, ours takes RGB from 0 to 1, divided by STD.
         renamed["stages.0.0.weight"] = first.flip(1) * (255 * torch.tensor(STD).view(3, 1, 1))
     return renamed
 

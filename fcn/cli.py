@@ -31,6 +31,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
 PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
+# A value that Hydra takes as it is: neither a number nor a truth value, nor any of its grammar.
+PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -108,7 +110,7 @@ def quoted(argument: str) -> str:
     a path that needs no quotes, or has them already.
     """
     key, _, value = argument.partition("=")
-    if key not in PATHS or re.fullmatch(r"[\w./-]*|'.*'|\".*\"", value):
+    if key not in PATHS or PLAIN.fullmatch(value) or re.fullmatch(r"|'.*'|\".*\"", value):
         return argument
     value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
     return f"{key}='{value}'".replace("${", "\\${")

@@ -3,8 +3,8 @@
     python -m fcn.published fcn8s-atonce_from_caffe.pth --at-once   # fcn8s-atonce_from_caffe.ckpt
 
 evaluate.py, predict.py and export.py open these files as they are. Only the FCN-8s that was trained
-at once needs this command. Its layers are named and shaped like those of the FCN-8s that was trained
-in stages, and nothing in its file says that it scales its pools.
+at once needs this command. Its layers are named and shaped like those of the FCN-8s trained in
+stages, and nothing in its file says that it scales its pools.
 """
 
 import argparse

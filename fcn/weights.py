@@ -1,8 +1,8 @@
 """Pretrained values for an FCN: ImageNet VGGs, and FCNs of the same or a coarser stride, ours or
 the authors' own Caffe nets.
 
-    load_weights(network, "IMAGENET1K_V1")                          # torchvision's, downloaded once
-    load_weights(network, "vgg19.safetensors")                      # torchvision's names, from a file
+    load_weights(network, "IMAGENET1K_V1")                          # torchvision's; downloaded
+    load_weights(network, "vgg19.safetensors")                      # a file with its names
     load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
     load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
