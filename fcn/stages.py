@@ -1,54 +1,66 @@
-"""FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that one's: the paper's way.
+"""Train FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that one's, as the paper.
 
-    python -m fcn.stages experiment=paper               recipes paper_fcn32s, paper_fcn16s, ...
-    python -m fcn.stages experiment=quickstart seed=1   one recipe; model=fcn32s, fcn16s, fcn8s
+    python -m fcn.stages experiment=paper               # recipes paper_fcn32s, paper_fcn16s, ...
+    python -m fcn.stages experiment=quickstart seed=1   # one recipe, with model=fcn32s, fcn16s, ...
     python -m fcn.stages data.root=/data optimizer.lr=1e-3
 
-Settings are train.py's and go to each stage, but model.weights only to the first. Runs go to
-runs/stages/<date_time>/fcn32s, fcn16s, fcn8s, or below `hydra.run.dir=DIR`. After a kill or Ctrl-C,
-the same command goes on: finished stages are skipped, the unfinished one is resumed.
+The settings are those of train.py. Each stage gets all of them, except model.weights, which only
+the first stage gets. Runs go to runs/stages/<date_time>/fcn32s, fcn16s and fcn8s, or to these names
+below `hydra.run.dir=DIR`. After a kill or Ctrl-C the same command goes on: stages that have
+finished are skipped, and the one that has not is resumed.
 """
 
 import argparse
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from fcn.config import quoted, short_messages
-from fcn.errors import ConfigError
 from fcn.checkpoint import best_checkpoint
+from fcn.cli import CONF, quoted, short_messages
+from fcn.errors import ConfigError
 from fcn.runs.sweep import find_job, finished_before, resumable
 
-PROJECT = Path(__file__).resolve().parents[1]
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STAGES = ("fcn32s", "fcn16s", "fcn8s")
 
 
 def settings_of(stage: str, given: Sequence[str], weights: Path | None) -> list[str]:
-    """What train.py is called with: the stage's recipe or model, and what it begins with.
+    """What train.py is called with: the recipe or model of a stage, and the weights it starts with.
+
+    Args:
+        stage: the name of its model.
+        given: settings for all stages.
+        weights: the best checkpoint of the stage before; None for the first.
 
     Raises:
-        ConfigError: an argument is no setting, or one that the stages themselves choose.
+        ConfigError: an argument is not a setting, or is one that differs from stage to stage.
     """
     for argument in given:
         if argument.startswith("-") or argument.partition("=")[0] in ("model", "resume"):
-            raise ConfigError(f"{argument}: not for all stages; each has its own")
-    recipe = next((o[11:] for o in given if o.startswith("experiment=")), None)
-    if recipe and (PROJECT / "conf" / "experiment" / f"{recipe}_{stage}.yaml").is_file():
+            raise ConfigError(f"{argument}: this cannot be given for all stages")
+    recipes = [o.removeprefix("experiment=") for o in given if o.startswith("experiment=")]
+    recipe = recipes[0] if recipes else None
+    if recipe and (CONF / "experiment" / f"{recipe}_{stage}.yaml").is_file():
         settings = [f"experiment={recipe}_{stage}"]
         given = [o for o in given if not o.startswith("experiment=")]
     else:
         settings = [f"model={stage}", f"name={recipe}_{stage}" if recipe else f"name={stage}"]
     if weights is not None:
         given = [o for o in given if not o.startswith("model.weights=")]
-        settings.append(quoted(f"model.weights={weights}"))
-    return [*settings, *given]
+        settings.append(f"model.weights={weights}")
+    return [quoted(setting) for setting in (*settings, *given)]
 
 
 def train_stages(given: Sequence[str]) -> int:
-    """Train the stages that have not finished; the exit code of the last one that ran."""
+    """Train the stages that have not finished.
+
+    Returns:
+        The exit code of the last stage that was trained: not 0 if it has failed or was stopped.
+    """
     folders = [o.partition("=")[2] for o in given if o.startswith("hydra.run.dir=")]
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
     folder = Path(folders[-1]) if folders else find_folder(settings_of(STAGES[0], given, None))
@@ -64,33 +76,46 @@ def train_stages(given: Sequence[str]) -> int:
             print(f"stage {stage}: python train.py {' '.join(arguments)}", flush=True)
             code = run_train(arguments)
             if code != 0:
-                print(f"stage {stage} has not finished; the same command goes on with it")
+                print(f"stage {stage} has not finished. The same command goes on with it")
                 return code
             run = find_job(folder, settings)
-            assert run is not None  # it has finished
+            assert run is not None  # train.py has just finished it
         weights = best_checkpoint(run)
     return 0
 
 
 def find_folder(first: list[str]) -> Path:
-    """Where the same command has been at work before, or a new folder."""
+    """Where the same command has been at work before, or else a new folder.
+
+    Args:
+        first: the settings of the first stage.
+    """
     root = Path("runs") / "stages"
     before = (f for f in sorted(root.glob("*"), reverse=True) if find_job(f, first))
     return next(before, root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def run_train(arguments: list[str]) -> int:
-    """train.py in its own process, so that it may start others (trainer=ddp); its exit code."""
-    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments])
-    # Ctrl-C in a terminal reaches train.py itself, which saves its state; a SIGTERM to us does not.
-    handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
-    code = process.wait()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
+    """Run train.py in a process of its own, which may start others (trainer=ddp).
+
+    Returns:
+        Its exit code; 128 plus the number of the signal that has killed it, as a shell has it.
+    """
+    process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        handlers = {
+            # Ctrl-C in a terminal reaches train.py by itself, which then saves its state.
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            # A SIGTERM reaches this process alone. Windows has no such signal between processes.
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
 
 
 def main() -> None:

@@ -1,22 +1,26 @@
-"""32s, 16s and 8s in one command: what each is called with, and a kill in the middle."""
+"""FCN-32s, 16s and 8s in one command: what train.py is called with, and a kill in the middle."""
 
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, train_tiny
+from conftest import TINY, compose_config
 from omegaconf import OmegaConf
 
 from fcn import stages
-from fcn.csv_logger import read_metrics
+from fcn.checkpoint import last_checkpoint
 from fcn.errors import ConfigError
-from fcn.runs import write_json
-from fcn.stages import settings_of, train_stages
+from fcn.files import write_json
+from fcn.module import SegmentationModule
+from fcn.runs.metrics import read_metrics
+from fcn.runs.resume import resumed_config
+from fcn.stages import run_train, settings_of, train_stages
+from train import train
 
 SETTINGS = [o for o in TINY if o.partition("=")[0] not in ("name", "model", "trainer.max_steps")]
 SETTINGS += ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
@@ -47,7 +51,7 @@ def test_stages_that_fail_and_begin_again(
     def run_train(arguments: list[str]) -> int:
         calls.append(arguments)
         *settings, folder = arguments
-        run = Path(folder.partition("=")[2].strip("'"))
+        run = Path(folder.partition("=")[2])
         run.mkdir(parents=True)
         OmegaConf.save(OmegaConf.create(settings), run / "overrides.yaml")
         code = next(codes)
@@ -58,52 +62,100 @@ def test_stages_that_fail_and_begin_again(
     monkeypatch.setattr(stages, "run_train", run_train)
     monkeypatch.chdir(tmp_path)
     assert train_stages(["seed=1"]) == 9
-    assert train_stages(["seed=1"]) == 0  # no checkpoint yet, so the second begins anew
+    assert train_stages(["seed=1"]) == 0  # without a checkpoint, the second stage begins again
     (folder,) = (tmp_path / "runs" / "stages").iterdir()
     assert [call[0] for call in calls] == ["model=fcn32s", *2 * ["model=fcn16s"], "model=fcn8s"]
     assert calls[1] == calls[2]
-    weights = f"model.weights='runs/stages/{folder.name}/fcn16s/checkpoints/best.ckpt'"
+    weights = f"model.weights=runs/stages/{folder.name}/fcn16s/checkpoints/best.ckpt"
     assert calls[3] == [
         "model=fcn8s",
         "name=fcn8s",
         weights,
         "seed=1",
-        f"hydra.run.dir='runs/stages/{folder.name}/fcn8s'",
+        f"hydra.run.dir=runs/stages/{folder.name}/fcn8s",
     ]
     assert train_stages(["seed=1"]) == 0  # nothing is left to do
     assert len(calls) == 4
     assert "fcn8s: finished before" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_killed_in_the_second_stage(tmp_path: Path) -> None:
-    folder = tmp_path / "stages"
-    first = settings_of("fcn32s", SETTINGS, None)
-    train_tiny(folder / "fcn32s", *first)
-    summary = (folder / "fcn32s" / "summary.json").stat().st_mtime_ns
-    command = [sys.executable, "-m", "fcn.stages", f"hydra.run.dir={folder}", *SETTINGS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    while not (folder / "fcn16s" / "checkpoints" / "last.ckpt").exists():
-        assert killed.poll() is None
-        time.sleep(0.005)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (folder / "fcn16s" / "summary.json").exists()
+class Killed(BaseException):
+    """Ends a run as a kill does: no part of it can react."""
 
-    again = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+
+def in_this_process(arguments: list[str]) -> int:
+    """What train.py does with these arguments; 137 if it is killed."""
+    *settings, last = arguments
+    key, _, folder = last.partition("=")
+    run = Path(folder.strip("'"))
+    cfg = resumed_config(run, []) if key == "resume" else compose_config("train", *settings)
+    try:
+        train(cfg, run, settings)
+    except Killed:
+        return 137
+    return 0
+
+
+@pytest.mark.slow
+def test_killed_in_the_second_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a=b"
+    step = SegmentationModule.training_step
+
+    def die(self: SegmentationModule, *arguments: object) -> object:
+        if self.hparams["stride"] == 16 and self.trainer.global_step == 3:
+            raise Killed
+        return step(self, *arguments)
+
+    monkeypatch.setattr(stages, "run_train", in_this_process)
+    command = [f"hydra.run.dir={folder}", *SETTINGS]
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationModule, "training_step", die)
+        assert train_stages(command) == 137
+    summary = (folder / "fcn32s" / "summary.json").stat().st_mtime_ns
+    assert last_checkpoint(folder / "fcn16s").exists()
+    assert not (folder / "fcn16s" / "summary.json").exists()
+    assert not (folder / "fcn8s").exists()
+
+    assert train_stages(command) == 0
     assert {run.name for run in folder.iterdir()} == set(stages.STAGES)
     assert (folder / "fcn32s" / "summary.json").stat().st_mtime_ns == summary
-    assert f"stage fcn16s: python train.py resume='{folder}/fcn16s'" in again.stdout
+    assert f"stage fcn16s: python train.py resume='{folder}/fcn16s'" in capsys.readouterr().out
     for stage, before in (("fcn16s", "fcn32s"), ("fcn8s", "fcn16s")):
         rows = read_metrics(folder / stage / "metrics.csv")
         assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
         config = OmegaConf.load(folder / stage / "config.yaml")
         assert config.model.stride == int(stage[3:-1])
         assert config.model.weights == f"{folder}/{before}/checkpoints/best.ckpt"
-        checkpoint = folder / stage / "checkpoints" / "last.ckpt"
-        fresh = torch.load(checkpoint, weights_only=True)["fresh_layers"]
+        fresh = torch.load(last_checkpoint(folder / stage), weights_only=True)["fresh_layers"]
         assert "conv6" not in fresh  # it came from the stage before
+
+
+SCRIPT = """
+import os, pathlib, signal, sys, time
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals between processes")
+def test_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGTERM reaches train.py, and run_train waits for its end."""
+    monkeypatch.setattr(stages, "TRAIN", tmp_path / "train.py")
+    stages.TRAIN.write_text(SCRIPT)
+    ready = tmp_path / "ready"
+
+    def ask_to_stop() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threading.Thread(target=ask_to_stop, daemon=True).start()
+    assert run_train([str(ready)]) == 128 + signal.SIGTERM
+    assert run_train(["killed"]) == 128 + signal.SIGKILL
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -123,7 +123,7 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     given = [override for override in overrides if not override.startswith("resume=")]
     settings = OmegaConf.merge(cfg, {"resume": None})
     files.write_text(run / "config.yaml", OmegaConf.to_yaml(settings))
-    write_overrides(run, [*(read_overrides(run) or []), *given])
+    write_overrides(run, [*read_overrides(run), *given])
     (run / "error.txt").unlink(missing_ok=True)  # of an earlier start, which this one goes on from
 
 
@@ -132,16 +132,22 @@ def write_overrides(run: Path, overrides: Sequence[str]) -> None:
     files.write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
 
-def read_overrides(run: Path) -> list[str] | None:
-    """What was given on the command line of a run; None in a folder without overrides.yaml.
+def read_overrides(run: Path) -> list[str]:
+    """What was given on the command line of a run; nothing in a folder without overrides.yaml.
 
     Settings of earlier versions come under the names that they have today.
     """
     path = run / "overrides.yaml"
     if not path.is_file():
-        return None
+        return []
     overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return [_renamed(str(override)) for override in overrides or ()]
+
+
+def started_with(run: Path, overrides: Sequence[str]) -> bool:
+    """Whether these overrides have started a run; `resume=` among them does not matter."""
+    wanted = [_renamed(o) for o in overrides if not o.startswith("resume=")]
+    return (run / "overrides.yaml").is_file() and read_overrides(run) == wanted
 
 
 def _renamed(override: str) -> str:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn.cli import CONF, RENAMED
 from fcn.errors import ConfigError
-from fcn.runs.folder import is_training, read_overrides
+from fcn.runs.folder import is_training, started_with
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
@@ -39,11 +39,10 @@ def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) ->
     Returns:
         A finished run if there is no other; None if a new one is to be started.
     """
-    wanted = [override for override in overrides if not override.startswith("resume=")]
     name = re.escape(new.name) + r"(_\d+)?" if named else ".*"
     finished = None
     for run in sorted(new.parent.glob("*"), reverse=True):  # the newest first
-        if not re.fullmatch(name, run.name) or read_overrides(run) != wanted:
+        if not re.fullmatch(name, run.name) or not started_with(run, overrides):
             continue
         if is_finished(run):
             finished = finished or run

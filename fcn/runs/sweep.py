@@ -29,6 +29,7 @@ from fcn.runs.folder import (
     create_run_folder,
     lock_run,
     read_overrides,
+    started_with,
     write_overrides,
 )
 from fcn.runs.resume import read_summary
@@ -104,7 +105,7 @@ def find_job(sweep: Path, overrides: list[str]) -> Path | None:
     """The folder of the run with these overrides."""
     if several_processes():
         return None
-    return next((run for run in _runs(sweep) if read_overrides(run) == overrides), None)
+    return next((run for run in _runs(sweep) if started_with(run, overrides)), None)
 
 
 def status(run: Path) -> str:
@@ -175,7 +176,7 @@ def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None
         message = f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error))
     print(f"{trace}error: {message}", file=sys.stderr, flush=True)
-    if read_overrides(run) != overrides:  # The job has no folder yet, or its number is taken.
+    if not started_with(run, overrides):  # The job has no folder yet, or its number is taken.
         run = create_run_folder(run)
         write_overrides(run, overrides)
     write_text(run / "error.txt", f"{' '.join(message.split())}\n\n{trace}".strip() + "\n")
@@ -218,8 +219,7 @@ def _row(run: Path) -> Row:
 
 
 def _settings(run: Path) -> dict[str, str]:
-    overrides = read_overrides(run) or []
-    return dict(override.split("=", 1) for override in overrides if "=" in override)
+    return dict(o.split("=", 1) for o in read_overrides(run) if "=" in o)
 
 
 def _runs(sweep: Path) -> list[Path]:
