@@ -6,7 +6,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fcn.errors import WeightsError
 from fcn.network import FCN
-from fcn.weights import fold_normalization, load_weights
+from fcn.weights import find_weights, fold_normalization, load_weights
 
 State = dict[str, Tensor]
 
@@ -30,18 +30,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def vgg_state(backbone: str = "vgg11") -> State:
-    """Random features with torchvision's names."""
+def vgg_state(backbone: str = "vgg_tiny", thinner: int = 1) -> State:
+    """Random features with torchvision's names, as wide as that VGG or so many times thinner."""
     with torch.device("meta"):
         features = torchvision.models.get_model(backbone).features
-    shapes = {f"features.{name}": value.shape for name, value in features.state_dict().items()}
-    return {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    state = {}
+    for name, value in features.state_dict().items():
+        first = name == "0.weight"  # (C, 3, 3, 3)
+        shape = [max(1, n // thinner) for n in value.shape[:2]] + list(value.shape[2:])
+        state[f"features.{name}"] = torch.randn(shape[0], 3, 3, 3) if first else torch.randn(shape)
+    return {name: value * 0.05 for name, value in state.items()}
 
 
 def classifier(width: int = 8, kernel: int = 7) -> State:
     """Random linear layers as torchvision has them, but narrow."""
     return {
-        "classifier.0.weight": torch.randn(width, 512 * kernel**2),
+        "classifier.0.weight": torch.randn(width, 16 * kernel**2),
         "classifier.0.bias": torch.randn(width),
         "classifier.3.weight": torch.randn(width, width),
         "classifier.3.bias": torch.randn(width),
@@ -50,15 +54,20 @@ def classifier(width: int = 8, kernel: int = 7) -> State:
     }
 
 
-def small(**changes: object) -> FCN:
-    options = {"num_classes": 5, "stride": 32, "backbone": "vgg11", "head_width": 8} | changes
-    return FCN(**options)  # type: ignore[arg-type]
+def small(**changes: Any) -> FCN:
+    options: dict[str, Any] = {"num_classes": 5, "stride": 32, "backbone": "vgg_tiny"}
+    return FCN(**options | {"head_width": 8} | changes)
+
+
+def loaded(source: str | Path, **changes: Any) -> tuple[FCN, list[str]]:
+    """A network with these weights, and the layers that keep their fresh start."""
+    network = small(**changes)
+    return network, load_weights(network, source)
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Writes weights to a file; a VGG's 37 MB are removed after the test."""
-    paths = []
+def save(tmp_path: Path) -> Callable[..., str]:
+    """Writes weights to a file."""
 
     def _save(content: Any, name: str = "weights.pth") -> str:
         path = tmp_path / name
@@ -66,12 +75,9 @@ def save(tmp_path: Path) -> Iterator[Callable[..., str]]:
             save_file(content, path)
         else:
             torch.save(content, path)
-        paths.append(path)
         return str(path)
 
-    yield _save
-    for path in paths:
-        path.unlink()
+    return _save
 
 
 def checkpoint(network: FCN) -> dict[str, object]:
@@ -84,7 +90,7 @@ def checkpoint(network: FCN) -> dict[str, object]:
     }
 
 
-def randomised(**options: object) -> FCN:
+def randomised(**options: Any) -> FCN:
     network = small(**options)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -97,24 +103,24 @@ def randomised(**options: object) -> FCN:
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_torchvision_file(name: str, save: Callable, caplog: pytest.LogCaptureFixture) -> None:
     state = vgg_state() | classifier()
-    network = small(weights=save(state, name))
+    network, fresh = loaded(save(state, name))
     assert caplog.records == []
     features = [n for n in state if n.startswith("features.")]
     ours = [n for n in network.state_dict() if n.startswith("stages.")]
     assert len(features) == len(ours) == 16
     for theirs, own in zip(features, ours, strict=True):
         assert network.state_dict()[own].equal(state[theirs])
-    assert network.conv6.weight.equal(state["classifier.0.weight"].view(8, 512, 7, 7))
+    assert network.conv6.weight.equal(state["classifier.0.weight"].view(8, 16, 7, 7))
     assert network.get_parameter("conv6.bias").equal(state["classifier.0.bias"])
     assert network.conv7.weight.equal(state["classifier.3.weight"].view(8, 8, 1, 1))
     assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
-    assert network.fresh_layers == ["score", "upsample.to_image_32"]
+    assert fresh == ["score", "upsample.to_image_32"]
     assert network.score.weight.eq(0).all()
 
 
 def test_float16_becomes_float32(save: Callable) -> None:
     state = {name: value.half() for name, value in (vgg_state() | classifier()).items()}
-    network = small(weights=Path(save(state)))
+    network, _ = loaded(Path(save(state)))
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert network.get_parameter("stages.0.0.weight").equal(state["features.0.weight"].float())
 
@@ -132,8 +138,8 @@ def with_nan(state: State, name: str) -> State:
     ("part", "options", "random", "why"),
     [
         ({}, {}, ["conv6", "conv7"], "no classifier.0, no classifier.3"),
-        (classifier(16), {}, ["conv6", "conv7"], "0 is (16, 25088), conv6 (8, 512, 7, 7)"),
-        (classifier(), {"head_kernel": 3}, ["conv6"], "classifier.0 is (8, 25088)"),
+        (classifier(16), {}, ["conv6", "conv7"], "0 is (16, 784), conv6 (8, 16, 7, 7)"),
+        (classifier(), {"head_kernel": 3}, ["conv6"], "classifier.0 is (8, 784)"),
         (with_nan(classifier(), "classifier.0.weight"), {}, ["conv6"], "0 is not finite"),
         (with_nan(classifier(), "classifier.3.bias"), {}, ["conv7"], "3 is not finite"),
         (without(classifier(), "classifier.3"), {}, ["conv7"], "no classifier.3"),
@@ -148,7 +154,7 @@ def test_one_warning_names_the_layers_that_start_at_random(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = save(vgg_state() | part)
-    network = small(weights=path, **options)
+    network, fresh = loaded(path, **options)
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
     message = caplog.messages[0]
@@ -156,12 +162,12 @@ def test_one_warning_names_the_layers_that_start_at_random(
     verb = "start" if len(random) > 1 else "starts"
     assert subject == f"{' and '.join(random)} {verb} at random"
     assert why in message
-    assert network.fresh_layers == [*random, "score", "upsample.to_image_32"]
+    assert fresh == [*random, "score", "upsample.to_image_32"]
     assert all(p.isfinite().all() for p in network.parameters())
     for layer, linear in (("conv6", "classifier.0"), ("conv7", "classifier.3")):
         if layer not in random:
-            loaded = network.get_parameter(f"{layer}.weight")
-            assert loaded.flatten().equal(part[f"{linear}.weight"].flatten())
+            weight = network.get_parameter(f"{layer}.weight")
+            assert weight.flatten().equal(part[f"{linear}.weight"].flatten())
 
 
 def test_no_warning_where_nothing_was_loaded(
@@ -170,7 +176,7 @@ def test_no_warning_where_nothing_was_loaded(
     state = vgg_state()
     del state["features.0.bias"]
     with pytest.raises(WeightsError):
-        small(weights=save(state))
+        loaded(save(state))
     assert caplog.records == []
 
 
@@ -178,7 +184,7 @@ def test_real_features(caplog: pytest.LogCaptureFixture) -> None:
     path = Path(__file__).resolve().parents[2] / "shared" / "weights" / "vgg19_features_fp16.pth"
     if not path.is_file():
         pytest.skip(f"real VGG-19 features not found at {path}")
-    network = FCN(weights=str(path), head_width=8, head_kernel=1)
+    network, _ = loaded(path, backbone="vgg19", head_kernel=1)
     state = torch.load(path, weights_only=True)
     convolutions = [m for m in network.stages.modules() if isinstance(m, nn.Conv2d)]
     kernels = [name for name in state if name.endswith("weight")]
@@ -210,13 +216,12 @@ def test_coarser_checkpoint_starts_finer(
     fusion: str, coarse: int, fine: int, pools: list[str], save: Callable
 ) -> None:
     source = randomised(stride=coarse, fusion=fusion, head_kernel=1)
-    network = small(
-        stride=fine, fusion=fusion, head_kernel=1, weights=save(checkpoint(source), "last.ckpt")
-    )
+    path = save(checkpoint(source), "last.ckpt")
+    network, fresh = loaded(path, stride=fine, fusion=fusion, head_kernel=1)
     new = [f"skips.{pool}" for pool in pools] if fusion == "score" else []
     new += [f"upsample.to_{pool}" for pool in pools]
     new += [f"upsample.to_image_{fine}"] if pools else []
-    assert network.fresh_layers == new
+    assert fresh == new
     old, untouched = source.state_dict(), small(stride=fine, fusion=fusion).state_dict()
     for name, value in network.state_dict().items():
         if name.rpartition(".")[0] not in new:
@@ -230,7 +235,7 @@ def test_finer_start_predicts_at_once_what_the_coarser_did(save: Callable) -> No
     source = randomised(head_kernel=1).eval()
     for name, value in small(head_kernel=1).upsample.state_dict().items():
         source.upsample.load_state_dict({name: value})
-    finer = small(stride=8, head_kernel=1, weights=save(checkpoint(source))).eval()
+    finer = loaded(save(checkpoint(source)), stride=8, head_kernel=1)[0].eval()
     image = torch.rand(1, 3, 96, 96)
     with torch.inference_mode():
         coarse, fine = source(image), finer(image)
@@ -265,11 +270,13 @@ def vgg_edited(change: Callable[[State], object]) -> Callable[[], object]:
 
 
 MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = {
-    "vgg16 in vgg11": (
-        lambda: vgg_state("vgg16"), {}, ["unexpected: features.2.weight", "features.28.bias"],
+    "vgg16 in vgg11": (  # vgg_tiny has the layers of vgg11
+        lambda: vgg_state("vgg16", 16),
+        {},
+        ["unexpected: features.2.weight", "features.28.bias"],
     ),
     "vgg16 in vgg19": (
-        lambda: vgg_state("vgg16"),
+        lambda: vgg_state("vgg16", 16),
         {"backbone": "vgg19"},
         ["missing: features.16.weight", "features.34.bias", "unexpected: features.17.weight"],
     ),
@@ -287,9 +294,9 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
         ["unexpected: features.1.running_mean"],
     ),
     "feature of wrong shape": (
-        vgg_edited(lambda s: s.update({"features.0.weight": torch.zeros(64, 1, 3, 3)})),
+        vgg_edited(lambda s: s.update({"features.0.weight": torch.zeros(4, 1, 3, 3)})),
         {},
-        ["wrong shape: features.0.weight (64, 1, 3, 3), not (64, 3, 3, 3)"],
+        ["wrong shape: features.0.weight (4, 1, 3, 3), not (4, 3, 3, 3)"],
     ),
     "feature with NaN": (
         vgg_edited(lambda s: s["features.3.bias"].fill_(torch.nan)),
@@ -307,7 +314,7 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
     "score in feature": (
         from_checkpoint(stride=16),
         {"stride": 16, "fusion": "feature"},
-        ["unexpected: skips.pool4.weight", "to_pool4.weight (5, 5, 4, 4), not (5, 512, 4, 4)"],
+        ["unexpected: skips.pool4.weight", "to_pool4.weight (5, 5, 4, 4), not (5, 16, 4, 4)"],
     ),
     "score in finer feature": (
         from_checkpoint(stride=16), {"stride": 8, "fusion": "feature"}, ["skips.pool4.weight"],
@@ -323,7 +330,7 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
         ["missing: upsample.to_pool4.weight"],
     ),
     "half of a new layer": (
-        edited(lambda s: s.update({"skips.pool4.weight": torch.zeros(5, 512, 1, 1)})),
+        edited(lambda s: s.update({"skips.pool4.weight": torch.zeros(5, 16, 1, 1)})),
         {"stride": 16},
         ["missing: skips.pool4.bias"],
     ),
@@ -385,11 +392,11 @@ def test_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, save: Callab
     target = tmp_path / "was_here"
     path = save(vgg_state() | {"features.99.weight": Hostile(target)})
     with pytest.raises(WeightsError, match=r"holds posix\.mkdir.*could run code"):
-        small(weights=path)
+        loaded(path)
     plain = tmp_path / "plain.pth"
     plain.write_bytes(pickle.dumps(Hostile(target), protocol=2))
     with pytest.raises(WeightsError, match="cannot be read"):
-        small(weights=str(plain))
+        loaded(plain)
     assert not target.exists()
     torch.load(path, weights_only=False)  # it is hostile indeed
     assert target.exists()
@@ -402,8 +409,8 @@ def test_damaged_file(suffix: str, damage: str, tmp_path: Path, save: Callable) 
     content = path.read_bytes()
     damaged = {"empty": b"", "truncated": content[:-50], "text": b"hello", "html": b"<html></html>"}
     path.write_bytes(damaged[damage])
-    with pytest.raises(WeightsError, match=r"cannot be read as weights: .") as caught:
-        small(weights=str(path))
+    with pytest.raises(WeightsError, match=r"cannot be read: .") as caught:
+        loaded(path)
     assert str(path) in str(caught.value)
     assert "weights_only" not in str(caught.value)  # torch advises to switch it off
     assert len(str(caught.value).splitlines()) == 1
@@ -424,14 +431,14 @@ def test_damaged_file(suffix: str, damage: str, tmp_path: Path, save: Callable) 
 )
 def test_no_state_dict(content: object, save: Callable) -> None:
     with pytest.raises(WeightsError, match="holds no state dict"):
-        small(weights=save(content))
+        loaded(save(content))
 
 
 def test_old_format_of_torch_save(tmp_path: Path) -> None:
     """torchvision's VGG files are of this kind."""
     state = vgg_state() | classifier(kernel=1)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    network = small(head_kernel=1, weights=str(tmp_path / "old.pth"))
+    network, _ = loaded(tmp_path / "old.pth", head_kernel=1)
     assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
 
 
@@ -440,12 +447,12 @@ def test_old_format_of_torch_save(tmp_path: Path) -> None:
 
 def test_unknown_name_and_missing_file() -> None:
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V2.*vgg11.*IMAGENET1K_V1"):
-        small(weights="IMAGENET1K_V2")
+        find_weights("vgg11", "IMAGENET1K_V2")
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V1, IMAGENET1K_FEATURES"):
-        small(backbone="vgg16", weights="imagenet")
+        find_weights("vgg16", "imagenet")
     for path in ("nowhere/vgg", "vgg19.pth", "runs/a/checkpoints/best.ckpt"):
-        with pytest.raises(WeightsError, match=f"{path}: no such file"):
-            small(weights=path)
+        with pytest.raises(WeightsError, match=f"^model.weights={path}: no such file"):
+            loaded(path)
 
 
 @pytest.fixture
@@ -462,7 +469,7 @@ def test_without_network(torch_home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     with pytest.raises(WeightsError) as caught:
-        small(weights="IMAGENET1K_V1")
+        loaded("IMAGENET1K_V1")
     message = str(caught.value)
     file = torch_home / "vgg11-8a719046.pth"
     assert "https://download.pytorch.org/models/vgg11-8a719046.pth" in message
@@ -484,7 +491,7 @@ def test_a_server_that_says_nothing(torch_home: Path, monkeypatch: pytest.Monkey
             f"http://127.0.0.1:{silent.getsockname()[1]}/vgg11-8a719046.pth",
         )
         with pytest.raises(WeightsError, match=r"cannot download .*timed out"):
-            small(weights="IMAGENET1K_V1")
+            loaded("IMAGENET1K_V1")
     assert socket.getdefaulttimeout() == before
     assert not list(torch_home.glob("vgg*"))
 
@@ -500,9 +507,10 @@ def test_two_runs_at_once_download_once(torch_home: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(small, head_kernel=1, weights="IMAGENET1K_V1") for _ in range(2)]
-        networks = [run.result() for run in runs]
+        runs = [pool.submit(loaded, "IMAGENET1K_V1", head_kernel=1) for _ in range(2)]
+        networks = [run.result()[0] for run in runs]
     assert len(fetched) == 1
+    assert [path.name for path in torch_home.iterdir()] == ["vgg11-8a719046.pth"]  # and no lock
     for network in networks:
         assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
 
@@ -510,10 +518,8 @@ def test_two_runs_at_once_download_once(torch_home: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT"])
 def test_name_takes_the_cached_file(name: str, torch_home: Path) -> None:
     state = vgg_state() | classifier(kernel=1)
-    file = torch_home / "vgg11-8a719046.pth"
-    torch.save(state, file)
-    network = small(head_kernel=1, weights=name)
-    file.unlink()
+    torch.save(state, torch_home / "vgg11-8a719046.pth")
+    network, _ = loaded(name, head_kernel=1)
     assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
 
 
@@ -524,22 +530,22 @@ def test_damaged_or_hostile_cache(torch_home: Path, tmp_path: Path) -> None:
     for content in (b"", b"<html>", buffer.getvalue()[:-40], buffer.getvalue()):
         file.write_bytes(content)
         with pytest.raises(WeightsError, match=r"cannot be read.*Delete it") as caught:
-            small(head_kernel=1, weights="IMAGENET1K_V1")
+            loaded("IMAGENET1K_V1", head_kernel=1)
         assert str(file) in str(caught.value)
     assert not (tmp_path / "was_here").exists()
 
 
 def test_normalisation_of_the_features_weights(
-    torch_home: Path, caplog: pytest.LogCaptureFixture
+    torch_home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """VGG16_Weights.IMAGENET1K_FEATURES wants (image - 0.48..) * 255, and has a NaN classifier."""
+    thin = [n if n == "M" else n // 32 for n in torchvision.models.vgg.cfgs["D"]]
+    monkeypatch.setitem(torchvision.models.vgg.cfgs, "D", thin)  # of VGG-16
     state = vgg_state("vgg16")
     state["features.0.weight"] /= 100
     nan = {name: torch.full_like(v, torch.nan) for name, v in classifier(kernel=1).items()}
-    file = torch_home / "vgg16_features-amdegroot-88682ab5.pth"
-    torch.save(state | nan, file)
-    network = small(backbone="vgg16", head_kernel=1, weights="IMAGENET1K_FEATURES")
-    file.unlink()
+    torch.save(state | nan, torch_home / "vgg16_features-amdegroot-88682ab5.pth")
+    network, _ = loaded("IMAGENET1K_FEATURES", backbone="vgg16", head_kernel=1)
     assert "conv6 and conv7 start at random" in caplog.text
 
     image = torch.rand(1, 3, 20, 20)
