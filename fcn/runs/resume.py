@@ -97,7 +97,7 @@ def _convert_old_settings(cfg: DictConfig) -> None:
     if any(f"callbacks.{name}" in RENAMED for name in callbacks):
         cfg.callbacks = OmegaConf.load(CONF / "callbacks" / "default.yaml")
         if callbacks.get("average_decay") is not None:
-            cfg.callbacks.merge_with(OmegaConf.load(CONF / "callbacks" / "ema.yaml"))
+            cfg.callbacks.ema = OmegaConf.load(CONF / "callbacks" / "ema.yaml").ema
         for name, value in callbacks.items():
             if value is not None:  # without average_decay, there is no callback for it
                 OmegaConf.update(cfg, RENAMED[f"callbacks.{name}"], value)
