@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fcn.network
-from evaluate import evaluate, offer_checkpoint_data
+from evaluate import evaluate
 from fcn.module import SegmentationModule
 from fcn.runs import best_checkpoint, write_json
 from train import train
@@ -161,7 +161,6 @@ def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dic
         finally:
             SegmentationModule.training_step = plain_loss
         ckpt = f"ckpt={best_checkpoint(run)}"
-        offer_checkpoint_data([ckpt])
         evaluate(composed("evaluate", ckpt, "report.images=0"))
     return json.loads(result.read_text())
 

@@ -257,7 +257,13 @@ def published_checkpoint(
     return {
         "state_dict": {f"network.{name}": value for name, value in from_caffe(state).items()},
         "hyper_parameters": {"class_names": list(VOC2012.classes), **network},
-        "config": {"data": {"dataset": {"class": "fcn.datasets.voc2012.VOC2012"}, "root": "data"}},
+        "config": {
+            "data": {
+                "dataset": {"class": "fcn.datasets.voc2012.VOC2012"},
+                "root": "data",
+                "download": True,
+            }
+        },
         "precision": "32-true",
         "global_step": 0,
     }

@@ -1,30 +1,19 @@
-"""Bands around boundaries against slow counting, padding, test-time views, comparisons."""
+"""Bands around boundaries against slow counting, padded batches, tables that spreadsheets open."""
 
-import json
+import csv
+import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, compose_config, train_tiny
-from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from evaluate import evaluate, offer_checkpoint_data
-from fcn.datasets.shapes import Shapes
-from fcn.errors import ConfigError, FCNError
-from fcn.evaluation import WIDTHS, ImageScores, band_confusions
-from fcn.metrics import segmentation_scores
+from fcn.checkpoint import last_checkpoint
+from fcn.evaluation.boundaries import WIDTHS, band_confusions, boundary_miou
+from fcn.evaluation.folder import write_confusion, write_images
+from fcn.evaluation.scores import ImageScores
 from fcn.module import SegmentationModule
-from fcn.prediction import TestTime
-from fcn.runs import best_checkpoint, last_checkpoint
-
-
-def evaluated(*arguments: str) -> dict[str, Any]:
-    """What metrics.json holds, composed as the command line does."""
-    offer_checkpoint_data([*arguments])
-    return evaluate(compose_config("evaluate", *arguments, "accelerator=cpu"))
 
 
 def within(mask: np.ndarray, width: int) -> np.ndarray:
@@ -67,7 +56,7 @@ def test_bands_against_all_pairs(seed: int) -> None:
     ("labels", "expected"),  # pixels in the bands of width 1, 2, 3, 5, 10, 20, 40
     [
         ("00001111", (2, 4, 6, 8, 8, 8, 8)),
-        ("000vv1111", (2, 4, 6, 7, 7, 7, 7)),  # from the edge of the void line
+        ("000vv1111", (2, 4, 6, 7, 7, 7, 7)),  # bands start at the edge of the void line
         ("000000", (0, 0, 0, 0, 0, 0, 0)),
         ("vvvv", (0, 0, 0, 0, 0, 0, 0)),
         ("0" * 50 + "1", (2, 3, 4, 6, 11, 21, 41)),
@@ -81,17 +70,20 @@ def test_width_of_bands(labels: str, expected: tuple[int, ...]) -> None:
 
 
 def test_padding_is_no_boundary(finished_run: Path) -> None:
+    """Images of a batch get the scores that they get alone."""
     module = SegmentationModule.load_from_checkpoint(last_checkpoint(finished_run))
     rng = np.random.default_rng(0)
     masks = [torch.from_numpy(rng.integers(0, 3, shape) // 2) for shape in ((9, 14), (12, 8))]
-    alone, together = (ImageScores(["a", "b"], keep=True) for _ in range(2))
+    alone, together = (ImageScores(keep=True) for _ in range(2))
     padded = torch.full((2, 12, 14), 255, dtype=torch.uint8)
-    for slot, mask in zip(padded, masks, strict=True):
+    for name, slot, mask in zip("ab", padded, masks, strict=True):
         slot[: mask.shape[0], : mask.shape[1]] = mask
         one = {"prediction": torch.zeros(1, *mask.shape, dtype=torch.uint8)}
-        alone.on_validation_batch_end(None, module, one, {"mask": mask[None].byte()}, 0)  # type: ignore[arg-type]
+        batch = {"mask": mask[None].byte(), "id": [name]}
+        alone.on_validation_batch_end(None, module, one, batch, 0)  # type: ignore[arg-type]
     zeros = {"prediction": torch.zeros(2, 12, 14, dtype=torch.uint8)}
-    together.on_validation_batch_end(None, module, zeros, {"mask": padded}, 0)  # type: ignore[arg-type]
+    batch = {"mask": padded, "id": ["a", "b"]}
+    together.on_validation_batch_end(None, module, zeros, batch, 0)  # type: ignore[arg-type]
     for scores in (alone, together):
         scores.on_validation_end(None, module)  # type: ignore[arg-type]
     assert np.array_equal(alone.bands, together.bands)
@@ -99,88 +91,25 @@ def test_padding_is_no_boundary(finished_run: Path) -> None:
     assert together.prediction(0, (9, 14)).shape == (9, 14)
 
 
-def test_all_pixels_are_in_bands_or_beyond(finished_run: Path, tmp_path: Path) -> None:
-    metrics = evaluated(f"ckpt={finished_run}", f"output={tmp_path}", "report.images=0")
-    assert list(metrics["boundary_miou"]) == [str(w) for w in WIDTHS]
-    assert metrics["checkpoint"] == str(best_checkpoint(finished_run))
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written["boundary_miou"] == metrics["boundary_miou"]
-    # Shapes at 48 pixels: no pixel is farther than 40 from a boundary.
-    assert metrics["boundary_miou"]["40"] == metrics["miou"]
-    assert metrics["boundary_miou"]["1"] != metrics["miou"]
+def test_image_without_any_label() -> None:
+    scores = ImageScores(keep=True)
+    scores.add("a", np.full((4, 5), 255, np.uint8), np.ones((4, 5), np.uint8), 3, 255)
+    assert scores.rows[0][0] == "a"
+    assert all(map(math.isnan, scores.rows[0][1:]))
+    assert all(map(math.isnan, boundary_miou(scores.bands).values()))
+    assert scores.prediction(0, (4, 5)).sum() == 20
 
 
-def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
-    """The scores are those of `TestTime`, counted here; without views, nothing changes."""
-    ckpt = last_checkpoint(finished_run)
-    metrics = evaluated(f"ckpt={ckpt}", f"output={tmp_path}", "tta.flip=true", "tta.scales=[1,0.5]")
-    plain = evaluated(f"ckpt={ckpt}", f"output={tmp_path}")
-    assert metrics["tta"] == {"flip": True, "scales": [1, 0.5]}
-    assert metrics["loss"] != plain["loss"]
-    module = SegmentationModule.load_from_checkpoint(ckpt).eval()
-    for options, expected in (({}, plain), ({"flip": True, "scales": (1, 0.5)}, metrics)):
-        network, confusion = TestTime(module.network, **options), torch.zeros(8, 8)  # type: ignore[arg-type]
-        data = Shapes(split="val", size=48, val_length=3)
-        for i in range(3):
-            mask: Tensor = data[i]["mask"]
-            with torch.inference_mode():
-                prediction = network(data[i]["image"][None]).argmax(1)[0]
-            confusion += multiclass_confusion_matrix(
-                prediction, torch.Tensor(mask).long(), num_classes=8, ignore_index=255
-            )
-        assert segmentation_scores(confusion)["miou"] == expected["miou"]
-        assert segmentation_scores(confusion)["pixel_acc"] == expected["pixel_acc"]
-
-
-@pytest.mark.parametrize("setting", ["tta.scales=[]", "tta.scales=[0]", "tile=8"])
-def test_impossible_views(finished_run: Path, tmp_path: Path, setting: str) -> None:
-    output = tmp_path / "out"
-    with pytest.raises(ConfigError, match=setting.split("=")[0]):
-        evaluated(f"ckpt={finished_run}", f"output={output}", setting)
-    assert not output.exists()
-
-
-def test_comparison(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder and a checkpoint; both as if judged alone, and the difference."""
-    other = tmp_path / "other"
-    train_tiny(other, "model.head_width=12", "optimizer.lr=0.01")
-    pair = f"compare=[{finished_run},{last_checkpoint(other)}]"
-    metrics = evaluated(pair, f"output={tmp_path / 'out'}")
-    for key, run in (("a", best_checkpoint(finished_run)), ("b", last_checkpoint(other))):
-        alone = evaluated(f"ckpt={run}", f"output={tmp_path / key}")
-        assert metrics[key]["checkpoint"] == str(run)
-        for name in ("miou", "pixel_acc", "mean_acc", "fwiou", "loss", "boundary_miou"):
-            assert metrics[key][name] == alone[name]
-    difference = metrics["difference"]
-    assert difference["miou"] == metrics["b"]["miou"] - metrics["a"]["miou"]
-    assert list(difference["iou"]) == list(Shapes.classes)
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"metrics.json", "report.html"}
-    page = (tmp_path / "out" / "report.html").read_text("ascii")
-    assert "B loses most" in page
-    assert str(best_checkpoint(finished_run)) in page
-    assert str(last_checkpoint(other)) in page
-
-    evaluated(f"compare=[{other},{other}]", "report.images=0")
-    assert (other / "comparison" / "report.html").is_file()  # beside evaluation/, of A
-    assert not (other / "evaluation").exists()
-
-
-def test_comparisons_that_cannot_be(finished_run: Path, tmp_path: Path, tiny_voc: Path) -> None:
-    run = tmp_path / "voc"
-    tiny = [o for o in TINY if not o.startswith("data")]
-    voc = ["data=voc2012", f"data.root={tiny_voc}", "data.crop_size=32", "data.num_workers=0"]
-    from train import train
-
-    train(compose_config("train", *tiny, *voc, "trainer.max_steps=1"), run)
-    for arguments, message in (
-        ((f"compare=[{finished_run},{run}]",), r"A knows 8 classes .* B 21 .*must be the same$"),
-        ((f"compare=[{finished_run}]",), r"must be two"),
-        ((f"compare={finished_run}",), r"must be two"),
-        ((f"compare=[{finished_run},{tmp_path / 'none'}]",), r"none: no such file$"),
-        ((f"compare=[{run},{run}]", f"ckpt={run}"), r"not both$"),
-    ):
-        with pytest.raises(FCNError, match=message) as error:
-            evaluated(*arguments, f"output={tmp_path / 'out'}")
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+def test_tables_hold_no_formula(tmp_path: Path) -> None:
+    """OWASP's "CSV injection": names come from folders and lists of anybody."""
+    names = ["=1+1", "+x", "-x", "@x", "a,b", "Straße \udcff"]
+    write_confusion(tmp_path / "confusion.csv", torch.arange(36).reshape(6, 6), names)
+    write_images(tmp_path / "images.csv", [("=1+1", 0.5, 0.25), ("all void", math.nan, math.nan)])
+    with (tmp_path / "confusion.csv").open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    expected = ["'=1+1", "'+x", "'-x", "'@x", "a,b", "Straße \\udcff"]
+    assert head == ["label", *expected]
+    assert [row[0] for row in rows] == expected
+    assert [int(n) for row in rows for n in row[1:]] == list(range(36))
+    text = (tmp_path / "images.csv").read_bytes().decode()
+    assert text == "id,pixel_acc,miou\r\n'=1+1,0.5,0.25\r\nall void,,\r\n"

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
-from test_train import evaluate_checkpoint
+from test_evaluate import evaluate_checkpoint
 
 from export import export
 from fcn.checkpoints import read_checkpoint

@@ -8,25 +8,27 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import compose_config, train_tiny
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fcn.export
-from evaluate import evaluate, offer_checkpoint_data
+import fcn.inference.export
+from evaluate import evaluate
 from export import export
+from fcn.checkpoint import AT_ONCE, data_settings, last_checkpoint, read_checkpoint
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError
-from fcn.export import read_pt2
 from fcn.module import SegmentationModule
 from fcn.network import FCN
-from fcn.published import AT_ONCE, main
-from fcn.runs import last_checkpoint
+from fcn.published import main
+from fcn.weights import load_weights
 from predict import predict
 
 State = dict[str, Tensor]
@@ -39,22 +41,30 @@ UPSAMPLING = {  # name: kernel; of all four nets
 }
 
 
+THIN = 8  # The nets of these tests are so many times thinner than VGG-16.
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def thin_vgg16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes torchvision's VGG-16 thin, but for the test that compares all of it."""
     torch.manual_seed(0)
+    if "full_state" not in request.fixturenames:
+        configurations = torchvision.models.vgg.cfgs
+        thin = [n if n == "M" else n // THIN for n in configurations["D"]]
+        monkeypatch.setitem(configurations, "D", thin)
 
 
-def random_state(stride: int, width: int = 8, classes: int = 21) -> State:
+def random_state(stride: int, width: int = 8, classes: int = 21, thin: int = THIN) -> State:
     """As torchfcn names them, of any width; logits are some units large."""
     shapes = {
-        f"conv{i}_{j}": (after, before, 3, 3)
+        f"conv{i}_{j}": (after // thin, before if before == 3 else before // thin, 3, 3)
         for i, channels in enumerate(VGG16, 1)
         for j, (before, after) in enumerate(pairwise(channels), 1)
     }
-    shapes |= {"fc6": (width, 512, 7, 7), "fc7": (width, width, 1, 1)}
+    shapes |= {"fc6": (width, 512 // thin, 7, 7), "fc7": (width, width, 1, 1)}
     shapes |= {"score_fr": (classes, width, 1, 1)}
     skips = {32: {}, 16: {"pool4": 512}, 8: {"pool4": 512, "pool3": 256}}[stride]
-    shapes |= {f"score_{pool}": (classes, wide, 1, 1) for pool, wide in skips.items()}
+    shapes |= {f"score_{pool}": (classes, wide // thin, 1, 1) for pool, wide in skips.items()}
     state = {}
     for name, shape in shapes.items():
         std = (2 / torch.Size(shape[1:]).numel()) ** 0.5 / (70 if name == "conv1_1" else 1)
@@ -74,24 +84,20 @@ def photo(height: int, width: int) -> Tensor:
     return torch.randint(256, (1, 3, height, width), dtype=torch.uint8)
 
 
-def small(**changes: object) -> FCN:
-    options = {"num_classes": 5, "backbone": "vgg11", "head_width": 8, "alignment": "caffe"}
-    return FCN(**options | changes).eval()  # type: ignore[arg-type]
+def small(**changes: Any) -> FCN:
+    options: dict[str, Any] = {"num_classes": 5, "backbone": "vgg_tiny", "head_width": 8}
+    return FCN(**options | {"alignment": "caffe"} | changes).eval()
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Writes a file as torch did when those nets were converted; 60 MB are removed afterwards."""
-    paths = []
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file as torch did when those nets were converted."""
 
     def _save(state: State, name: str = "fcn8s_from_caffe.pth") -> Path:
-        paths.append(tmp_path / name)
-        torch.save(state, paths[-1], _use_new_zipfile_serialization=False)
-        return paths[-1]
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+        return tmp_path / name
 
-    yield _save
-    for path in paths:
-        path.unlink()
+    return _save
 
 
 # ---- the same logits as PyPI's torchfcn
@@ -110,43 +116,38 @@ def torchfcn_models() -> Iterator[ModuleType]:
         yield import_module("torchfcn.models")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def full_state() -> State:
     """540 MB: the tensors of all four nets."""
-    torch.manual_seed(0)
-    return random_state(32, 1) | random_state(16, 1) | random_state(8, 4096)
+    return random_state(32, 1, thin=1) | random_state(16, 1, thin=1) | random_state(8, 4096, thin=1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "stride"), [("FCN32s", 32), ("FCN16s", 16), ("FCN8s", 8), ("FCN8sAtOnce", 8)]
-)
+@pytest.mark.slow
 @torch.inference_mode()
 def test_logits_equal_torchfcns(
-    kind: str,
-    stride: int,
-    torchfcn_models: ModuleType,
-    full_state: State,
-    monkeypatch: pytest.MonkeyPatch,
+    torchfcn_models: ModuleType, full_state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch.device("meta"):
-        theirs = getattr(torchfcn_models, kind)(n_class=21).eval()
-    state = {name: full_state[name] for name in theirs.state_dict()}
-    scales = AT_ONCE if kind == "FCN8sAtOnce" else (1.0, 1.0, 1.0)
-    for pool, scale in zip(("pool4", "pool3"), scales[1:], strict=True):
-        if scale != 1:  # its skips count as much as the others'
-            state[f"score_{pool}.weight"] = state[f"score_{pool}.weight"] / scale
-    theirs.load_state_dict(state, assign=True)
-
-    monkeypatch.setattr("fcn.weights.read_weights", lambda *_: state)
     monkeypatch.setattr(FCN, "reset_parameters", lambda _: None)  # 134 M values that are replaced
-    options = {"alignment": "caffe", "pool_scales": scales}
-    ours = FCN(21, stride, "vgg16", weights="fcn_from_caffe.pth", **options).eval()  # type: ignore[arg-type]
-    assert ours.fresh_layers == []
-    for size in ((33, 47), (5, 74), (100, 61))[: 3 if kind == "FCN8s" else 2]:
-        image = photo(*size)
-        expected = theirs(bgr(image))
-        assert expected.std() > 0.3
-        torch.testing.assert_close(ours(image), expected, rtol=0, atol=1e-4)
+    kinds = {"FCN32s": 32, "FCN16s": 16, "FCN8s": 8, "FCN8sAtOnce": 8}
+    for kind, stride in kinds.items():
+        with torch.device("meta"):
+            theirs = getattr(torchfcn_models, kind)(n_class=21).eval()
+        state = {name: full_state[name] for name in theirs.state_dict()}
+        scales = AT_ONCE if kind == "FCN8sAtOnce" else (1.0, 1.0, 1.0)
+        for pool, scale in zip(("pool4", "pool3"), scales[1:], strict=True):
+            if scale != 1:  # its skips count as much as the others'
+                state[f"score_{pool}.weight"] = state[f"score_{pool}.weight"] / scale
+        theirs.load_state_dict(state, assign=True)
+
+        monkeypatch.setattr("fcn.weights.read_weights", lambda *_, state=state: state)
+        ours = FCN(21, stride, "vgg16", alignment="caffe", pool_scales=scales).eval()
+        assert load_weights(ours, "fcn_from_caffe.pth") == []
+        for size in ((33, 47), (5, 74), (100, 61))[: 3 if kind == "FCN8s" else 2]:
+            image = photo(*size)
+            expected = theirs(bgr(image))
+            assert expected.std() > 0.3
+            torch.testing.assert_close(ours(image), expected, rtol=0, atol=1e-4)
+        del ours  # 540 MB
 
 
 # ---- geometry
@@ -180,7 +181,7 @@ def test_both_alignments_lay_the_maps_on_each_other() -> None:
     centered.load_state_dict(caffe.state_dict())
     centered.mean.copy_(caffe.mean)
     image = photo(256, 256)
-    inside = slice(112, 144)  # VGG-11 sees about 75 pixels each way, upsampling one cell more
+    inside = slice(112, 144)  # this VGG sees about 75 pixels each way, upsampling one cell more
     here = caffe(image)[..., inside, inside]
     there = centered(F.pad(image, (3, 29, 3, 29)))[..., 3:, 3:][..., inside, inside]
     assert here.std() > 0.1
@@ -197,9 +198,9 @@ def test_logits_have_the_size_of_the_image(stride: int, fusion: str) -> None:
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="alignment must be one of centered, caffe; got 'left'"):
+    with pytest.raises(ValueError, match="alignment=left: must be centered or caffe"):
         small(alignment="left")
-    with pytest.raises(ValueError, match="needs head_kernel=7; got 3"):
+    with pytest.raises(ValueError, match="head_kernel=3: must be 7 with alignment=caffe"):
         small(head_kernel=3)
 
 
@@ -207,7 +208,7 @@ def test_training_keeps_the_alignment(tmp_path: Path) -> None:
     """Trained, saved and opened again; every layer learns."""
     changes = ["model=fcn8s", "model.alignment=caffe", "model.head_kernel=7", "trainer.max_steps=1"]
     changes += ["trainer.val_check_interval=1", "data.dataset.val_length=1", "data.batch_size=1"]
-    train_tiny(tmp_path / "run", *changes, "callbacks.panel_images=0")
+    train_tiny(tmp_path / "run", *changes)
     module = SegmentationModule.load_from_checkpoint(last_checkpoint(tmp_path / "run"))
     assert module.hparams["alignment"] == "caffe"
     assert module.network.offsets == {"pool4": 5, "pool3": 9, "image": 31}
@@ -217,7 +218,7 @@ def test_training_keeps_the_alignment(tmp_path: Path) -> None:
     for name, parameter in module.network.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.any(), name
-    with pytest.raises(ConfigError, match=r"caffe needs model\.head_kernel=7"):
+    with pytest.raises(ConfigError, match=r"head_kernel=3: must be 7 with alignment=caffe"):
         train_tiny(tmp_path / "other", "model.alignment=caffe")
 
 
@@ -233,8 +234,8 @@ def test_checkpoints_from_before_are_centered(finished_run: Path, tmp_path: Path
 
 def test_each_tensor_has_its_place(save: Callable) -> None:
     state = random_state(8, classes=5)
-    network = small(backbone="vgg16", weights=save(state))
-    assert network.fresh_layers == []
+    network = small(backbone="vgg16")
+    assert load_weights(network, save(state)) == []
     own = network.state_dict()
     assert len(own) == len(state)
     places = {
@@ -262,12 +263,12 @@ def test_each_tensor_has_its_place(save: Callable) -> None:
 
 
 def test_a_coarser_net_starts_a_finer_one(save: Callable) -> None:
-    network = small(backbone="vgg16", stride=16, weights=save(random_state(32, classes=5)))
+    network = small(backbone="vgg16", stride=16)
     new = ["skips.pool4", "upsample.to_pool4", "upsample.to_image_16"]
-    assert network.fresh_layers == new
+    assert load_weights(network, save(random_state(32, classes=5))) == new
 
 
-MISFITS: dict[str, tuple[dict[str, object], Callable[[State], object], str]] = {
+MISFITS: dict[str, tuple[dict[str, Any], Callable[[State], object], str]] = {
     "default alignment": (
         {"alignment": "centered"},
         lambda s: None,
@@ -291,8 +292,8 @@ MISFITS: dict[str, tuple[dict[str, object], Callable[[State], object], str]] = {
     ),
     "shape": (
         {},
-        lambda s: s.update({"conv1_1.weight": torch.zeros(64, 1, 3, 3)}),
-        "wrong shape: conv1_1.weight (64, 1, 3, 3), not (64, 3, 3, 3).",
+        lambda s: s.update({"conv1_1.weight": torch.zeros(8, 1, 3, 3)}),
+        "wrong shape: conv1_1.weight (8, 1, 3, 3), not (8, 3, 3, 3).",
     ),
     "NaN": ({}, lambda s: s["fc7.bias"].fill_(torch.nan), "NaN or Inf: fc7.bias."),
 }
@@ -305,7 +306,7 @@ def test_misfits_are_named_as_in_the_file(case: str, save: Callable) -> None:
     change(state)
     path = save(state)
     with pytest.raises(WeightsError) as caught:
-        small(weights=path, **{"backbone": "vgg16"} | options)
+        load_weights(small(**{"backbone": "vgg16"} | options), path)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
 
@@ -320,7 +321,8 @@ def test_imagenet_weights_see_what_they_know(save: Callable) -> None:
         for layer, number in names.items()
         for kind in ("weight", "bias")
     }
-    caffe = small(weights=save(state, "vgg11.pth"))
+    caffe = small()
+    load_weights(caffe, save(state, "vgg11.pth"))
     image = photo(9, 12)
     first = [n.get_submodule("stages.0.0")(n.normalize(image)) for n in (caffe, centered)]
     inside = [x[..., 1:-1, 1:-1] for x in first]
@@ -330,25 +332,35 @@ def test_imagenet_weights_see_what_they_know(save: Callable) -> None:
 # ---- the scripts
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A narrow FCN-8s in torch's old format, as those of 2017 are."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("published") / "fcn8s_from_caffe.pth"
-    torch.save(random_state(8), path, _use_new_zipfile_serialization=False)
-    yield path
-    path.unlink()
+@pytest.fixture
+def published(save: Callable[..., Path]) -> Path:
+    """A thin FCN-8s in torch's old format, as those of 2017 are."""
+    return save(random_state(8))
 
 
 def network_of(path: Path) -> FCN:
-    return FCN(21, 8, "vgg16", path, head_width=8, alignment="caffe").eval()
+    network = FCN(21, 8, "vgg16", head_width=8, alignment="caffe").eval()
+    load_weights(network, path)
+    return network
+
+
+def test_checkpoint_of_a_published_net(published: Path) -> None:
+    checkpoint = read_checkpoint(published)
+    module = SegmentationModule.load_from_checkpoint(published)
+    assert module.class_names == list(VOC2012.classes)
+    assert module.fresh_layers == []
+    network = network_of(published)
+    for name, value in network.state_dict().items():
+        assert checkpoint["state_dict"][f"network.{name}"].equal(value)
+        assert module.network.state_dict()[name].equal(value)
+    data = data_settings(published, checkpoint)
+    assert data == {"dataset": {"class": "fcn.datasets.voc2012.VOC2012"}, "root": "data"}
 
 
 def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
     """Nothing is given but the file and where the data are."""
     arguments = [f"ckpt={published}", f"data.root={tiny_voc}", f"output={tmp_path}"]
     arguments += ["data.num_workers=0", "data.limit=2", "report.images=0"]
-    offer_checkpoint_data(arguments)
     metrics = evaluate(compose_config("evaluate", *arguments, "accelerator=cpu"))
     assert list(metrics["iou"]) == list(VOC2012.classes)
     assert (metrics["images"], metrics["precision"], metrics["step"]) == (2, "32-true", 0)
@@ -362,23 +374,25 @@ def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
         right += int((found == sample["mask"])[known].sum())
         pixels += int(known.sum())
     assert metrics["pixel_acc"] == right / pixels
-    assert compose_config("evaluate", arguments[0]).data.root == "data"
 
 
 @pytest.mark.slow
 def test_prediction_and_export(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The .pth and a .pt2 of it give one mask."""
-    monkeypatch.setattr(fcn.export, "SIZES", ((1, 33, 50),))  # all of them: tests/test_export.py
+    """The .pth and a .safetensors of it give one mask; its .pt2 is compared as it is written."""
+    sizes = ((1, 33, 50),)  # all of them are in the tests of export
+    monkeypatch.setattr(fcn.inference.export, "SIZES", sizes)
     image = photo(40, 55)
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    options = [f"output={tmp_path / 'x.pt2'}", "format=torch"]
-    export(compose_config("export", f"ckpt={published}", *options))
+    for ending, form in (("pt2", "torch"), ("safetensors", "safetensors")):
+        options = [f"output={tmp_path / 'x'}.{ending}", f"format={form}"]
+        export(compose_config("export", f"ckpt={published}", *options))
+    assert (tmp_path / "x.pt2").is_file()
     with torch.inference_mode():
         expected = network_of(published)(image)[0].argmax(0).numpy()
-    assert read_pt2(tmp_path / "x.pt2").hparams["alignment"] == "caffe"
-    for ckpt in (published, tmp_path / "x.pt2"):
+    assert read_checkpoint(tmp_path / "x.safetensors")["hyper_parameters"]["alignment"] == "caffe"
+    for ckpt in (published, tmp_path / "x.safetensors"):
         options = [f"ckpt={ckpt}", f"input={tmp_path / 'x.png'}", f"output={tmp_path / 'out'}"]
         output = predict(compose_config("predict", *options, "device=cpu"))
         with Image.open(output / "x.png") as mask:
@@ -394,14 +408,19 @@ def test_at_once(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     staged = network_of(published)
     assert staged.pool_scales == dict.fromkeys(network.pool_scales, 1)
     assert all(network.state_dict()[n].equal(v) for n, v in staged.state_dict().items())
-    ckpt.unlink()
+    checkpoint = torch.load(ckpt, weights_only=True)
+    assert checkpoint["hyper_parameters"]["weights"] is None
+    assert checkpoint["fresh_layers"] == []
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
         ({"upscore.weight": torch.zeros(1)}, "--at-once: .*x.pth is no FCN-8s"),
-        ({"upscore8.weight": torch.zeros(1), "fc6.bias": torch.zeros(8)}, "x.pth does not fit"),
+        (
+            {"upscore8.weight": torch.zeros(1), "fc6.bias": torch.zeros(8)},
+            "x.pth does not fit .* missing: conv1_1.bias, conv1_2.weight",
+        ),
         (None, "No such file"),
     ],
 )
@@ -413,4 +432,7 @@ def test_conversions_that_cannot_be(
     with pytest.raises(SystemExit):
         main([str(tmp_path / "x.pth"), "--at-once"])
     assert re.match(f"error: .*{message}", capsys.readouterr().err)
-    assert not (tmp_path / "x.ckpt").exists()
+    assert not list(tmp_path.glob("*.ckpt"))
+    if state is not None:
+        with pytest.raises(WeightsError, match=r"x\.pth"):
+            SegmentationModule.load_from_checkpoint(tmp_path / "x.pth")

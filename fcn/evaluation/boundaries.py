@@ -3,11 +3,11 @@
     confusions = band_confusions(mask, prediction, classes=21, void=255)   # of one image
     boundary_miou(confusions)                      # {"1": 0.31, "2": 0.35, ..., "40": 0.62}
 
-This is the trimap of Kohli et al. (IJCV 2009), Krähenbühl and Koltun (NIPS 2011) and DeepLab. Theirs
-is a band around the void pixels of VOC. Here a boundary is wherever neighbouring labels (above,
-below, left and right) differ, and void is one of these labels. So bands start at the edge of the
-void line that VOC draws around objects, and where the data has no void, at the place where two
-classes touch. The border of the picture is no boundary.
+This is the trimap of Kohli et al. (IJCV 2009), Krähenbühl and Koltun (NIPS 2011) and DeepLab.
+Theirs is a band around the void pixels of VOC. Here a boundary is wherever neighbouring labels
+(above, below, left and right) differ, and void is one of these labels. So bands start at the edge
+of the void line that VOC draws around objects, and where the data has no void, at the place where
+two classes touch. The border of the picture is no boundary.
 """
 
 import numpy as np

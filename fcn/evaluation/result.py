@@ -1,26 +1,24 @@
-"""Score a module on a data set as a validation of training does; compare two such results.
+"""Score a checkpoint as a validation of training does; compare two such results.
 
-    images = ImageScores()
-    trainer = open_trainer("auto", "32-true", images)
-    result = score(module, datamodule.eval_dataloader(data), trainer, images)
+    result = score(candidate, datamodule.eval_dataloader(data))
     result.metrics["miou"]
+
+evaluate.py calls it for each checkpoint.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fcn.errors import ConfigError, check_choice, check_text
 from fcn.evaluation.boundaries import boundary_miou
+from fcn.evaluation.candidate import Candidate
 from fcn.evaluation.scores import ImageScores
-from fcn.module import SegmentationModule
-from fcn.precision import PRECISIONS
+from fcn.runs.versions import git_revision, versions
 
 SCORES = ("pixel_acc", "mean_acc", "miou", "fwiou")
 
@@ -40,39 +38,17 @@ class Result:
     images: ImageScores
 
 
-def open_trainer(accelerator: str, precision: str, images: ImageScores) -> pl.Trainer:
-    """A trainer that validates on one device and writes nothing.
-
-    Raises:
-        ConfigError: the device is not there, or cannot compute in this precision.
-    """
-    check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
-    check_choice("precision", precision, PRECISIONS)
-    try:
-        return pl.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision=precision,  # type: ignore[arg-type]
-            logger=False,
-            callbacks=[images],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
-
-
-def score(
-    module: SegmentationModule, loader: DataLoader, trainer: pl.Trainer, images: ImageScores
-) -> Result:
-    """Validate a module as training does, so that the scores are the same to the last digit.
+def score(candidate: Candidate, loader: DataLoader, *, keep: bool = False) -> Result:
+    """Validate as training does, so that the scores are the same to the last digit.
 
     Args:
-        module: its network may be wrapped, for test-time augmentation.
-        loader: each image once, in order.
-        trainer: as `open_trainer` gives it.
-        images: the trainer's callback.
+        candidate: what to score.
+        loader: each image once.
+        keep: keep the predictions, for pictures in the report.
     """
+    module, trainer = candidate.module, candidate.trainer
+    images = ImageScores(keep=keep)
+    trainer.callbacks.append(images)  # type: ignore[attr-defined]
     started = time.perf_counter()
     trainer.validate(module, loader, verbose=False)
     seconds = time.perf_counter() - started
@@ -85,8 +61,13 @@ def score(
         "boundary_miou": boundary_miou(images.bands),
         "images": len(images.rows),
         "images_per_second": len(images.rows) / seconds,
+        "checkpoint": str(candidate.path),
+        "step": candidate.checkpoint["global_step"],
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "date": datetime.now().astimezone().isoformat(" ", "seconds"),
     }
     return Result(metrics, module.confusion.compute(), images)
 
@@ -98,30 +79,3 @@ def compare(results: Sequence[Result]) -> dict[str, Any]:
     for group in ("iou", "boundary_miou"):
         difference[group] = {name: b[group][name] - a[group][name] for name in a[group]}
     return {"a": a, "b": b, "difference": difference}
-
-
-def check_classes(modules: Sequence[SegmentationModule], classes: Sequence[str]) -> None:
-    """Refuse to compare checkpoints with each other, or with data, that have other classes.
-
-    Args:
-        modules: one, or the A and B of a comparison.
-        classes: those of the data.
-
-    Raises:
-        ConfigError: the names of the classes, or their order, are not the same everywhere.
-    """
-    first, *others = (module.class_names for module in modules)
-    for other in others:
-        if other != first:
-            raise ConfigError(
-                f"compare: A knows {_some(first)}, B {_some(other)}: they must be the same"
-            )
-    if list(classes) != first:
-        raise ConfigError(
-            f"the checkpoint knows {_some(first)}, the data {_some(classes)}: "
-            "they must be the same"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}, ...)"

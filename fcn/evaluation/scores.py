@@ -1,8 +1,8 @@
 """The scores of each image alone, as a callback of a validation.
 
-    images = ImageScores(keep=True)
-    pl.Trainer(callbacks=[images], ...).validate(module, datamodule.eval_dataloader(data))
-    images.rows[0]        # ("2007_000033", 0.91, 0.55): id, pixel accuracy, mean IoU
+images = ImageScores(keep=True)
+pl.Trainer(callbacks=[images], ...).validate(module, datamodule.eval_dataloader(data))
+images.rows[0]        # ("2007_000033", 0.91, 0.55): id, pixel accuracy, mean IoU
 """
 
 import zlib

@@ -1,4 +1,9 @@
-"""confusion.csv and images.csv, the tables of an evaluation."""
+"""The folder of an evaluation: metrics.json, confusion.csv, images.csv and report.html.
+
+    metrics = write_folder(output, [result], data, palette, images=12, command="python evaluate.py")
+
+evaluate.py calls it at its end. The report is made in report.py.
+"""
 
 import csv
 import io
@@ -9,7 +14,45 @@ from typing import Any
 
 from torch import Tensor
 
-from fcn.files import write_text
+from fcn.datasets import SegmentationDataset
+from fcn.evaluation.report import write_report
+from fcn.evaluation.result import Result, compare
+from fcn.figures.masks import Palette
+from fcn.files import write_json, write_text, writing
+
+
+def write_folder(
+    output: Path,
+    results: Sequence[Result],
+    data: SegmentationDataset,
+    palette: Palette,
+    *,
+    images: int,
+    command: str,
+) -> dict[str, Any]:
+    """Write one evaluation, or the comparison of two, which has no CSV files.
+
+    Args:
+        output: the folder; it is created.
+        results: one, or A and B.
+        data, palette, images, command: for `fcn.evaluation.report.write_report`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        WriteError: something cannot be written.
+    """
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    metrics = results[0].metrics if len(results) == 1 else compare(results)
+    write_json(output / "metrics.json", metrics)
+    if len(results) == 1:
+        write_confusion(output / "confusion.csv", results[0].confusion, list(metrics["iou"]))
+        write_images(output / "images.csv", results[0].images.rows)
+    report = output / "report.html"
+    write_report(report, results, data, palette, images=images, command=command)
+    return metrics
 
 
 def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> None:

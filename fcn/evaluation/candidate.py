@@ -1,0 +1,148 @@
+"""What an evaluation reads: checkpoints, made ready to be scored, and the data of their runs.
+
+    candidate = open_candidate(Path("best.ckpt"), accelerator="auto")
+    datamodule, settings = checkpoint_data(candidate, {"root": "/data"})
+    check_classes([candidate], datamodule.classes)
+
+evaluate.py calls these before anything is downloaded or computed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from fcn import cli
+from fcn.checkpoint import data_settings, read_checkpoint
+from fcn.datamodule import SegmentationDataModule
+from fcn.errors import ConfigError, check_choice, check_text
+from fcn.module import SegmentationModule
+from fcn.precision import PRECISIONS, cast_weights
+
+
+@dataclass
+class Candidate:
+    """A checkpoint that is to be scored.
+
+    Attributes:
+        path: of its file.
+        checkpoint: what `fcn.checkpoint.read_checkpoint` gives.
+        module: its network and classes.
+        trainer: validates on the wanted device and precision, and writes nothing.
+    """
+
+    path: Path
+    checkpoint: dict[str, Any]
+    module: SegmentationModule
+    trainer: pl.Trainer
+
+
+def open_candidate(
+    path: Path,
+    *,
+    accelerator: str = "auto",
+    precision: str | None = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> Candidate:
+    """Read a checkpoint and make it ready to be scored.
+
+    Args:
+        path: of the checkpoint.
+        accelerator: "auto", "cpu", "gpu", "mps" or another of Lightning's.
+        precision: None: as the run was trained.
+        wrap: gives a module that takes and returns what the network does, such as
+            `fcn.inference.tta.TestTime`; None: the network as it is.
+
+    Raises:
+        WeightsError: the checkpoint is missing, broken or not ours.
+        ConfigError: the device is not there, or cannot compute in this precision.
+    """
+    checkpoint = read_checkpoint(path)
+    precision = precision or checkpoint["precision"]
+    trainer = _open_trainer(accelerator, precision)
+    module = SegmentationModule.load_from_checkpoint(path)
+    cast_weights(module.network, precision)
+    if wrap is not None:
+        module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
+    return Candidate(path, checkpoint, module, trainer)
+
+
+def _open_trainer(accelerator: str, precision: str) -> pl.Trainer:
+    check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
+    check_choice("precision", precision, PRECISIONS)
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
+
+
+def checkpoint_data(
+    candidate: Candidate, changes: Mapping[str, Any]
+) -> tuple[SegmentationDataModule, dict[str, Any]]:
+    """The data of the run that made a checkpoint.
+
+    Args:
+        candidate: whose data settings are taken.
+        changes: replace some of them, such as {"root": "/data", "dataset": {"other": True}}.
+
+    Returns:
+        The data module and all of its settings.
+
+    Raises:
+        FCNError: the checkpoint has no data settings, or they cannot work.
+    """
+    settings = _merged(data_settings(candidate.path, candidate.checkpoint), changes)
+    try:
+        return SegmentationDataModule.from_settings(settings), settings
+    except (TypeError, ValueError) as error:
+        cli.raise_named("data", error)
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes, table by table.
+
+    This is done without OmegaConf, which would run a `${...}` that a hostile checkpoint may hold.
+    """
+    result = {**settings, **changes}
+    for key, change in changes.items():
+        old = settings.get(key)
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            result[key] = _merged(old, change)
+    return result
+
+
+def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> None:
+    """Refuse to compare checkpoints with each other, or with data, that have other classes.
+
+    Args:
+        candidates: one, or the A and B of a comparison.
+        classes: those of the data.
+
+    Raises:
+        ConfigError: the names of the classes, or their order, are not the same everywhere.
+    """
+    first, *others = (candidate.module.class_names for candidate in candidates)
+    for other in others:
+        if other != first:
+            raise ConfigError(
+                f"compare: A knows {_some(first)}, B {_some(other)}: they must be the same"
+            )
+    if list(classes) != first:
+        raise ConfigError(
+            f"the checkpoint knows {_some(first)}, the data {_some(classes)}: they must be the same"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}, ...)"
