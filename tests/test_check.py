@@ -110,7 +110,7 @@ def test_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"errors: {SHOWN + 7}" in text
     assert "… and 7 more" in text
     _, errors = run(capsys, tmp_path, "data=folder", status=1)
-    assert "data.dataset.classes=None: must be" in errors[0]
+    assert "data.dataset.classes=null: must be" in errors[0]
 
 
 def test_disjoint() -> None:

@@ -189,7 +189,7 @@ def test_sizes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classes": None}, "classes=None: must be a list"),
+        ({"classes": None}, "classes=null: must be a list"),
         ({"classes": "cat"}, "classes=cat: must be a list"),
         ({"classes": ["cat"]}, "2 to 255"),
         ({"classes": ["cat", "cat"]}, "each once"),
@@ -203,14 +203,18 @@ def test_sizes(root: Path) -> None:
         ({"palette": [*PALETTE[:2], [0, 0, 0]]}, "two meanings"),
         ({"palette": PALETTE, "void": [0, 0, 0]}, "two meanings"),
         ({"val_share": 1}, "val_share=1"),
-        ({"masks": None}, "masks=None"),
+        ({"masks": None}, "masks=null"),
+        ({"images": 5}, "images=5: must be the folder"),
+        ({"train": ""}, "train=: must be null or a text list"),
+        ({"seed": -1}, "seed=-1"),
+        ({"val_share": "half"}, "val_share=half"),
     ],
 )
 def test_settings(root: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         opened(root, **settings)
     assert "data.dataset." in str(error.value)
-    if not {"val_share", "masks"} & set(settings):  # known before any data is there
+    if set(settings) <= {"classes", "palette", "void"}:  # known before any data is there
         with pytest.raises(ConfigError, match=message):
             Folder.labels(**{"classes": CLASSES, "images": "x"} | settings)
 

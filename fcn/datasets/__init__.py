@@ -1,7 +1,10 @@
-"""Data sets for semantic segmentation: one file each, with its classes, palette, source, reader.
+"""Data sets for semantic segmentation. Each is one file, with its classes, palette and source.
 
-They share no base class and no registry: a data set is whatever satisfies `SegmentationDataset`,
-and `conf/data/*.yaml` names it by its import path.
+    data = VOC2012(split="val", root="data", download=True)     # from fcn.datasets.voc2012
+    sample = data[0]                                            # image, mask and id
+
+They share no base class, and there is no registry: a data set is any class that satisfies
+`SegmentationDataset`, and `conf/data/*.yaml` names it by its import path.
 """
 
 import re
@@ -22,11 +25,11 @@ class Sample(TypedDict):
 
     image: tv_tensors.Image  # (3, H, W) uint8, RGB
     mask: tv_tensors.Mask  # (H, W) uint8: class index, or VOID
-    id: str  # names the sample in messages, panels and predicted files
+    id: str  # the name of the sample in messages, panels and predicted files
 
 
 class Labels(NamedTuple):
-    """What the labels 0, 1, 2, … mean, and the colour (R, G, B) that each is shown in."""
+    """The names of the labels 0, 1, 2, ..., and the colour (R, G, B) that each is shown in."""
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -35,13 +38,14 @@ class Labels(NamedTuple):
 class SegmentationDataset(Protocol):
     """What the data module asks of a data set.
 
-    `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these.
-    `ids` has one name for each sample, in order; the data module may shorten it. What is wrong with
-    the data raises `DataError` with the file's name, in the constructor where that is cheap;
-    nothing is skipped silently.
+    `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these
+    labels. `ids` has one name for each sample, in order; the data module may shorten this list.
+    Data that is missing or damaged raises a `DataError` with the file's name, in the constructor
+    where that can be seen quickly. No sample is skipped silently.
 
-    The data module asks for classes and palette before any data is there: they are the class's own
-    attributes, or, where settings decide, what a class method `labels(**settings) -> Labels` gives.
+    The data module asks for classes and palette before any data is on disk. They are therefore
+    attributes of the class; or, where they depend on the constructor's arguments, the class has a
+    class method `labels(**arguments) -> Labels`.
     """
 
     def __init__(
@@ -66,13 +70,13 @@ class SegmentationDataset(Protocol):
 
 
 def find_dataset(name: object) -> Any:
-    """The data set class that a checkpoint names, such as "fcn.datasets.voc2012.VOC2012".
+    """The class of a data set, by its name, such as "fcn.datasets.voc2012.VOC2012".
 
-    A checkpoint may come from anybody, so that only a class that a file of this folder defines is
-    taken: nothing else is imported.
+    The name comes from a checkpoint, and a checkpoint may come from anybody. Only a class that a
+    file in this folder defines is accepted, and nothing else is imported.
 
     Raises:
-        DataError: it is none of these.
+        DataError: it is no such class.
     """
     module, _, attribute = str(name).rpartition(".")
     if re.fullmatch(r"fcn\.datasets\.\w+", module) and find_spec(module) is not None:

@@ -1,12 +1,12 @@
-"""ADE20K as the MIT Scene Parsing Benchmark has it (Zhou et al., CVPR 2017): 150 classes.
+"""ADE20K in the version of the MIT Scene Parsing Benchmark (Zhou et al., CVPR 2017): 150 classes.
 
-    python train.py data=ade20k                              # fetches 1 GB on first use
-    python train.py data=ade20k data.dataset.other=true      # 151 classes: `other` is the first
+    python train.py data=ade20k                              # downloads 1 GB on first use
+    python train.py data=ade20k data.dataset.other=true      # 151 classes; the first is `other`
 
 On disk, below `root`, as the official archive unpacks:
 
-    ADEChallengeData2016/images/{training,validation}/<id>.jpg         20,210 and 2,000
-    ADEChallengeData2016/annotations/{training,validation}/<id>.png    0 (other), 1-150
+    ADEChallengeData2016/images/{training,validation}/<id>.jpg         20,210 and 2,000 images
+    ADEChallengeData2016/annotations/{training,validation}/<id>.png    0 (other), 1 to 150
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from fcn.datasets import VOID, Labels, Sample
 from fcn.datasets.download import Archive
 from fcn.datasets.reading import check_exist, make_sample, read_image, read_mask
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import DataError
+from fcn.errors import DataError, check_flag
 
 ARCHIVE = Archive(
     data="ADE20K",
@@ -31,7 +31,7 @@ ARCHIVE = Archive(
     ),
     tree="ADEChallengeData2016",
 )
-# The first name of each in the benchmark's objectInfo150.txt; mask value 1 is `wall`.
+# The first name of each class in the benchmark's objectInfo150.txt. Mask value 1 is `wall`.
 NAMES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
 earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
@@ -51,13 +51,22 @@ CLASSES = tuple(name.strip() for name in NAMES.split(","))
 
 
 class ADE20K(Dataset[Sample]):
-    """Photographs of scenes, most 683 × 512 pixels or larger, nearly every pixel labelled.
+    """Photographs of scenes, most of 683 × 512 pixels or more, with nearly every pixel labelled.
 
-    `other` makes mask value 0, what is none of the 150, a class of its own (label 0, the rest are
-    1 to 150); without it 0 is void and the classes are 0 to 149, as the benchmark scores them.
-    Splits are `train` and `val`. Colours are VOC's scheme, not the benchmark's.
+    The colours follow VOC's scheme, not the benchmark's.
 
-    Raises DataError as VOC2012 does.
+    Args:
+        split: `train` or `val`.
+        root: the folder that holds or receives `ADEChallengeData2016/`.
+        download: whether to download that folder if it is missing.
+        other: what to do with mask value 0, which is everything outside the 150 classes. False:
+            these pixels are void, and the classes are 0 to 149, as in the benchmark's scores. True:
+            they are a class of their own, label 0, and the others are 1 to 150.
+
+    Raises:
+        ConfigError: `other` is neither true nor false.
+        DataError: the split is unknown, or a folder, image or mask is missing. While reading: a
+            file is damaged, or its labels are not ADE20K's.
     """
 
     void: ClassVar[int] = VOID
@@ -65,7 +74,8 @@ class ADE20K(Dataset[Sample]):
 
     @classmethod
     def labels(cls, *, other: bool = False) -> Labels:
-        """150 classes, or 151 with `other`; each keeps its colour."""
+        """150 classes, or 151 with `other`. A class has the same colour in both."""
+        check_flag("data.dataset.other", other)
         colours = voc_palette(151)
         return Labels(("other", *CLASSES), colours) if other else Labels(CLASSES, colours[1:])
 
@@ -77,9 +87,9 @@ class ADE20K(Dataset[Sample]):
         download: bool = False,
         other: bool = False,
     ) -> None:
+        self.classes, self.palette = self.labels(other=other)
         if split not in self.splits:
             raise DataError(f"ADE20K has no split '{split}': choose from {', '.join(self.splits)}")
-        self.classes, self.palette = self.labels(other=other)
         self.other = other
         folder = ARCHIVE.find(root, download)
         self._images = folder / "images" / self.splits[split]
@@ -97,5 +107,5 @@ class ADE20K(Dataset[Sample]):
         path = self._masks / f"{name}.png"
         mask = read_mask(path, 151, void=None)
         if not self.other:
-            mask = mask - 1  # bytes: 0 becomes 255, VOID
+            mask = mask - 1  # uint8: 0 wraps around to 255, which is VOID
         return make_sample(name, read_image(self._images / f"{name}.jpg"), mask, path)

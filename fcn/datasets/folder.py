@@ -3,12 +3,12 @@
     python -m fcn.datasets.check data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
     python train.py data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
 
-For more than a trial, copy conf/data/folder.yaml to conf/data/<name>.yaml and write there what the
-data is; then it is `data=<name>`. On disk:
+To use the same data often, copy conf/data/folder.yaml to conf/data/<name>.yaml and write the
+settings there; the data is then `data=<name>`. On disk:
 
-    <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, …: FORMATS in reading.py
-    <masks>/<id>.png     the label of each pixel, or its colour
-    <train>, <val>       optional text lists, one id (or file name) a line
+    <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, ...: see FORMATS in reading.py
+    <masks>/<id>.png     the label of each pixel, or the colour of its class
+    <train>, <val>       optional text lists, with one id (or file name) on each line
 """
 
 import hashlib
@@ -29,37 +29,44 @@ from fcn.datasets.reading import (
     read_image,
     read_lines,
     read_picture,
-    refuse,
+    refuse_missing,
     to_mask,
 )
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import ConfigError, DataError
+from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
 
 Colours = Sequence[Sequence[int]]
+Void = int | Sequence[int] | None
 
 
 class Folder(Dataset[Sample]):
-    """Pairs of files with one stem; splits `train`, `val` and `all`.
+    """Pairs of an image and a mask whose names are equal, except for the endings.
 
     Args:
-        split, root, download: as for every data set; nothing is downloaded.
-        images, masks: folders, relative to `root` (None: the current folder) or absolute.
+        split: `train`, `val` or `all`.
+        root: what relative paths start from; None: the current folder.
+        download: has no effect, as there is nothing to download.
+        images, masks: the two folders, absolute or relative to `root`.
         classes: their names, in the order of the labels.
-        palette: None: masks are palette or grey pictures of the labels 0, 1, 2, … Or a colour
-            (R, G, B) for each class: RGB and palette pictures are read by their colours. A grey
-            picture holds labels even then, unless all of these colours are grey.
-        void: the label, or the colour, of pixels that count nowhere; None: there are none.
-        train, val: text lists. One alone leaves all other pairs to the other split.
-        val_share: without lists, the part of the pairs that is for validation.
-        seed: of that draw. An image that is added later moves hardly any other.
+        palette: None: masks are palette or grey pictures of the labels 0, 1, 2, ... Otherwise a
+            colour (R, G, B) for each class: RGB and palette pictures are read by their colours. A
+            grey picture is still read as labels, unless all of these colours are grey.
+        void: the label, or the colour, of pixels that are ignored in training and in every score;
+            None: there are no such pixels.
+        train, val: text lists of the ids of each split. If there is only one of them, all other
+            pairs belong to the other split.
+        val_share: if there are no lists, the fraction of the pairs to validate on, which are drawn
+            at random.
+        seed: of that draw. An image that is added later hardly changes it.
 
     Raises:
-        ConfigError: settings are incomplete or contradict each other.
-        DataError: a folder or list is missing, a file has no partner, two files have one stem; on
-            reading, a file is broken, sizes differ, or a mask holds an unknown label or colour.
+        ConfigError: a setting is missing or cannot work, or two of them contradict each other.
+        DataError: a folder or a list is missing, an image has no mask or a mask no image, or two
+            files have the same name except for the endings. While reading: a file is damaged, an
+            image and its mask differ in size, or a mask holds an unknown label or colour.
     """
 
-    void: ClassVar[int] = VOID  # of what is read, whatever it is on disk
+    void: ClassVar[int] = VOID  # in the masks that this class returns; on disk it may differ
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "all")
 
     @classmethod
@@ -68,33 +75,41 @@ class Folder(Dataset[Sample]):
         *,
         classes: Sequence[str] | None = None,
         palette: Colours | None = None,
-        void: int | Sequence[int] | None = VOID,
+        void: Void = VOID,
         **_: object,
     ) -> Labels:
-        """Classes and the colours to show them in, from the constructor's settings, checked."""
+        """The names of the classes and the colours to show them in.
+
+        Args:
+            classes, palette, void: as for the constructor, whose other arguments are ignored.
+
+        Raises:
+            ConfigError: one of them cannot work.
+        """
         names = tuple(classes) if isinstance(classes, list | tuple) else ()
-        _need(
-            all(isinstance(name, str) and name.strip() for name in names)
-            and 2 <= len(set(names)) == len(names) <= VOID,
-            f"classes={classes}: must be a list of 2 to {VOID} names, each once, in the order of "
-            "their labels; background is one, void is none",
-        )
-        _need(
-            void is None or _is_byte(void) or (_is_colour(void) and palette is not None),
-            f"void={void}: must be null, a label up to 255, or, with a palette, a colour [R, G, B]",
-        )
-        _need(void not in range(len(names)), f"void={void} is the label of a class")
+        texts = all(isinstance(name, str) and name.strip() for name in names)
+        if not texts or not 2 <= len(set(names)) == len(names) <= VOID:
+            refuse(
+                "data.dataset.classes",
+                classes,
+                f"a list of 2 to {VOID} names, each once, in the order of their labels; the "
+                "background is a class, void is not",
+            )
+        if void is not None and not _is_byte(void) and not (_is_colour(void) and palette):
+            wanted = "null, a label up to 255, or, with a palette, a colour [R, G, B]"
+            refuse("data.dataset.void", void, wanted)
+        if void in range(len(names)):
+            raise ConfigError(f"data.dataset.void={void} is the label of a class")
         if palette is None:
             return Labels(names, voc_palette(len(names)))
-        _need(
-            isinstance(palette, list | tuple)
-            and len(palette) == len(names)
-            and all(map(_is_colour, palette)),
-            f"palette={palette}: must be a colour [R, G, B] for each of {len(names)} classes",
-        )
+        given = palette if isinstance(palette, list | tuple) else ()
+        if len(given) != len(names) or not all(map(_is_colour, given)):
+            wanted = f"a colour [R, G, B] for each of {len(names)} classes"
+            refuse("data.dataset.palette", palette, wanted)
         colours = tuple((r, g, b) for r, g, b in palette)
-        twice = len({*colours, *_colour_of(void)}) < len(colours) + len(_colour_of(void))
-        _need(not twice, f"palette={palette}: a colour has two meanings")
+        meanings = [*colours, *_void_colours(void)]
+        if len(set(meanings)) < len(meanings):
+            raise ConfigError(f"data.dataset.palette={palette}: a colour has two meanings")
         return Labels(names, colours)
 
     def __init__(
@@ -107,50 +122,52 @@ class Folder(Dataset[Sample]):
         masks: str = "masks",
         classes: Sequence[str] | None = None,
         palette: Colours | None = None,
-        void: int | Sequence[int] | None = VOID,
+        void: Void = VOID,
         train: str | None = None,
         val: str | None = None,
         val_share: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.classes, self.palette = self.labels(classes=classes, palette=palette, void=void)
-        _need(bool(images and masks), f"images={images}, masks={masks}: name both folders")
-        share = isinstance(val_share, float) and 0 < val_share < 1
-        _need(share, f"val_share={val_share}: must be between 0 and 1")
+        check_text("data.dataset.images", images, wanted="the folder of the images")
+        check_text("data.dataset.masks", masks, wanted="the folder of the masks")
+        check_text("data.dataset.train", train, wanted="a text list of ids", optional=True)
+        check_text("data.dataset.val", val, wanted="a text list of ids", optional=True)
+        check_number("data.dataset.val_share", val_share, above=0, below=1)
+        check_whole("data.dataset.seed", seed, 0, 2**63)
         if split not in self.splits:
             raise DataError(f"Folder has no split '{split}': choose from {', '.join(self.splits)}")
         base = Path(root or ".").expanduser()
         self._folders = [base / Path(folder).expanduser() for folder in (images, masks)]
         self._images, self._masks = map(_pictures, self._folders)
         self._void = void if isinstance(void, int) else None
-        coded = self.palette if palette is not None else ()
-        self._colours = {_code(*colour): label for label, colour in enumerate(coded)}
-        self._colours |= {_code(*colour): VOID for colour in _colour_of(void)}
-        self._grey = all(r == g == b for r, g, b in coded)
+        class_colours = self.palette if palette is not None else ()
+        self._colours = {_number(*colour): k for k, colour in enumerate(class_colours)}
+        self._colours |= {_number(*colour): VOID for colour in _void_colours(void)}
+        self._grey = all(r == g == b for r, g, b in class_colours)
 
-        every = sorted(self._images.keys() | self._masks.keys())
-        lists = {
-            s: self._listed(base, file) for s, file in (("train", train), ("val", val)) if file
-        }
-        if not lists:  # by a hash, so that a new image changes nothing for the old ones
-            order = sorted(every, key=lambda n: hashlib.md5(os.fsencode(f"{seed}/{n}")).digest())
-            lists["val"] = sorted(order[: max(1, round(val_share * len(order)))])
-        given = {name for ids in lists.values() for name in ids}
-        rest = [name for name in every if name not in given]
-        self.ids = every if split == "all" else lists.get(split, rest)
+        names = sorted(self._images.keys() | self._masks.keys())
+        lists: dict[str, list[str]] = {}
+        if train:
+            lists["train"] = _read_list(base, train)
+        if val:
+            lists["val"] = _read_list(base, val)
+        if not lists:
+            lists["val"] = _draw(names, val_share, seed)
+        listed = {name for ids in lists.values() for name in ids}
+        rest = [name for name in names if name not in listed]
+        self.ids = names if split == "all" else lists.get(split, rest)
         if not self.ids:
             raise DataError(f"{self._folders[0]}: no pairs are left for the split '{split}'")
-        lone = [problem for problem in map(self._lone, self.ids) if problem]
-        if lone:
-            refuse(f"{len(lone)} of {len(self.ids)} pairs incomplete: {'; '.join(lone[:3])}")
+        incomplete = [problem for problem in map(self._incomplete, self.ids) if problem]
+        if incomplete:
+            refuse_missing(
+                f"{len(incomplete)} of {len(self.ids)} pairs incomplete: "
+                f"{'; '.join(incomplete[:3])}"
+            )
 
-    def _listed(self, base: Path, file: str) -> list[str]:
-        """The ids in a text list, which may name files."""
-        lines = read_lines(base / Path(file).expanduser())
-        return [PurePath(x).stem if is_picture(PurePath(x)) else x for x in lines]
-
-    def _lone(self, name: str) -> str | None:
-        """What this pair lacks, if anything."""
+    def _incomplete(self, name: str) -> str | None:
+        """A message about what a pair lacks; None if it lacks nothing."""
         image, mask = self._images.get(name), self._masks.get(name)
         if image and mask:
             return None
@@ -162,35 +179,35 @@ class Folder(Dataset[Sample]):
 
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
-        lone = self._lone(name)
-        if lone:
-            raise DataError(lone)
+        problem = self._incomplete(name)
+        if problem:
+            raise DataError(problem)
         path = self._masks[name]
         return make_sample(name, read_image(self._images[name]), self._read_mask(path), path)
 
     def _read_mask(self, path: Path) -> np.ndarray:
-        """(H, W) uint8: label or VOID, from labels or colours."""
+        """A mask (H, W) uint8 of labels and VOID, from a picture of labels or of colours.
+
+        Raises:
+            DataError: it is damaged, or holds unknown labels or colours.
+        """
         picture = read_picture(path, "mask")
         if not self._colours and picture.mode not in LABEL_MODES:
             raise DataError(f"{path}: a mask of mode {picture.mode} needs data.dataset.palette")
         if not self._colours or (picture.mode in LABEL_MODES[1:] and not self._grey):
             return to_mask(np.array(picture), len(self.classes), void=self._void, path=path)
         pixels = np.array(picture.convert("RGB"), np.int32)  # (H, W, 3)
-        colours = _code(*np.moveaxis(pixels, 2, 0))  # (H, W)
-        known = np.array(sorted(self._colours), np.int32)
-        place = np.searchsorted(known, colours).clip(max=len(known) - 1)  # (H, W)
-        strange = np.unique(colours[known[place] != colours]).tolist()
-        if strange:
-            found = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in strange[:3])
-            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        colours = _number(*np.moveaxis(pixels, 2, 0))  # (H, W, 3) -> (H, W)
+        known = np.array(sorted(self._colours), np.int32)  # (number of colours,)
+        place = np.searchsorted(known, colours).clip(max=len(known) - 1)  # (H, W), indices of known
+        unknown = np.unique(colours[known[place] != colours]).tolist()
+        if unknown:
+            found = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:3])
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             hint = "; null if the mask holds labels" if picture.mode == "P" else ""
             raise UnknownLabelError(f"{path}: not in data.dataset.palette{hint}: {found}{more}")
-        return np.array([self._colours[c] for c in known.tolist()], np.uint8)[place]
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"data.dataset.{message}")
+        labels = np.array([self._colours[c] for c in known.tolist()], np.uint8)
+        return labels[place]  # (H, W)
 
 
 def _is_byte(value: object) -> bool:
@@ -201,17 +218,22 @@ def _is_colour(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_byte, value))
 
 
-def _colour_of(void: int | Sequence[int] | None) -> list[tuple[int, ...]]:
+def _void_colours(void: Void) -> list[tuple[int, ...]]:
+    """The colour of void pixels, if void has one and not a label."""
     return [tuple(void)] if isinstance(void, Sequence) else []
 
 
-def _code(r: Any, g: Any, b: Any) -> Any:
-    """A colour, or each of (H, W), as one number."""
+def _number(r: Any, g: Any, b: Any) -> Any:
+    """A colour as one number; of arrays (H, W), each of their colours."""
     return r << 16 | g << 8 | b
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder, by stem; hidden files and others are left alone."""
+    """The pictures in a folder by their names without ending. Hidden files are ignored.
+
+    Raises:
+        DataError: there is no such folder, no picture in it, or there are two of one name.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
@@ -223,3 +245,22 @@ def _pictures(folder: Path) -> dict[str, Path]:
     if not files:
         raise DataError(f"{folder.absolute()}: there is no picture in this folder")
     return files
+
+
+def _read_list(base: Path, file: str) -> list[str]:
+    """The ids in a text list; a line may also hold the name of a picture."""
+    lines = read_lines(base / Path(file).expanduser())
+    return [PurePath(line).stem if is_picture(PurePath(line)) else line for line in lines]
+
+
+def _draw(names: Sequence[str], share: float, seed: int) -> list[str]:
+    """The ids to validate on, where there are no lists.
+
+    The names are ordered by a hash, so that a new image does not change the order of the others.
+    """
+
+    def position(name: str) -> bytes:
+        return hashlib.md5(os.fsencode(f"{seed}/{name}")).digest()
+
+    count = max(1, round(share * len(names)))
+    return sorted(sorted(names, key=position)[:count])

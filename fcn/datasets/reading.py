@@ -1,4 +1,12 @@
-"""What data sets on disk share: lists of ids, photographs, masks, and the checks of all three."""
+"""What data sets on disk share: reading and checking lists of ids, photographs and masks.
+
+    ids = read_ids(folder / "train.txt")
+    image = read_image(folder / f"{ids[0]}.jpg")            # (H, W, 3) uint8
+    mask = read_mask(folder / f"{ids[0]}.png", 21)          # (H, W) uint8
+    sample = make_sample(ids[0], image, mask, folder / f"{ids[0]}.png")
+
+Whatever is wrong with a file, the error is a DataError that begins with the file's path.
+"""
 
 import os
 import re
@@ -16,18 +24,19 @@ from torchvision import tv_tensors
 from fcn.datasets import VOID, Sample
 from fcn.errors import DataError, reason
 
-# Of Pillow's formats, those that its own code and plain libraries decode. The others start programs
-# (EPS is PostScript, which Ghostscript would run), or are no photographs.
+# The formats that Pillow decodes with its own code or with plain libraries. Its other formats start
+# programs (EPS is PostScript, which Ghostscript would execute), or are not for photographs.
 Image.init()
 KNOWN = "JPEG PNG WEBP TIFF BMP GIF PPM MPO JPEG2000 AVIF TGA"
 FORMATS = tuple(name for name in KNOWN.split() if name in Image.OPEN)
-LABEL_MODES = ("P", "L", "1", "I;16", "I")  # Pillow's palette, and grey of 8, 1, 16 and 32 bits
+# Pillow's modes of a picture of labels: palette, and grey with 8, 1, 16 and 32 bits.
+LABEL_MODES = ("P", "L", "1", "I;16", "I")
 
 _missing_allowed = ContextVar("missing_allowed", default=False)
 
 
 class UnknownLabelError(DataError):
-    """A mask holds a value or a colour that is no class and not void."""
+    """A mask holds a value or a colour that is neither a class nor void."""
 
 
 class MismatchedSizeError(DataError):
@@ -35,7 +44,11 @@ class MismatchedSizeError(DataError):
 
 
 def read_lines(path: Path) -> list[str]:
-    """A text list's lines without the blank ones; at least one."""
+    """The lines of a text list, without blank ones.
+
+    Raises:
+        DataError: the list cannot be read, or is empty.
+    """
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -47,7 +60,16 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_ids(path: Path, *, files: bool = False) -> list[str]:
-    """A text list's ids, one a line; with `files`, each line begins with the name of its file."""
+    """The ids in a text list, one on each line.
+
+    Args:
+        path: the list.
+        files: whether each line begins with the path of a file. Its id is then that file's name,
+            without folders and ending.
+
+    Raises:
+        DataError: the list cannot be read, is empty, or holds a line that is no id.
+    """
     ids = read_lines(path)
     if files:
         ids = [PurePosixPath(line.split()[0]).stem for line in ids]
@@ -58,27 +80,35 @@ def read_ids(path: Path, *, files: bool = False) -> list[str]:
 
 
 def check_exist(paths: Iterable[Path], *, what: str) -> None:
-    """Refuse missing files, with one look at each folder and not one at each file."""
+    """Refuse missing files. This lists each folder once, which is faster than a look at each file.
+
+    Args:
+        paths: the files.
+        what: what they are, in the plural, for the message.
+
+    Raises:
+        DataError: a file is missing.
+    """
     wanted = list(paths)
     found: dict[Path, set[str]] = {}
     for folder in {path.parent for path in wanted}:
         found[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
     missing = [path for path in wanted if path.name not in found[path.parent]]
     if missing:
-        refuse(f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}")
+        refuse_missing(f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}")
 
 
-def refuse(message: str) -> None:
-    """Raise DataError for files that are not there, unless `missing_allowed` puts it off."""
+def refuse_missing(message: str) -> None:
+    """Raise a DataError about missing files, unless this is inside `missing_allowed()`."""
     if not _missing_allowed.get():
         raise DataError(message)
 
 
 @contextmanager
 def missing_allowed() -> Iterator[None]:
-    """Let data sets open although files are missing: only reading these fails.
+    """Let data sets open although files are missing; an error comes only when these are read.
 
-    For `fcn.datasets.check`, which names them all and reads the rest.
+    This is for `fcn.datasets.check`, which reports all missing files and reads the others.
     """
     token = _missing_allowed.set(True)
     try:
@@ -88,7 +118,11 @@ def missing_allowed() -> Iterator[None]:
 
 
 def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
-    """Refuse training ids that are evaluation ids too: a score on these says nothing."""
+    """Refuse ids that are used for training and for evaluation: their score would mean nothing.
+
+    Raises:
+        DataError: there are such ids.
+    """
     shared = sorted(set(train) & set(val))
     if shared:
         more = ", …" if len(shared) > 3 else ""
@@ -99,23 +133,32 @@ def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-# Pillow decodes, not torchvision.io: that is deprecated since 0.29, and expands palettes.
-# A damaged file raises nearly anything in there (OSError, SyntaxError, struct.error, zlib.error…).
+# Pictures are decoded with Pillow: torchvision.io is deprecated since 0.29, and turns the indices
+# of a palette into colours. A damaged file makes Pillow raise errors of nearly any type (OSError,
+# SyntaxError, struct.error, zlib.error, ...), so that all of them are caught.
 
 
 def is_picture(path: PurePath) -> bool:
-    """Whether a file's ending is one of FORMATS'; what is in it decides how it is read."""
+    """Whether a file has the ending of one of FORMATS. Its content decides how it is decoded."""
     return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Not decoded yet; Pillow refuses what claims more than 179 million pixels."""
-    with warnings.catch_warnings(action="ignore"):  # of half as many
+    """Open a picture without decoding it. Pillow refuses more than 179 million pixels."""
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns at half that number
         return Image.open(path, formats=FORMATS)
 
 
 def read_picture(path: Path, what: str) -> Image.Image:
-    """Any picture, decoded; `what` is its part in the data, for the message of DataError."""
+    """Open and decode a picture.
+
+    Args:
+        path: the file.
+        what: what it is, such as "mask", for the message.
+
+    Raises:
+        DataError: the file is missing or damaged, or is no picture.
+    """
     try:
         with open_picture(path) as picture:
             picture.load()
@@ -125,12 +168,21 @@ def read_picture(path: Path, what: str) -> Image.Image:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, whatever the file holds: a grey photograph comes out as RGB too."""
+    """A photograph as (H, W, 3) uint8 RGB. One that is stored in grey is converted."""
     return np.array(read_picture(path, "image").convert("RGB"))
 
 
 def read_mask(path: Path, num_classes: int, *, void: int | None = VOID) -> np.ndarray:
-    """(H, W) uint8 from a picture of labels: a palette's indices and not its colours."""
+    """A mask (H, W) uint8 from a picture of labels. Of a palette, the indices are the labels.
+
+    Args:
+        path: the file.
+        num_classes: how many labels there are, from 0 up.
+        void: the label of pixels to ignore, which becomes VOID; None: there are none.
+
+    Raises:
+        DataError: the file is damaged, is no picture of labels, or holds unknown labels.
+    """
     picture = read_picture(path, "mask")
     if picture.mode not in LABEL_MODES:
         raise DataError(f"{path}: a mask must be a palette or grey PNG, not mode {picture.mode}")
@@ -138,15 +190,21 @@ def read_mask(path: Path, num_classes: int, *, void: int | None = VOID) -> np.nd
 
 
 def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Path) -> np.ndarray:
-    """Labels (H, W) of any integer type -> uint8 with `void` turned into VOID.
+    """Labels (H, W) of any integer type -> (H, W) uint8, with `void` replaced by VOID.
 
-    Raises UnknownLabelError if `labels` holds anything but 0 to num_classes - 1 and `void`.
+    Args:
+        labels: the labels.
+        num_classes, void: as for `read_mask`.
+        path: the file that they come from, for the message.
+
+    Raises:
+        UnknownLabelError: a label is neither one of 0 to num_classes - 1 nor `void`.
     """
-    strange = (labels < 0) | (labels >= num_classes)
+    unknown = (labels < 0) | (labels >= num_classes)  # (H, W)
     if void is not None:
-        strange &= labels != void
-    if strange.any():
-        values = np.unique(labels[strange])
+        unknown &= labels != void
+    if unknown.any():
+        values = np.unique(labels[unknown])
         found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
         allowed = f"0 to {num_classes - 1}" + ("" if void is None else f" or {void} (void)")
         raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}")
@@ -155,14 +213,24 @@ def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Pat
 
 
 def make_sample(name: str, image: np.ndarray, mask: np.ndarray, path: Path) -> Sample:
-    """An image (H, W, 3) and its mask (H, W), which comes from `path`, as one sample."""
+    """An image and its mask as one sample.
+
+    Args:
+        name: the sample's id.
+        image: (H, W, 3) uint8.
+        mask: (H, W) uint8.
+        path: the file that the mask comes from, for the message.
+
+    Raises:
+        MismatchedSizeError: the two differ in height or width.
+    """
     if mask.shape != image.shape[:2]:
         (mh, mw), (h, w) = mask.shape, image.shape[:2]
         raise MismatchedSizeError(
             f"{path}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
         )
     return {
-        # (H, W, 3) -> (3, H, W), a view: resizing is fastest with the colours innermost
+        # (H, W, 3) -> (3, H, W), as a view: resizing is fastest if the colours stay innermost.
         "image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
         "mask": tv_tensors.Mask(torch.from_numpy(mask)),
         "id": name,

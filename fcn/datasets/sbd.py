@@ -1,13 +1,14 @@
-"""SBD, the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011): VOC's classes, more masks.
+"""SBD, the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011): more masks of VOC's classes.
 
-    python train.py data=voc2012_aug     # VOC2012 train and all of SBD, without VOC2012 val: 10,582
-    python train.py data=sbd             # the FCN paper's: SBD train (8,498), judged on seg11valid
+    python train.py data=voc2012_aug   # VOC2012 train and all of SBD, without VOC2012 val: 10,582
+    python train.py data=sbd           # as in the FCN paper: SBD train (8,498), seg11valid (736)
 
-On disk, below `root`, as the official archive unpacks, beside VOCdevkit/VOC2012 (voc2012.py):
+On disk, below `root`, as the official archive unpacks. VOCdevkit/VOC2012 must be there too, see
+voc2012.py.
 
-    benchmark_RELEASE/dataset/{train,val}.txt    one id a line; not VOC's splits
+    benchmark_RELEASE/dataset/{train,val}.txt    one id on each line; not VOC's splits
     benchmark_RELEASE/dataset/img/<id>.jpg       VOC's own photographs
-    benchmark_RELEASE/dataset/cls/<id>.mat       GTcls.Segmentation: (H, W) uint8, 0-20, no void
+    benchmark_RELEASE/dataset/cls/<id>.mat       GTcls.Segmentation: (H, W) uint8, 0 to 20, no void
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from fcn.datasets.download import Archive
 from fcn.datasets.reading import check_exist, make_sample, read_ids, read_image, read_mask, to_mask
 from fcn.datasets.voc2012 import ARCHIVE as VOC_ARCHIVE
 from fcn.datasets.voc2012 import VOC2012
-from fcn.errors import DataError, reason
+from fcn.errors import DataError, check_flag, reason
 
 FOLDER = "Research/Projects/CS/vision/grouping/semantic_contours"
 ARCHIVE = Archive(
@@ -30,8 +31,8 @@ ARCHIVE = Archive(
     size="1.4 GB",
     md5="82b4d87ceb2ed10f6038a1cba92111cb",
     urls=(
-        f"https://www2.eecs.berkeley.edu/{FOLDER}/benchmark.tgz",  # torchvision's since 2024
-        f"http://www.eecs.berkeley.edu/{FOLDER}/benchmark.tgz",  # and before
+        f"https://www2.eecs.berkeley.edu/{FOLDER}/benchmark.tgz",  # used by torchvision since 2024
+        f"http://www.eecs.berkeley.edu/{FOLDER}/benchmark.tgz",  # and before that
     ),
     tree="benchmark_RELEASE/dataset",
 )
@@ -40,13 +41,24 @@ ARCHIVE = Archive(
 class SBD(Dataset[Sample]):
     """SBD to train on, VOC2012 with its official masks to evaluate on.
 
-    `train` is SBD's own training list and `val` is `seg11valid`, the ids of VOC2011 val that are
-    not in it. With `with_voc`, `train` is VOC2012 train with VOC's masks and all that SBD has
-    beside it, minus VOC2012 val, and `val` is VOC2012 val. SBD's lists overlap VOC's: nearly any
-    other pairing of lists trains on what it is judged on.
+    The lists of SBD overlap those of VOC. Nearly any other choice of lists than the two below would
+    use the same images for training and for evaluation.
 
-    With `download`, both archives are fetched whatever the split, since training needs both.
-    Raises DataError as VOC2012 does, and where scipy, which reads .mat, is not installed.
+    Args:
+        split: `train`, `val` or `seg11valid`.
+        root: the folder that holds or receives `benchmark_RELEASE/dataset/` and
+            `VOCdevkit/VOC2012/`.
+        download: whether to download these folders if they are missing. It is both of them
+            whatever the split, because training needs both.
+        with_voc: False: `train` is SBD's own training list, and `val` is `seg11valid`, the ids of
+            VOC2011 val that are not in that list. True: `train` is VOC2012 train with VOC's masks,
+            and all other images of SBD except those of VOC2012 val; `val` is VOC2012 val.
+
+    Raises:
+        ConfigError: `with_voc` is neither true nor false.
+        DataError: the split is unknown, or a folder, list, image or mask is missing. While reading:
+            a file is damaged, its labels are not VOC's, or scipy, which reads .mat files, is not
+            installed.
     """
 
     classes: ClassVar[tuple[str, ...]] = VOC2012.classes
@@ -62,23 +74,26 @@ class SBD(Dataset[Sample]):
         download: bool = False,
         with_voc: bool = False,
     ) -> None:
+        check_flag("data.dataset.with_voc", with_voc)
         if split not in self.splits:
             raise DataError(f"SBD has no split '{split}': choose from {', '.join(self.splits)}")
         if download:
             VOC_ARCHIVE.find(root, download)
         if download or split == "train":
             folder = ARCHIVE.find(root, download)
-        self._files: dict[str, tuple[Path, Path]] = {}  # id: image and mask
+        self._files: dict[str, tuple[Path, Path]] = {}  # the image and the mask of each id
         if split == "train":
             lists = ("train", "val") if with_voc else ("train",)
-            for name in (name for part in lists for name in read_ids(folder / f"{part}.txt")):
-                self._files[name] = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
+            for part in lists:
+                for name in read_ids(folder / f"{part}.txt"):
+                    image, mask = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
+                    self._files[name] = image, mask
         if split != "train" or with_voc:
             voc = VOC2012(split=split if with_voc else "seg11valid", root=root)
             self._files |= {name: (voc.image_path(name), voc.mask_path(name)) for name in voc.ids}
         if split == "train" and with_voc:
             for name in read_ids(voc.folder / "ImageSets" / "Segmentation" / "val.txt"):
-                self._files.pop(name, None)  # seg11valid is a part of it
+                self._files.pop(name, None)  # this removes seg11valid too, which is a part of val
         self.ids = sorted(self._files)
         check_exist((image for image, _ in self._files.values()), what="images")
         check_exist((mask for _, mask in self._files.values()), what="masks")
@@ -94,7 +109,11 @@ class SBD(Dataset[Sample]):
 
 
 def _read_mat(path: Path, num_classes: int) -> np.ndarray:
-    """(H, W) uint8: GTcls.Segmentation."""
+    """The mask (H, W) uint8 in a .mat file, which is its GTcls.Segmentation.
+
+    Raises:
+        DataError: the file is damaged, holds unknown labels, or scipy is not installed.
+    """
     try:
         from scipy.io import loadmat
     except ImportError as e:
@@ -103,6 +122,6 @@ def _read_mat(path: Path, num_classes: int) -> np.ndarray:
         labels = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"].item())
         if labels.ndim != 2 or labels.dtype.kind not in "ui":
             raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
-    except Exception as e:  # a damaged file raises nearly anything
+    except Exception as e:  # a damaged file raises errors of nearly any type
         raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
     return to_mask(labels, num_classes, void=VOID, path=path)

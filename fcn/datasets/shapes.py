@@ -2,18 +2,20 @@
 
     python train.py experiment=quickstart
 
-Textured grounds with two to five objects in depth order, and VOC's kind of mask: class index, and
-255 on a thin border around each object. Made so that what tells FCN-32s, 16s and 8s apart on
-photographs does so here: ring walls, cross arms and ladder rungs are 4 to 5 pixels thick at size
-96, and colour alone does not give the class away (`disc` and `ring`, and `square`, `cross` and
-`ladder`, have the same colours and textures; one object in five has any colour at all).
+Each picture has a textured background and two to five objects, which may cover each other. Masks
+are like VOC's: class indices, and 255 on a thin border around each object.
+
+The differences between FCN-32s, FCN-16s and FCN-8s on photographs also show on these pictures.
+The walls of rings, the arms of crosses and the rungs of ladders are only 4 to 5 pixels thick at
+size 96. Colour alone does not give the class away: `disc` and `ring` have the same colours and
+textures, and so have `square`, `cross` and `ladder`; one object in five has a random colour.
 """
 
 import colorsys
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +24,13 @@ from torchvision import tv_tensors
 
 from fcn.datasets import VOID, Sample
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import ConfigError, DataError
+from fcn.errors import DataError, check_whole
 
 Array = np.ndarray
 
-# Signed distances, negative inside, to shapes of radius 1 (corners reach 1.15) around the origin;
-# t is half the thickness of thin parts. u, v: (h, w), v downwards. They need be true distances
-# only near the outline.
+# Signed distances to the outlines of shapes around the origin, negative inside. All shapes have a
+# radius of 1 (corners reach 1.15). u and v: coordinates (h, w), v downwards; t: half the thickness
+# of thin parts. The values must be true distances only near the outline.
 
 
 def _disc(u: Array, v: Array, t: float) -> Array:
@@ -53,12 +55,13 @@ def _triangle(u: Array, v: Array, t: float) -> Array:
 
 
 def _star(u: Array, v: Array, t: float) -> Array:
-    # Five times mirrored about its tips: one edge, from a tip (1, 0) to a notch, is all of it.
+    # By symmetry, every point has an equivalent one next to a single edge: the one from a tip at
+    # (1, 0) to the notch beside it.
     sector = math.tau / 5
     angle = np.abs(np.mod(np.arctan2(v, u) + sector / 2, sector) - sector / 2)
     radius = np.hypot(u, v)
     notch_u, notch_v = 0.42 * math.cos(sector / 2), 0.42 * math.sin(sector / 2)
-    nu, nv = notch_v, 1 - notch_u  # normal of the edge
+    nu, nv = notch_v, 1 - notch_u  # the normal of the edge
     u, v = radius * np.cos(angle), radius * np.sin(angle)
     return ((u - 1) * nu + v * nv) / math.hypot(nu, nv)
 
@@ -70,27 +73,44 @@ def _ladder(u: Array, v: Array, t: float) -> Array:
     return np.minimum(rails, rungs)
 
 
-# name: (distance, smallest and largest diameter as part of the picture, hue, texture)
-OBJECTS: dict[str, tuple[Callable[[Array, Array, float], Array], float, float, float, str]] = {
-    "disc": (_disc, 0.24, 0.46, 0.04, "plain"),
-    "ring": (_ring, 0.32, 0.60, 0.04, "plain"),
-    "square": (_square, 0.24, 0.50, 0.60, "stripes"),
-    "cross": (_cross, 0.34, 0.60, 0.60, "stripes"),
-    "ladder": (_ladder, 0.44, 0.66, 0.60, "stripes"),
-    "triangle": (_triangle, 0.30, 0.60, 0.33, "shaded"),
-    "star": (_star, 0.34, 0.66, 0.82, "shaded"),
+class Kind(NamedTuple):
+    """How the objects of one class look."""
+
+    distance: Callable[[Array, Array, float], Array]
+    smallest: float  # diameter as a fraction of the picture's side
+    largest: float
+    hue: float
+    texture: str
+
+
+OBJECTS = {
+    "disc": Kind(_disc, 0.24, 0.46, 0.04, "plain"),
+    "ring": Kind(_ring, 0.32, 0.60, 0.04, "plain"),
+    "square": Kind(_square, 0.24, 0.50, 0.60, "stripes"),
+    "cross": Kind(_cross, 0.34, 0.60, 0.60, "stripes"),
+    "ladder": Kind(_ladder, 0.44, 0.66, 0.60, "stripes"),
+    "triangle": Kind(_triangle, 0.30, 0.60, 0.33, "shaded"),
+    "star": Kind(_star, 0.34, 0.66, 0.82, "shaded"),
 }
 TEXTURES = ("plain", "stripes", "shaded")
 
 
 class Shapes(Dataset[Sample]):
-    """Pictures of `size` × `size` pixels, each a pure function of (seed, split, index).
+    """Pictures that depend only on the seed, the split and the index.
 
-    No state and no global random numbers: any process gets the same sample, in any order, and
-    `train` and `val` draw from separate streams. `root` and `download` are there because every
-    data set takes them; they change nothing.
+    Any process gets the same samples, in any order. `train` and `val` use separate streams of
+    random numbers.
 
-    Raises DataError for an unknown split, ValueError for a size, length or seed out of range.
+    Args:
+        split: `train` or `val`.
+        root, download: have no effect; every data set takes them.
+        size: height and width in pixels.
+        train_length, val_length: how many pictures each split has.
+        seed: of all pictures.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: the split is unknown.
     """
 
     classes: ClassVar[tuple[str, ...]] = ("background", *OBJECTS)
@@ -109,21 +129,17 @@ class Shapes(Dataset[Sample]):
         val_length: int = 200,
         seed: int = 0,
     ) -> None:
+        check_whole("data.dataset.size", size, 48, 4096)  # thin parts need 48 pixels
+        check_whole("data.dataset.train_length", train_length, 1, 10**6)
+        check_whole("data.dataset.val_length", val_length, 1, 10**6)
+        check_whole("data.dataset.seed", seed, 0, 2**63)
         if split not in self.splits:
             raise DataError(f"Shapes has no split '{split}': choose from {', '.join(self.splits)}")
-        lengths = {"train_length": (train_length, 1, 10**6), "val_length": (val_length, 1, 10**6)}
-        # thin parts of shapes need 48 pixels
-        given = {"size": (size, 48, 4096), "seed": (seed, 0, 2**63)} | lengths
-        for name, (value, low, high) in given.items():
-            if not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(
-                    f"data.dataset.{name}={value}: must be a whole number from {low} to {high}"
-                )
         self.size, self.seed, self.stream = size, seed, self.splits.index(split)
         length = train_length if split == "train" else val_length
         self.ids = [f"{split}_{i:06d}" for i in range(length)]
         ys, xs = np.mgrid[:size, :size].astype(np.float64)
-        self._ys, self._xs = ys, xs  # (S, S) each
+        self._ys, self._xs = ys, xs  # (S, S) each, where S is `size`
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,29 +148,30 @@ class Shapes(Dataset[Sample]):
         name = self.ids[index]
         entropy = [self.seed, self.stream, index % len(self)]
         rng = np.random.default_rng(np.random.SeedSequence(entropy))
-        # float64, so that another machine's last bit in a sine hardly ever turns a pixel
-        picture = self._ground(rng)  # (3, S, S), about 0 to 255
+        # In float64, so that the rounding of another machine's sine hardly ever changes a pixel.
+        picture = self._background(rng)  # (3, S, S), about 0 to 255
         mask = np.zeros((self.size, self.size), np.uint8)
         for centre in self._centres(rng, int(rng.integers(2, 6))):
             self._draw(rng, picture, mask, centre)
-        picture += rng.uniform(5, 15) * (rng.random(picture.shape) * 2 - 1)  # camera noise
+        picture += rng.uniform(5, 15) * (rng.random(picture.shape) * 2 - 1)  # noise of a camera
         return {
             "image": tv_tensors.Image(torch.from_numpy(picture.clip(0, 255).astype(np.uint8))),
             "mask": tv_tensors.Mask(torch.from_numpy(mask)),
             "id": name,
         }
 
-    def _ground(self, rng: np.random.Generator) -> Array:
-        """Two dull colours, mixed by a gradient, clouds, stripes or a checkerboard: (3, S, S)."""
-        one, two = (_colour(rng.random(), 0.45 * rng.random(), rng.uniform(0.2, 0.9)) for _ in "12")
-        kind = rng.integers(4)
-        if kind == 0:
+    def _background(self, rng: np.random.Generator) -> Array:
+        """A background (3, S, S): two dull colours, mixed in one of four patterns."""
+        one = _colour(rng.random(), 0.45 * rng.random(), rng.uniform(0.2, 0.9))  # (3, 1, 1)
+        two = _colour(rng.random(), 0.45 * rng.random(), rng.uniform(0.2, 0.9))  # (3, 1, 1)
+        pattern = rng.integers(4)
+        if pattern == 0:  # a gradient
             mix = self._wave(rng, 0.3, 0.5)
-        elif kind == 1:
+        elif pattern == 1:  # clouds
             mix = (self._wave(rng, 1, 3) + self._wave(rng, 1, 3) + self._wave(rng, 2, 5)) / 3
-        elif kind == 2:
+        elif pattern == 2:  # stripes
             mix = (4 * self._wave(rng, 3, 9) - 1.5).clip(0, 1)
-        else:
+        else:  # a checkerboard
             angle, waves = rng.random() * math.tau, rng.uniform(2, 5)
             first, second = (self._wave(rng, waves, waves, angle + a) for a in (0, math.pi / 2))
             mix = (12 * (first - 0.5) * (second - 0.5) + 0.5).clip(0, 1)
@@ -163,7 +180,7 @@ class Shapes(Dataset[Sample]):
     def _wave(
         self, rng: np.random.Generator, low: float, high: float, angle: float | None = None
     ) -> Array:
-        """A plane wave from 0 to 1, with `low` to `high` periods across the picture: (S, S)."""
+        """A plane wave (S, S) from 0 to 1, with `low` to `high` periods across the picture."""
         angle = rng.random() * math.tau if angle is None else angle
         frequency = rng.uniform(low, high) * math.tau / self.size
         phase = rng.random() * math.tau
@@ -171,8 +188,11 @@ class Shapes(Dataset[Sample]):
         return 0.5 + 0.5 * np.sin(along + phase)
 
     def _centres(self, rng: np.random.Generator, n: int) -> list[Array]:
-        """n points as parts of the picture, each the best of four tries at keeping a distance, so
-        that objects overlap but seldom hide each other."""
+        """The centres of n objects, (row, column) as fractions of the picture's side.
+
+        Each is the one of four random points that is farthest from the centres before it, so that
+        objects overlap but seldom hide each other.
+        """
         centres = [rng.uniform(0.15, 0.85, 2)]
         while len(centres) < n:
             tries = rng.uniform(0.15, 0.85, (4, 2))
@@ -181,23 +201,24 @@ class Shapes(Dataset[Sample]):
         return centres
 
     def _draw(self, rng: np.random.Generator, picture: Array, mask: Array, centre: Array) -> None:
-        """Puts one object of a random class on top of `picture` (3, S, S) and `mask` (S, S)."""
+        """Draw an object of a random class over `picture` (3, S, S) and `mask` (S, S), in place."""
         label = int(rng.integers(1, len(self.classes)))
-        distance, small, large, hue, texture = OBJECTS[self.classes[label]]
-        radius = rng.uniform(small, large) * self.size / 2
+        kind = OBJECTS[self.classes[label]]
+        hue, texture = kind.hue, kind.texture
+        radius = rng.uniform(kind.smallest, kind.largest) * self.size / 2
         thickness = max(rng.uniform(3.6, 5.4) * self.size / 96, 3.0)
         cy, cx = centre * self.size
-        reach = 1.2 * radius + 2  # to the corners and the border beyond them
+        reach = 1.2 * radius + 2  # far enough for the corners and the border around them
         top, left = (max(int(c - reach), 0) for c in (cy, cx))
         box = (slice(top, int(cy + reach) + 1), slice(left, int(cx + reach) + 1))
-        ys, xs = self._ys[box] - cy, self._xs[box] - cx  # (h, w) each, cut off by the picture
+        ys, xs = self._ys[box] - cy, self._xs[box] - cx  # (h, w) each, inside the picture
 
         turn = rng.random() * math.tau
         u = (xs * math.cos(turn) + ys * math.sin(turn)) / radius
         v = (ys * math.cos(turn) - xs * math.sin(turn)) / radius
-        pixels = radius * distance(u, v, thickness / 2 / radius)  # distance to the outline
+        pixels = radius * kind.distance(u, v, thickness / 2 / radius)  # (h, w), to the outline
 
-        if rng.random() < 0.2:  # any colour, any texture
+        if rng.random() < 0.2:  # a random colour and texture
             hue, texture = rng.random(), TEXTURES[rng.integers(len(TEXTURES))]
         hue += 0.03 * rng.standard_normal()
         colour = _colour(hue, rng.uniform(0.6, 1), rng.uniform(0.55, 1))
@@ -207,12 +228,12 @@ class Shapes(Dataset[Sample]):
             paint = colour * (0.8 + 0.2 * np.sin(v * radius * (math.tau / 96 * 14)))
         else:
             paint = colour * (0.8 + 0.3 * v)
-        cover = (0.5 - pixels).clip(0, 1)  # anti-aliased edge
-        picture[:, *box] += cover * (paint - picture[:, *box])
-        mask[box][pixels < 0.7] = VOID  # a border of a pixel or two, above what lies below
+        cover = (0.5 - pixels).clip(0, 1)  # (h, w), an anti-aliased edge
+        picture[:, *box] += cover * (paint - picture[:, *box])  # (3, h, w)
+        mask[box][pixels < 0.7] = VOID  # a border of one or two pixels, over what was there
         mask[box][pixels < -0.7] = label
 
 
 def _colour(hue: float, saturation: float, value: float) -> Array:
-    """RGB, 0 to 255: (3, 1, 1)."""
+    """A colour as RGB (3, 1, 1), 0 to 255, from hue, saturation and value, 0 to 1."""
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)).reshape(3, 1, 1)

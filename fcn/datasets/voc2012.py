@@ -1,13 +1,13 @@
 """PASCAL VOC2012 semantic segmentation (Everingham et al., IJCV 2015): 20 classes and background.
 
-    python train.py data=voc2012 data.root=data                # fetches 2 GB on first use
+    python train.py data=voc2012 data.root=data                # downloads 2 GB on first use
     python evaluate.py ckpt=... split=seg11valid               # the split the FCN paper reports on
 
 On disk, below `root`, as the official archive unpacks:
 
-    VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val,trainval}.txt   one id a line
+    VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val,trainval}.txt   one id on each line
     VOCdevkit/VOC2012/JPEGImages/<id>.jpg
-    VOCdevkit/VOC2012/SegmentationClass/<id>.png                        palette PNG, 0-20 and 255
+    VOCdevkit/VOC2012/SegmentationClass/<id>.png                        palette PNG, 0 to 20 and 255
 """
 
 from pathlib import Path
@@ -28,39 +28,46 @@ ARCHIVE = Archive(
     md5="6cd6e144f989b92b3379bac3b3de84fd",
     urls=(
         f"https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{FILE}",  # the official host since 2025
-        f"https://d2l-data.s3-accelerate.amazonaws.com/{FILE}",  # mirror of d2l.ai, the same bytes
+        f"https://d2l-data.s3-accelerate.amazonaws.com/{FILE}",  # mirror of d2l.ai, the same file
         f"https://data.pjreddie.com/files/{FILE}",
     ),
     tree="VOCdevkit/VOC2012",
 )
-LISTS = Path(__file__).parent / "lists"  # lists that the archive lacks, carried by the project
+LISTS = Path(__file__).parent / "lists"  # lists of ids that the archive does not contain
 
 
 def voc_palette(n: int = 256) -> tuple[tuple[int, int, int], ...]:
-    """The first n (at most 256) colours of VOC's label map, as its development kit makes them.
+    """The first n (at most 256) colours of VOC's label map, as its development kit computes them.
 
-    The bits of the index go in turn to red, green and blue, from the highest bit down, so that
-    neighbouring labels get colours far apart: 0 black, 1 (128, 0, 0), …, 255 (224, 224, 192).
+    The bits of a label, from the lowest up, go in turn to red, green and blue, where they fill the
+    highest bits first. The colours of neighbouring labels therefore differ strongly: 0 is black, 1
+    is (128, 0, 0), ..., 255 is (224, 224, 192).
     """
-    return tuple(
-        (
-            sum((k >> 3 * bit & 1) << 7 - bit for bit in range(3)),
-            sum((k >> 3 * bit + 1 & 1) << 7 - bit for bit in range(3)),
-            sum((k >> 3 * bit + 2 & 1) << 7 - bit for bit in range(2)),
-        )
-        for k in range(n)
-    )
+    colours = []
+    for label in range(n):
+        red = green = blue = 0
+        for bit in range(3):
+            red |= (label >> 3 * bit & 1) << 7 - bit
+            green |= (label >> 3 * bit + 1 & 1) << 7 - bit
+            blue |= (label >> 3 * bit + 2 & 1) << 7 - bit
+        colours.append((red, green, blue))
+    return tuple(colours)
 
 
 class VOC2012(Dataset[Sample]):
     """Photographs of about 500 × 375 pixels, each with its class mask.
 
-    Splits `train`, `val` and `trainval` are the tree's own lists; `seg11valid` (736 ids of `val`
-    that no SBD training list holds) comes with the project. With `download`, a missing tree is
-    fetched; the archive (2 GB) stays in `root`, so that unpacking again needs no network.
+    Args:
+        split: `train`, `val` and `trainval` are the archive's own lists. `seg11valid` comes with
+            this project: 736 ids of `val` that are not in SBD's training list.
+        root: the folder that holds or receives `VOCdevkit/VOC2012/`.
+        download: whether to download that folder if it is missing. The archive (2 GB) stays in
+            `root`, so that it can be unpacked again without a network.
 
-    Raises DataError for an unknown split, a missing tree, list, image or mask (all are looked for
-    here, at once), and on reading, for a file that is broken or whose labels are not VOC's.
+    Raises:
+        DataError: the split is unknown, or a folder, list, image or mask is missing (the
+            constructor looks for all of them). While reading: a file is damaged, or its labels
+            are not VOC's.
     """
 
     classes: ClassVar[tuple[str, ...]] = (
@@ -84,9 +91,11 @@ class VOC2012(Dataset[Sample]):
         check_exist(map(self.mask_path, self.ids), what="masks")
 
     def image_path(self, name: str) -> Path:
+        """The file of a photograph, by its id."""
         return self.folder / "JPEGImages" / f"{name}.jpg"
 
     def mask_path(self, name: str) -> Path:
+        """The file of a mask, by the id of its photograph."""
         return self.folder / "SegmentationClass" / f"{name}.png"
 
     def __len__(self) -> int:
