@@ -354,7 +354,8 @@ def test_checkpoint_of_a_published_net(published: Path) -> None:
         assert checkpoint["state_dict"][f"network.{name}"].equal(value)
         assert module.network.state_dict()[name].equal(value)
     data = data_settings(published, checkpoint)
-    assert data == {"dataset": {"class": "fcn.datasets.voc2012.VOC2012"}, "root": "data"}
+    dataset = {"class": "fcn.datasets.voc2012.VOC2012"}
+    assert data == {"dataset": dataset, "root": "data", "download": True}
 
 
 def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
