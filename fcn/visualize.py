@@ -148,13 +148,12 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: E402
 
-from fcn.figures.comparison import draw_sweep  # noqa: E402, F401
 from fcn.figures.legend import OUTLINE as FAINT  # noqa: E402, F401
 from fcn.figures.legend import TEXT_COLOUR as INK  # noqa: E402, F401
 from fcn.figures.legend import one_line  # noqa: E402, F401
 from fcn.figures.masks import VOID_COLOUR, Palette, colourise, overlay, to_pil  # noqa: E402, F401
 from fcn.figures.masks import resize_to_fit as fit  # noqa: E402
-from fcn.figures.panels import Cell, draw_panels  # noqa: E402, F401
+from fcn.figures.panels import draw_panels  # noqa: E402
 from fcn.figures.panels import draw_sheet as sheet  # noqa: E402
 from fcn.metrics import segmentation_scores  # noqa: E402
 

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from test_figures_curves import Columns, catch_figures, columns_of
 
 from fcn import visualize
-from fcn.runs.metrics import read_numbers
 from fcn.visualize import image_iou, main, run_names
 
 
@@ -23,11 +21,6 @@ def test_iou_of_one_image() -> None:
     prediction = torch.tensor([[1, 2, 2, 0]], dtype=torch.uint8)
     assert image_iou(label, prediction, 21) == pytest.approx(1 / 2)  # 1: 1/2, 2: 1/2, no 0
     assert math.isnan(image_iou(torch.full((2, 2), 255), torch.zeros(2, 2, dtype=torch.uint8), 21))
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    return catch_figures(monkeypatch)
 
 
 def write_run(run: Path, columns: Columns, *overrides: str) -> Path:
@@ -42,11 +35,9 @@ def write_run(run: Path, columns: Columns, *overrides: str) -> Path:
 
 
 def test_several_runs_in_one_figure(
-    figures: list[Figure],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    figures = catch_figures(monkeypatch)
     one = write_run(tmp_path / "fcn8s" / "$now_", columns_of(40), "optimizer.lr=1e-3", "seed=1")
     two = write_run(tmp_path / "fcn32s" / "$now_", columns_of(25), "seed=1", "model=fcn32s")
     monkeypatch.chdir(tmp_path)
@@ -68,8 +59,9 @@ def test_several_runs_in_one_figure(
 
 
 def test_a_sweep_in_one_figure(
-    figures: list[Figure], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    figures = catch_figures(monkeypatch)
     for number in range(12):
         run = tmp_path / "sweep" / str(number)
         write_run(run, columns_of(2), f"optimizer.lr={number}")
@@ -132,13 +124,6 @@ def test_output_that_cannot_be(
     assert text.startswith("error: --output")
     assert text.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_long_run_is_read_in_full(tmp_path: Path) -> None:
-    columns = {"step": np.arange(1, 20_001), "train/loss": np.linspace(9, 1, 20_000)}
-    run = write_run(tmp_path / "run", columns)
-    found = read_numbers(run / "metrics.csv")
-    assert all(np.array_equal(found[name], columns[name]) for name in columns)
 
 
 def test_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
