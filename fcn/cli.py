@@ -140,12 +140,30 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     """
     node = OmegaConf.select(cfg, key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
+        if key in RENAMED:
+            raise ConfigError(f"{key} has a new name: {RENAMED[key]}")
         raise ConfigError(f"{key}: this needs a _target_, the class or function to call")
     try:
         return instantiate(node, _convert_="all", **more)
     except InstantiationException as error:
         part = re.search(r"full_key: (\S+)", str(error))  # such as data.dataset, within data
         raise_named(part[1] if part else key, error.__cause__ or error)
+
+
+def build_each(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
+    """Call the `_target_` of each entry of a group such as "callbacks"; one that is null has none.
+
+    Raises:
+        ConfigError: an entry has no `_target_`, refuses a value, or makes something else than a
+            `kind`. The message names the entry.
+    """
+    built = {}
+    for name, entry in (cfg.get(group) or {}).items():
+        if entry is not None:
+            built[name] = build(cfg, f"{group}.{name}")
+            if not isinstance(built[name], kind):
+                raise ConfigError(f"{group}.{name}: {entry._target_} makes no {kind.__name__}")
+    return built
 
 
 def raise_named(key: str, error: BaseException) -> NoReturn:

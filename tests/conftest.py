@@ -42,7 +42,7 @@ TINY = (
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",
     "trainer.enable_progress_bar=false",
-    "callbacks.panel_images=2",
+    "callbacks.panels.images=2",
 )
 
 TINY_WIDTHS = (4, "M", 8, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M")  # VGG-11 with thin layers

@@ -1,54 +1,84 @@
-"""Runs in a forked copy of the test's process, which has imported everything: no slow start."""
+"""Work in processes of its own, without the ten seconds that importing torch takes.
 
+    process = fork(partial(train_tiny, run), tmp_path / "log")
+    assert wait(process) == 0
+
+A server process has imported everything and has no threads; it forks itself for each piece of work.
+The work is pickled: a function of a module, or a `functools.partial` of one. What a test has
+patched in its own process is not patched there.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+MODULES = ["conftest", "fcn.training.fit", "fcn.training.trainer", "fcn.training.panels"]
+MODULES += ["fcn.training.curves", "fcn.runs.launch", "fcn.runs.sweep", "fcn.datasets.shapes"]
 
 
-def fork(work: Callable[[], Any], log: Path) -> int:
-    """Start `work` in a child, with its output in `log`; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
+@cache
+def server() -> Any:
+    """Start the server, unless another test of this process has started it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    before = os.environ.copy()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
+def fork(work: Callable[[], Any], log: Path) -> BaseProcess:
+    """Start `work` in a process with this one's folder and environment, and its output in `log`."""
+    arguments = (work, log, Path.cwd(), dict(os.environ))
+    process = server().Process(target=_run, args=arguments)
+    process.start()
+    return process
+
+
+def _run(work: Callable[[], Any], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))
     code = 1
     try:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        for number in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))  # not pytest's
         work()
         code = 0
     except SystemExit as error:
         code = int(error.code or 0)
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def wait(pid: int, most: float = 200) -> int:
-    """Its exit code, negative for the signal that ended it, as subprocess has it.
+def wait(process: BaseProcess, most: float = 200) -> int:
+    """The exit code of a process, negative for the signal that ended it.
 
-    Args:
-        most: seconds; a fork of a process with threads may wait for one that it does not have.
+    Raises:
+        TimeoutError: after `most` seconds.
     """
-    end = time.monotonic() + most
-    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            raise TimeoutError(f"the fork hangs, or needs more than {most} s")
-        time.sleep(0.01)
-    return os.waitstatus_to_exitcode(ended[1])
+    process.join(most)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the process needs more than {most} s")
+    return process.exitcode
 
 
 def at_call(
@@ -63,7 +93,7 @@ def at_call(
     """From now on, the `count`-th call of a function or method does `act` first, or `after`.
 
     Args:
-        patch: undoes it; a child that ends needs none.
+        patch: undoes it; a process that ends needs none.
     """
     original, calls = getattr(owner, name), 0
 
@@ -78,6 +108,11 @@ def at_call(
         return result
 
     (patch or pytest.MonkeyPatch()).setattr(owner, name, acting)
+
+
+def kill_at_call(owner: Any, name: str, **options: Any) -> None:
+    """The process kills itself at a call; arguments as for `at_call`."""
+    at_call(owner, name, kill_self, **options)
 
 
 def kill_self(*_: Any) -> None:

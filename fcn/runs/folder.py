@@ -10,6 +10,7 @@ own folder. A sweep has one folder for its runs, with a sweep.csv and a sweep.pn
 """
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -59,6 +60,25 @@ def create_run_folder(folder: Path) -> Path:
                 (candidate / "checkpoints").mkdir()
                 return candidate
     raise ConfigError(f"no free name for a run folder near {folder}")
+
+
+@contextmanager
+def new_run(folder: Path) -> Iterator[Path]:
+    """Create a run folder and train in it; it is removed if nothing has begun there.
+
+    Args:
+        folder: as for `create_run_folder`.
+
+    Yields:
+        The folder that was created.
+    """
+    run = create_run_folder(folder)
+    try:
+        with lock_run(run):
+            yield run
+    finally:
+        if not (run / "config.yaml").exists():  # which is written just before training begins
+            shutil.rmtree(run, ignore_errors=True)
 
 
 @contextmanager

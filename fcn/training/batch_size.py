@@ -17,7 +17,7 @@ from fcn.module import SegmentationModule
 
 
 class Noise(Dataset[dict[str, Any]]):
-    """`length` times one image (3, H, W) with its mask (H, W)."""
+    """`length` images (3, H, W) of noise, each with a mask (H, W)."""
 
     def __init__(self, length: int, size: tuple[int, int]) -> None:
         self.length, self.size = length, size
@@ -31,7 +31,7 @@ class Noise(Dataset[dict[str, Any]]):
 
 
 class NoiseModule(pl.LightningDataModule):
-    """What the tuner changes the `batch_size` of."""
+    """Loaders of noise; the tuner changes `batch_size`."""
 
     def __init__(self, length: int, size: tuple[int, int]) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ class NoiseModule(pl.LightningDataModule):
 def largest_batch(
     module: SegmentationModule, size: tuple[int, int], *, most: int, **trainer: Any
 ) -> int:
-    """How many images a training step can have; the module is as before.
+    """How many images a training step can have. The module is as before afterwards.
 
     Args:
-        size: height and width of the largest images.
-        most: no more than these.
-        trainer: what of the Trainer's arguments decides about memory, such as precision.
+        size: height and width of the largest images, in pixels.
+        most: try no more images than these.
+        trainer: those of the Trainer's arguments that decide about memory, such as precision.
     """
     logging.getLogger("pytorch_lightning.tuner").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:  # of the weights to go back to
+    with tempfile.TemporaryDirectory() as folder:  # for the weights to go back to
         quiet = pl.Trainer(
             default_root_dir=folder,
             max_epochs=-1,

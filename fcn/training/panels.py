@@ -1,0 +1,141 @@
+"""Pictures of what the network predicts, at each validation.
+
+callbacks.panels.images=6      callbacks.panels=null does without them
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from fcn.errors import check_whole
+from fcn.figures.masks import resize_to_fit, to_pil
+from fcn.figures.panels import draw_panels
+from fcn.files import atomic_write
+from fcn.metrics import segmentation_scores
+from fcn.module import SegmentationModule
+from fcn.training.optional import optional_file
+
+WANDB_SIDE = 512  # pixels; W&B gets no larger images
+
+
+class Panels(Callback):
+    """Draws the same images at each validation: the first of the validation split.
+
+    `panels/step_<step>.png` has a row for each: image | label | prediction | errors. W&B gets
+    `val/panels`: the images with both masks as overlays.
+
+    Of several processes, the first one draws what it sees, which begins with the split's first.
+
+    Args:
+        images: how many; 0: none.
+    """
+
+    def __init__(self, *, images: int = 6) -> None:
+        check_whole("images", images)
+        self.images = images
+        self.ids: list[str] = []
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # image, label, prediction
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the pictures of steps that a resumed run takes again."""
+        for path in Path(trainer.default_root_dir).glob("panels/*.png"):
+            step = re.fullmatch(r"step_(\d+)", path.stem)
+            if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
+                path.unlink()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.ids, self.rows = [], []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        wanted = self.images - len(self.rows) if trainer.is_global_zero else 0
+        self.ids += [str(x).encode(errors="replace").decode() for x in batch["id"][:wanted]]
+        for row in zip(
+            batch["image"][:wanted],
+            batch["mask"][:wanted],
+            outputs["prediction"][:wanted],
+            strict=True,
+        ):
+            self.rows.append(tuple(tensor.cpu() for tensor in row))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.rows or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, SegmentationModule)
+        scores = [_score(*row, pl_module) for row in self.rows]
+        with optional_file(Path(trainer.default_root_dir) / "panels"):
+            self._draw(trainer, pl_module, scores)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    self._log(logger, trainer.global_step, pl_module, scores)
+        self.ids, self.rows = [], []
+
+    def _draw(self, trainer: pl.Trainer, module: SegmentationModule, scores: list[str]) -> None:
+        assert module.scores is not None
+        picture = draw_panels(
+            self.rows,
+            class_names=module.class_names,
+            palette=module.hparams["palette"],
+            void=module.void,
+            title=f"step {trainer.global_step}, val mIoU {module.scores['miou']:.3f}",
+            ids=self.ids,
+            captions=scores,
+        )
+        folder = Path(trainer.default_root_dir) / "panels"
+        folder.mkdir(exist_ok=True)  # but never the run folder, which somebody may have removed
+        with atomic_write(folder / f"step_{trainer.global_step:07d}.png") as part:
+            picture.save(part, "png")
+
+    def _log(
+        self, logger: WandbLogger, step: int, module: SegmentationModule, scores: list[str]
+    ) -> None:
+        labels = dict(enumerate(module.class_names)) | {module.void: "void"}
+        small = [[_at_most(x, WANDB_SIDE) for x in row] for row in self.rows]
+        logger.log_image(
+            "val/panels",
+            [to_pil(image) for image, _, _ in small],
+            step,
+            caption=[f"{name}, {score}" for name, score in zip(self.ids, scores, strict=True)],
+            file_type=["jpg"] * len(small),
+            masks=[
+                {
+                    "ground_truth": {"mask_data": label.numpy(), "class_labels": labels},
+                    "predictions": {"mask_data": prediction.numpy(), "class_labels": labels},
+                }
+                for _, label, prediction in small
+            ],
+        )
+
+
+def _score(image: Tensor, label: Tensor, prediction: Tensor, module: SegmentationModule) -> str:
+    """The mean IoU of one image, over the classes that occur in its label or prediction."""
+    confusion = multiclass_confusion_matrix(
+        prediction,
+        label,
+        len(module.class_names),
+        ignore_index=module.void,
+        validate_args=False,
+    )
+    iou = segmentation_scores(confusion)["miou"]
+    return "all void" if math.isnan(iou) else f"IoU {iou:.3f}"
+
+
+def _at_most(picture: Tensor, side: int) -> Tensor:
+    """An image (3, H, W) or mask (H, W), smaller if its longer side is more than `side` pixels."""
+    side = min(side, max(picture.shape[-2:]))
+    return resize_to_fit(picture, side, side)

@@ -1,0 +1,97 @@
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice) end a run so that it can be resumed."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from fcn.errors import Stopped
+
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+
+
+class Preemption(Callback):
+    """Ends the run after the current optimizer step, or at once in a validation.
+
+    `LastCheckpoint` saves the step when it sees that a stop is `pending`. The exception follows at
+    the beginning of whatever comes next. Before a validation begins there always is a checkpoint,
+    which knows that the validation is due.
+
+    Raises:
+        Stopped: a signal has come, and last.ckpt holds the run.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None  # by this process
+        self.agreed: signal.Signals | None = None  # known to all processes
+        self.handlers: dict[signal.Signals, Any] = {}  # that were there before
+
+    @property
+    def pending(self) -> bool:
+        """Whether the run stops after this step."""
+        return self.agreed is not None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        while self.handlers:  # Lightning calls this after an exception, too
+            signal.signal(*self.handlers.popitem())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C twice: at once
+        self.received = signal.Signals(number)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Agree with the other processes, which get a signal at another step, or none.
+
+        They ask each other where losses are logged, since that waits for the devices anyway.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size == 1:
+            self.agreed = self.received
+        elif trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            number = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+            number = trainer.strategy.reduce(number, reduce_op="max")
+            self.agreed = signal.Signals(int(number)) if number else None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_if_agreed(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_agreed(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.world_size == 1:
+            self.agreed = self.received
+        self._stop_if_agreed(trainer)
+
+    def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
+        if self.agreed is not None:
+            raise Stopped(self.agreed, trainer.global_step)

@@ -1,0 +1,34 @@
+"""The progress bar: `trainer.enable_progress_bar=false` does without it."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+
+from fcn.module import SegmentationModule
+from fcn.training.loss_statistics import LossStatistics
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, over the steps of the whole run, with the smoothed loss and val mIoU."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        if self.trainer.max_steps == -1:
+            return math.inf
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning would count epochs here. A run is one epoch, and there is no public way to say.
+        return f"{'Training':{len(self.validation_description)}}"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Numbers that are known already: Lightning's would wait for the device at every step."""
+        metrics: dict[str, Any] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LossStatistics):
+                metrics["loss"] = callback.smooth
+        if isinstance(pl_module, SegmentationModule) and pl_module.scores is not None:
+            metrics["val mIoU"] = pl_module.scores["miou"]
+        return metrics

@@ -1,0 +1,27 @@
+"""What a checkpoint says about the run that made it, so that it can be used on its own."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from fcn.checkpoint import without_targets
+from fcn.runs.versions import versions
+
+
+class RunRecord(Callback):
+    """Puts settings, versions and precision into each checkpoint.
+
+    Args:
+        config: the resolved configuration. Checkpoints get it without import paths to call.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = without_targets(config)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = self.config
+        checkpoint["versions"] = versions()
+        checkpoint["precision"] = str(trainer.precision)  # evaluation computes as validation did

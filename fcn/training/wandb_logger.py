@@ -1,0 +1,126 @@
+"""Weights & Biases that cannot stop a run: started, and left alone as soon as it fails.
+
+    python train.py logger=wandb logger.wandb.project=fcn logger.wandb.tags=[a,b]
+
+What W&B cannot upload stays in the run folder, for `wandb sync`.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from fcn.errors import reason
+
+SUMMARIES = {"train/loss_smooth": "min", "val/loss": "min", "val/miou": "max"}
+STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives it
+
+
+class TolerantWandbLogger(WandbLogger):
+    """Online if there is a key that the server accepts, else offline. WANDB_MODE is obeyed.
+
+    When W&B fails for the first time there is one warning; training goes on without it.
+
+    Args:
+        save_dir: the run folder.
+        project, name, group, tags, notes: what W&B's dashboards show.
+        id: of the W&B run; the same id continues it.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_dir: str | Path,
+        project: str = "fcn",
+        name: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        notes: str | None = None,
+        id: str | None = None,
+    ) -> None:
+        self.run_folder, self.failed, self.warned = Path(save_dir), False, False
+        # W&B's service would write to ~/.cache. A sweep has one service, so its first run has them.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.run_folder.absolute() / "wandb/cache"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.run_folder.absolute() / "wandb/data"))
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # seconds for the last uploads
+        options: dict[str, Any] = {
+            "dir": save_dir,
+            "project": project,
+            "name": name,
+            "group": group,
+            "tags": list(tags),
+            "notes": notes,
+            "id": id,
+            "resume": "allow",
+            "settings": wandb.Settings(quiet=True),
+        }
+        experiment = self._start(options)
+        experiment.define_metric(STEP)
+        experiment.define_metric("*", step_metric=STEP, step_sync=True)
+        for metric, summary in SUMMARIES.items():
+            experiment.define_metric(metric, summary=summary, step_metric=STEP, step_sync=True)
+        super().__init__(save_dir=save_dir, project=project, name=name, experiment=experiment)
+
+    def _start(self, options: dict[str, Any]) -> Any:
+        """A new W&B run, which is offline if it cannot be online."""
+        mode = None  # as WANDB_MODE says
+        if not os.environ.get("WANDB_MODE"):
+            try:
+                if not wandb.login(prompt=False):
+                    mode = "offline"
+                    synced = f"wandb sync {self.run_folder}/wandb/*run-*"
+                    print(f"W&B: not logged in, so offline; upload with: {synced}")
+            except Exception as error:
+                mode = "offline"
+                self._warn(error)
+        try:
+            return wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._warn(error)
+            wandb.teardown()  # its service still holds the run that did not start
+            return wandb.init(mode="offline", **options)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers, tables or images, unless W&B has failed before."""
+        if not self.failed:
+            log = partial(super().log_metrics, metrics, step)
+            self.failed = not self._attempt(log)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._attempt(lambda: self.experiment.config.update(params, allow_val_change=True))
+
+    def finish(self, exit_code: int) -> None:
+        """End the W&B run, so that a sweep's next job starts its own."""
+        self._attempt(lambda: self.experiment.finish(exit_code=exit_code))
+
+    def _attempt(self, call: Callable[[], Any]) -> bool:
+        """Whether a call of W&B worked. Its service may have died, or the disk is full."""
+        try:
+            call()
+        except Exception as error:
+            self._warn(error)
+            return False
+        return True
+
+    def _warn(self, error: Exception) -> None:
+        """Warn once for each run: W&B has failed, training has not."""
+        if self.warned:
+            return
+        self.warned = True
+        why = (reason(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"W&B failed ({why}); training goes on, metrics.csv has everything, and what is in "
+            f"{self.run_folder}/wandb can be uploaded later: "
+            f"wandb sync {self.run_folder}/wandb/*run-*",
+            stacklevel=2,
+        )

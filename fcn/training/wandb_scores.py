@@ -1,0 +1,47 @@
+"""What W&B gets at the end of a run: the IoU of each class, and the confusion matrix."""
+
+import math
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
+
+from fcn.module import SegmentationModule
+
+
+class WandbScores(Callback):
+    """Logs the last validation: `iou_by_class`, a bar chart, and `confusion_matrix`.
+
+    The latter is a table of pixels with a row for each label and a column for each prediction.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.confusion = 0, list[list[int]]()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        if not trainer.sanity_checking:
+            # torchmetrics has kept what the module has just computed, of all processes.
+            self.step, self.confusion = trainer.global_step, pl_module.confusion.compute().tolist()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if not self.confusion or not loggers or not trainer.is_global_zero:
+            return
+        import wandb
+
+        assert isinstance(pl_module, SegmentationModule)
+        assert pl_module.scores is not None
+        names = pl_module.class_names
+        ious = [
+            [name, None if math.isnan(iou) else iou]
+            for name, iou in zip(names, pl_module.scores["iou"], strict=True)
+        ]
+        counts = [[name, *row] for name, row in zip(names, self.confusion, strict=True)]
+        for logger in loggers:
+            bars = wandb.Table(["class", "IoU"], data=ious)
+            tables = {
+                "iou_by_class": wandb.plot.bar(bars, "class", "IoU", title="IoU by class"),
+                "confusion_matrix": wandb.Table(["label \\ prediction", *names], data=counts),
+            }
+            logger.log_metrics(tables, self.step)  # type: ignore[arg-type]
