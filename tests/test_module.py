@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import FINISHED, compose_config
+from conftest import FINISHED, compose_config, train_tiny
 from pytorch_lightning.callbacks import Timer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fcn.csv_logger import read_column, read_metrics
+from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.datasets.shapes import Shapes
+from fcn.errors import ConfigError, WeightsError
 from fcn.module import SegmentationModule
-from fcn.network import FCN
-from fcn.runs import best_checkpoint, last_checkpoint
+from fcn.network import FCN, head_layers
+from fcn.runs.metrics import read_column, read_metrics
 
 K = 3
-SMALL: dict[str, Any] = {"backbone": "vgg11", "head_width": 8, "head_kernel": 3}
+SMALL: dict[str, Any] = {"backbone": "vgg_tiny", "head_width": 8, "head_kernel": 3}
 
 
 def small(**options: Any) -> SegmentationModule:
@@ -33,7 +34,8 @@ def module() -> SegmentationModule:
     """For tests that leave it as it is: FCN-8s whose scores are not zero as at the start."""
     torch.manual_seed(0)
     module = small()
-    torch.nn.init.normal_(module.network.score.weight)
+    for layer in ("score", "skips.pool4", "skips.pool3"):
+        torch.nn.init.normal_(module.network.get_parameter(f"{layer}.weight"))
     return module
 
 
@@ -92,7 +94,7 @@ def groups(module: SegmentationModule) -> dict[str, dict[str, Any]]:
 
 def test_optimizer_groups() -> None:
     module = small(head_lr_multiplier=10.0, freeze_stages=2)
-    module.network.fresh_layers = ["score", "upsample.to_image_8"]  # as if the rest were loaded
+    module.fresh_layers = ["score", "upsample.to_image_8"]  # as if the rest were loaded
     found = groups(module)
     trainable = {name for name, p in module.network.named_parameters() if p.requires_grad}
     assert found.keys() == trainable
@@ -152,10 +154,51 @@ def test_scores_are_of_the_whole_split(module: SegmentationModule) -> None:
 
 
 def test_arguments_that_contradict() -> None:
-    with pytest.raises(ValueError, match="num_classes is 3, but there are 2 names"):
+    with pytest.raises(ValueError, match=r"^num_classes=3: must be null or 2, the number of class"):
         SegmentationModule(num_classes=3, class_names=["a", "b"], **SMALL)
     with pytest.raises(ValueError, match="optimizer"):
         SegmentationModule(num_classes=K, **SMALL).configure_optimizers()
+    with pytest.raises(TypeError, match="depth"):
+        SegmentationModule(num_classes=K, depth=3, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_classes", 1),
+        ("num_classes", 256),
+        ("num_classes", "21"),
+        ("head_lr_multiplier", 0),
+        ("bias_lr_multiplier", float("nan")),
+        ("weights", ""),
+        ("weights", True),
+        ("stride", 7),
+    ],
+)
+def test_refused_arguments(name: str, value: Any) -> None:
+    shown = "true" if value is True else value
+    with pytest.raises(ValueError, match=f"^{name}={shown}: must be "):
+        SegmentationModule(**SMALL | {name: value})
+
+
+def test_number_and_names_of_classes() -> None:
+    assert SegmentationModule(**SMALL).hparams["num_classes"] == 21
+    module = SegmentationModule(class_names=["a", "b"], **SMALL)
+    assert module.hparams["num_classes"] == module.network.score.out_channels == 2
+    module = SegmentationModule(num_classes=3, **SMALL)
+    assert module.class_names == module.hparams["class_names"] == ["0", "1", "2"]
+
+
+def test_pretrained_weights(tmp_path: Path, module: SegmentationModule) -> None:
+    """Layers without loaded values are fresh; without weights, all of head and decoder are."""
+    assert module.fresh_layers == head_layers(module.network)
+    torch.save(small(stride=16).network.state_dict(), tmp_path / "x.pth")
+    loaded = small(stride=8, weights=tmp_path / "x.pth")
+    assert loaded.fresh_layers == ["skips.pool3", "upsample.to_pool3", "upsample.to_image_8"]
+    with pytest.raises(WeightsError, match=r"^model\.weights=nowhere\.pth: no such file"):
+        small(weights="nowhere.pth")
+    with pytest.raises(ConfigError, match=r"^head_lr_multiplier=-1"):  # before it looks for them
+        small(weights="nowhere.pth", head_lr_multiplier=-1)
 
 
 def assert_plain(value: Any) -> None:
@@ -196,7 +239,7 @@ def test_checkpoint_rebuilds_the_network(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a checkpoint needs no other weights")
 
-    monkeypatch.setattr("fcn.weights.load_weights", refuse)
+    monkeypatch.setattr("fcn.module.load_weights", refuse)
     path = last_checkpoint(finished_run)
     loaded = SegmentationModule.load_from_checkpoint(path)
     assert loaded.class_names == list(Shapes.classes)
@@ -237,8 +280,6 @@ def test_training_does_not_wait_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a tensor's value would; it happens once for `log_every_n_steps` steps."""
-    from conftest import train_tiny
-
     reads: list[int] = []
     steps = 0
 
@@ -282,8 +323,6 @@ def test_training_does_not_wait_for_the_device(
 @pytest.mark.slow
 def test_compiled_training_step(tmp_path: Path) -> None:
     """The same weights as without, to rounding; validation has images of other sizes."""
-    from conftest import train_tiny
-
     for name in ("false", "true"):
         train_tiny(tmp_path / name, f"trainer.compile={name}", "model.dropout=0")  # random apart
     eager, compiled = (
@@ -301,10 +340,7 @@ def test_compiled_training_step(tmp_path: Path) -> None:
     [("simple", {"fit-simple.txt"}), ("pytorch", {"fit-pytorch.txt", "*.json"})],
 )
 def test_profiler_writes_into_the_run_folder(tmp_path: Path, name: str, files: set[str]) -> None:
-    from conftest import train_tiny
-
-    train_tiny(
-        tmp_path / "run", f"trainer.profiler={name}", "trainer.max_steps=6", "data.batch_size=1"
-    )
+    options = (f"trainer.profiler={name}", "trainer.max_steps=6", "data.batch_size=1")
+    train_tiny(tmp_path / "run", *options)
     for pattern in files:
         assert list((tmp_path / "run" / "profile").glob(pattern)), pattern
