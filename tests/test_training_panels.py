@@ -1,4 +1,4 @@
-"""Panels and animations of a run, also of a resumed one; what W&B got, read back from its files."""
+"""Panels of a run, also of a resumed one; what W&B got, read back from its files."""
 
 import json
 import struct
@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, train_tiny
+from omegaconf import OmegaConf
 from PIL import Image
 
+from fcn.checkpoint import best_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.pictures import Panels
-from fcn.runs import best_checkpoint
-from fcn.visualize import animate
-from train import resumed_config, train
+from fcn.training.panels import Panels
 
 IDS = ["2007_000033", "../odd/\n\udcff\0 name " + "x" * 300]
 
@@ -29,7 +28,7 @@ def module() -> SegmentationModule:
     module = SegmentationModule(
         class_names=["ground", "cat", "dog"],
         palette=[(0, 0, 0), (255, 0, 0), (0, 128, 64)],
-        backbone="vgg11",
+        backbone="vgg_tiny",
         head_width=8,
         head_kernel=3,
         weights=None,
@@ -57,66 +56,15 @@ def validate(
     panels.on_validation_end(stand_in, module)
 
 
-def frames(path: Path) -> list[int]:
-    """Columns of the label's 30 that each frame of an animation has in the colour of class 2."""
-    counts = []
-    with Image.open(path) as animation:
-        assert animation.info["loop"] == 0
-        for number in range(animation.n_frames):
-            animation.seek(number)
-            pixels = np.asarray(animation.convert("RGB"))
-            counts.append(round((pixels == (0, 128, 64)).all(-1).sum() / 160 / 8))
-    return counts
-
-
-def test_animations_of_a_resumed_run(tmp_path: Path, module: SegmentationModule) -> None:
+def test_panels_of_a_resumed_run(tmp_path: Path, module: SegmentationModule) -> None:
     for step in (5, 10, 15):
-        validate(Panels(images=2, folder=tmp_path), module, step)
-    assert frames(tmp_path / "progress_1.gif") == [5, 10, 15]
-
-    resumed = Panels(images=2, folder=tmp_path)
-    resumed.on_train_start(SimpleNamespace(global_step=10, is_global_zero=True), module)  # type: ignore[arg-type]
-    assert [p.name for p in sorted(tmp_path.glob("*.png"))] == [
-        "step_0000005.png",
-        "step_0000010.png",
-    ]
-    validate(resumed, module, 10)  # a validation that was due is done again
-    assert frames(tmp_path / "progress_1.gif") == [5, 10]
-    validate(resumed, module, 12)
-    for number in (1, 2):
-        assert frames(tmp_path / f"progress_{number}.gif") == [5, 10, 12]
-    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *(f"step_{step:07d}.png" for step in (5, 10, 12)),
-        *("progress_1.gif", "progress_2.gif", "frames"),
-    }
-
-
-def test_other_images_after_a_resume_start_other_animations(
-    tmp_path: Path, module: SegmentationModule
-) -> None:
-    validate(Panels(images=1, folder=tmp_path), module, 5)
-    validate(Panels(images=1, folder=tmp_path), module, 6, ["another"])
-    validate(Panels(images=1, folder=tmp_path), module, 7, ["another"])
-    assert frames(tmp_path / "progress_1.gif") == [6, 7]
-    assert not (tmp_path / "progress_2.gif").exists()
-
-
-@pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (40, 40), (41, 40), (300, 40)])
-def test_long_animations_thin_out(length: int, kept: int, tmp_path: Path) -> None:
-    paths = [tmp_path / f"{number}.png" for number in range(length)]
-    for number, path in enumerate(paths):
-        Image.new("RGB", (4, 4), (number % 256, 255 * (number > 255), 0)).save(path)
-    animate(paths, tmp_path / "all.gif")
-    with Image.open(tmp_path / "all.gif") as animation:
-        assert animation.n_frames == kept
-        seen = []
-        for number in range(kept):
-            animation.seek(number)
-            red, green, _ = animation.convert("RGB").getpixel((0, 0))
-            seen.append(red + green + (green > 0))
-    assert seen == sorted(set(seen))
-    assert (seen[0], seen[-1]) == (0, length - 1)
+        validate(Panels(images=2), module, step, default_root_dir=tmp_path)
+    trainer: Any = SimpleNamespace(
+        global_step=10, is_global_zero=True, default_root_dir=tmp_path, loggers=[]
+    )
+    Panels(images=2).on_train_start(trainer, module)  # 15 is trained again
+    names = ["step_0000005.png", "step_0000010.png"]
+    assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == names
 
 
 @pytest.mark.parametrize(
@@ -125,27 +73,9 @@ def test_long_animations_thin_out(length: int, kept: int, tmp_path: Path) -> Non
 def test_nothing_is_written(
     trainer: dict[str, Any], tmp_path: Path, module: SegmentationModule
 ) -> None:
-    panels = Panels(images=trainer.pop("images", 2), folder=tmp_path / "panels")
-    validate(panels, module, 5, **trainer)
+    panels = Panels(images=trainer.pop("images", 2))
+    validate(panels, module, 5, default_root_dir=tmp_path, **trainer)
     assert not list(tmp_path.iterdir())
-
-
-def test_pictures_of_a_run(tmp_path: Path, finished_run: Path) -> None:
-    panels = finished_run / "panels"
-    for number in (1, 2):
-        with Image.open(panels / f"progress_{number}.gif") as animation:
-            assert animation.n_frames == 2
-    assert len(list((panels / "frames").iterdir())) == 4
-
-    run = tmp_path / "run"
-    train_tiny(run, "trainer.max_steps=2")
-    train(resumed_config(run, ["trainer.max_steps=4"]), run)
-    with Image.open(run / "panels" / "progress_2.gif") as animation:
-        assert animation.n_frames == 2
-    assert sorted(p.name for p in (run / "panels").glob("step*")) == [
-        "step_0000002.png",
-        "step_0000004.png",
-    ]
 
 
 def wandb_records(run: Path) -> Iterator[Any]:
@@ -177,16 +107,26 @@ def values(items: Any) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_what_wandb_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only test with the real package: an offline run, which writes nothing elsewhere."""
     import wandb
 
     wandb.teardown()  # it reads its environment once
     home = tmp_path / "home"
     home.mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     summary = train_tiny(run, "logger=wandb", "trainer.max_steps=2", "trainer.val_check_interval=1")
+    assert wandb.run is None  # finished: the next job of a sweep starts its own
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    assert offline.name.endswith(f"-{OmegaConf.load(run / 'config.yaml').logger.wandb.id}")
+    (log,) = offline.glob("*.wandb")
+    for text in (b"train/loss_smooth", b"val/iou/ring", b"val_check_interval", b"head_width"):
+        assert text in log.read_bytes(), text
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "run"}
     records = list(wandb_records(run))
     history = [values(record.history.item) for record in records if record.HasField("history")]
     (files,) = (run / "wandb").glob("offline-run-*/files")

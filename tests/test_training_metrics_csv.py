@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fcn.csv_logger import MetricsCSV, read_column, read_metrics, read_numbers
+from fcn.runs.metrics import read_column, read_metrics, read_numbers
+from fcn.training.metrics_csv import MetricsCSV
 
 
 def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_killed_while_it_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert csv.path.read_text() == before  # the new file lies beside it, whole
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fcn.runs.os.replace", killed)
+    monkeypatch.setattr("fcn.files.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         csv.log_metrics({"val/miou": 1}, step=1)
     assert csv.path.read_text() == before

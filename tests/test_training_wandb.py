@@ -1,0 +1,164 @@
+"""W&B that cannot be reached, refuses or dies: training goes on, the CSV is whole, one warning."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from conftest import train_tiny
+from omegaconf import OmegaConf
+
+from fcn.runs.metrics import read_metrics
+from fcn.runs.resume import resumed_config
+from fcn.training.wandb_logger import SUMMARIES, TolerantWandbLogger
+from train import train
+
+
+class Experiment:
+    """A W&B run that writes down what it gets, and fails from its `fails_after`-th log on."""
+
+    def __init__(self, fails_after: int = 10**6, **options: Any) -> None:
+        self.id, self.fails_after, self.options = options["id"], fails_after, options
+        self.config, self.logged = self, list[dict[str, Any]]()
+        self.metrics, self.ended = dict[str, Any](), list[int]()
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.metrics[name] = options
+
+    def update(self, settings: Any, **_: Any) -> None:
+        self.settings = settings
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+        if len(self.logged) > self.fails_after:
+            raise ConnectionResetError("Connection lost")
+
+    def finish(self, exit_code: int) -> None:
+        if len(self.logged) > self.fails_after:
+            raise ConnectionResetError("Connection lost")
+        self.ended.append(exit_code)
+
+
+class Service:
+    """Stands in for the package wandb: who may log in, and which modes begin a run."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.login: Any = True
+        self.begins: tuple[str | None, ...] = (None, "offline")
+        self.fails_after = 10**6
+        self.modes: list[str | None] = []
+        self.runs: list[Experiment] = []
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.setattr(wandb, "login", self.log_in)
+        patch.setattr(wandb, "init", self.init)
+        patch.setattr(wandb, "teardown", lambda: None)
+
+    def log_in(self, *, prompt: bool) -> bool:
+        assert not prompt  # nobody sits there
+        if isinstance(self.login, Exception):
+            raise self.login
+        return self.login
+
+    def init(self, *, mode: str | None, **options: Any) -> Experiment:
+        self.modes.append(mode)
+        if mode not in self.begins:
+            raise wandb.errors.CommError("the server does not answer\nand more")
+        self.runs.append(Experiment(self.fails_after, **options))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(monkeypatch)
+
+
+def warned(run: Path, why: str) -> None:
+    """Train with a W&B that fails; there is one warning, and nothing else is missing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_tiny(run, "logger=wandb", "trainer.log_every_n_steps=1")
+    about = [str(w.message) for w in caught if "W&B" in str(w.message)]
+    assert len(about) == 1, about
+    assert about[0].startswith(f"W&B failed ({why}); training goes on")
+    assert f"wandb sync {run}/wandb/" in about[0]
+    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == ["1", "2", "3", "4"]
+    assert (run / "summary.json").is_file()
+
+
+def test_unreachable(tmp_path: Path, service: Service) -> None:
+    service.begins = ("offline",)
+    warned(tmp_path / "run", "the server does not answer")
+    assert service.modes == [None, "offline"]  # so that nothing is lost
+    assert service.runs[0].logged[0]["train/loss_smooth"] > 0
+    assert service.runs[0].ended == [0]
+
+
+def test_wrong_key(tmp_path: Path, service: Service) -> None:
+    service.login = ValueError("API key must be 40 characters long")
+    warned(tmp_path / "run", "API key must be 40 characters long")
+    assert service.modes == ["offline"]
+
+
+@pytest.mark.parametrize("fails_after", [0, 5])
+def test_a_service_that_dies(tmp_path: Path, service: Service, fails_after: int) -> None:
+    service.fails_after = fails_after
+    warned(tmp_path / "run", "Connection lost")
+    assert len(service.runs[0].logged) == fails_after + 1  # it is not asked again
+
+
+def test_not_logged_in(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.login = False
+    logger = TolerantWandbLogger(save_dir=tmp_path)
+    assert service.modes == ["offline"]
+    assert f"upload with: wandb sync {tmp_path}/wandb/*run-*" in capsys.readouterr().out
+    assert logger.experiment is service.runs[0]
+
+
+def test_mode_of_the_environment(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    service.login = ValueError("must not be asked")
+    TolerantWandbLogger(save_dir=tmp_path)
+    assert service.modes == [None]  # wandb.init reads the environment itself
+
+
+def test_nothing_helps(tmp_path: Path, service: Service) -> None:
+    service.begins = ()
+    with pytest.warns(UserWarning, match="W&B failed"), pytest.raises(wandb.errors.CommError):
+        TolerantWandbLogger(save_dir=tmp_path)
+
+
+def test_what_a_run_begins_with(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "from_agent")
+    run = tmp_path / "run"
+    one = ("trainer.max_steps=1", "logger=wandb", "logger.wandb.tags=[a]")
+    train_tiny(run, *one, "logger.wandb.project=mine", "logger.wandb.group=ours")
+    options = service.runs[0].options
+    assert (options["id"], options["resume"], options["dir"]) == ("from_agent", "allow", str(run))
+    assert (options["project"], options["group"]) == ("mine", "ours")
+    assert (options["name"], options["tags"], options["notes"]) == ("tiny", ["a"], None)
+    assert service.runs[0].settings["trainer"]["val_check_interval"] == 2
+    for name, best in SUMMARIES.items():
+        assert service.runs[0].metrics[name]["summary"] == best
+        assert service.runs[0].metrics[name]["step_metric"] == "trainer/global_step"
+    assert "*" in service.runs[0].metrics
+
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert OmegaConf.load(run / "config.yaml").logger.wandb.save_dir is None  # it may be moved
+    train(resumed_config(run, ["trainer.max_steps=2"]), run)
+    assert service.runs[1].id == "from_agent"
+
+
+def test_id_is_kept(tmp_path: Path, service: Service) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, "logger=wandb", "trainer.max_steps=1")
+    train(resumed_config(run, ["trainer.max_steps=2"]), run)
+    first, second = (experiment.id for experiment in service.runs)
+    assert first == second == OmegaConf.load(run / "config.yaml").logger.wandb.id
+    assert len(first) == 8
