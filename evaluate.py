@@ -5,15 +5,15 @@
     python evaluate.py ckpt=... tta.flip=true tta.scales=[0.75,1,1.25] report.images=60
     python evaluate.py compare=[runs/A,runs/B]                   # run folders or checkpoints
 
-Prints the IoU of each class, and writes metrics.json, confusion.csv (in pixels; rows are labels),
-images.csv (scores of each image) and report.html. A comparison has no CSV files.
+Prints the IoU of each class, and writes metrics.json, confusion.csv (pixels; rows are labels),
+images.csv (scores of each image) and report.html; of a comparison, no CSV files.
 """
 
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,8 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from fcn import cli
 from fcn.errors import ConfigError, check_text, check_whole, refuse
 
-# `data=checkpoint`, the default, is empty and takes any key. It holds what the command line changes
-# in the checkpoint's own data settings.
+# `data=checkpoint`, the default, takes any key: what to change in the checkpoint's data settings.
 CHANGES = OmegaConf.create({}, flags={"struct": False})
 ConfigStore.instance().store(group="data", name="checkpoint", node=CHANGES)
 
@@ -31,7 +30,8 @@ ConfigStore.instance().store(group="data", name="checkpoint", node=CHANGES)
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate what the command line asks for."""
-    evaluate(cfg, command=shlex.join(sys.orig_argv))
+    with cli.short_messages():
+        evaluate(cfg, command=shlex.join(sys.orig_argv))
 
 
 def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[str, Any]:
@@ -44,9 +44,11 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     chosen = chosen_checkpoints(cfg)
     check_text("split", cfg.split, wanted="the name of a split, such as val")
     check_text("output", cfg.output, wanted="a folder", optional=True)
+    for key in ("report", "tta"):
+        if not isinstance(cfg[key], DictConfig):
+            refuse(key, cfg[key], "a group of settings")
     check_whole("report.images", cfg.report.images)
 
-    from fcn.callbacks import print_scores
     from fcn.checkpoint import find_checkpoint, without_targets
     from fcn.evaluation.candidate import check_classes, checkpoint_data, open_candidate
     from fcn.evaluation.folder import write_folder
@@ -55,10 +57,11 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     from fcn.precision import keep_freed_memory
     from fcn.runs.folder import output_folder
     from fcn.runs.process import quiet_lightning
+    from fcn.training.score_table import print_scores
 
     quiet_lightning()
     keep_freed_memory()
-    tta, data = OmegaConf.to_container(cfg.tta), OmegaConf.to_container(cfg.data)
+    tta, data = (cast(dict[str, Any], OmegaConf.to_container(cfg[key])) for key in ("tta", "data"))
     plain = tta == {"flip": False, "scales": [1]} and cfg.tile is None
     options = {"accelerator": cfg.accelerator, "precision": cfg.precision}
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)
@@ -70,18 +73,14 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     check_classes(candidates, datamodule.classes)
     datamodule.prepare_data()
     split, images = datamodule.open(cfg.split), cfg.report.images
-
-    loader = datamodule.eval_dataloader(split)
-    results = [score(candidate, loader, keep=images > 0) for candidate in candidates]
-    for result in results:
-        result.metrics |= {"split": cfg.split, "tta": tta, "tile": cfg.tile, "data": settings}
-    name = "comparison" if cfg.compare else "evaluation"
-    output = Path(cfg.output or output_folder(candidates[0].path, name))
-    palette = datamodule.palette
-    metrics = write_folder(output, results, split, palette, images=images, command=command)
+    results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
     for m in [result.metrics for result in results]:
+        m.update(split=cfg.split, tta=tta, tile=cfg.tile, data=settings)
         print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
         print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
+    name = "comparison" if cfg.compare else "evaluation"
+    output = Path(cfg.output or output_folder(candidates[0].path, name))
+    metrics = write_folder(output, results, split, images=images, command=command)
     print(f"See {output / 'report.html'}")
     return metrics
 
@@ -90,12 +89,11 @@ def chosen_checkpoints(cfg: DictConfig) -> list[str]:
     """`ckpt`, or the two of `compare`."""
     if cfg.compare is None:
         return [str(cfg.ckpt)]
-    pair = OmegaConf.to_container(cfg)["compare"]  # type: ignore[index, call-overload]
-    if not isinstance(pair, list) or [type(path) for path in pair] != [str, str]:
-        refuse("compare", pair, "two runs or checkpoints, [A,B]")
+    if not OmegaConf.is_list(cfg.compare) or [type(path) for path in cfg.compare] != [str, str]:
+        refuse("compare", cfg.compare, "two runs or checkpoints, [A,B]")
     if not OmegaConf.is_missing(cfg, "ckpt"):
         raise ConfigError("choose ckpt= or compare=, not both")
-    return pair
+    return list(cfg.compare)
 
 
 if __name__ == "__main__":

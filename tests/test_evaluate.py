@@ -45,7 +45,9 @@ def train_voc(run: Path, tiny_voc: Path, *overrides: str) -> dict[str, Any]:
     return train(compose_config("train", *tiny, *voc, "data.crop_size=64", *overrides), run)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_evaluation_agrees_with_training(tmp_path: Path, tiny_voc: Path, precision: str) -> None:
     run = tmp_path / "run"
     options = [f"trainer.precision={precision}", "model.stride=8", "optimizer.lr=0.05"]
@@ -110,7 +112,6 @@ def test_evaluation_with_other_classes(tmp_path: Path, finished_run: Path, tiny_
 
 
 CALL = {"_target_": "os.system", "_args_": ["touch hacked"], "command": "touch hacked"}
-OURS = "fcn.datasets.voc2012.VOC2012"
 RESOLVER = "${oc.create:{_target_: os.system, _args_: [touch hacked]}}"
 HOSTILE: dict[str, Any] = {
     "function": CALL,
@@ -139,9 +140,8 @@ def test_settings_that_call_code_are_refused(
     monkeypatch.chdir(tmp_path)
     ckpt = tmp_path / "x.ckpt"
     hostile_checkpoint(ckpt, finished_run, data)
-    for changes in ([], ["data.limit=1"]):
-        with pytest.raises((WeightsError, DataError), match=r"choose the data with data=\.\.\."):
-            evaluate_checkpoint(ckpt, *changes)
+    with pytest.raises((WeightsError, DataError), match=r"choose the data with data=\.\.\."):
+        evaluate_checkpoint(ckpt, "data.limit=1")
     assert list(tmp_path.iterdir()) == [ckpt]
 
 
@@ -151,19 +151,21 @@ def test_other_hostile_settings(
     """What looks like code in an argument is only a text; other keys are refused."""
     monkeypatch.chdir(tmp_path)
     ckpt = tmp_path / "x.ckpt"
-    for more, message in (
-        ({"root": RESOLVER}, "oc.create"),
-        ({"root": CALL}, "root="),
-        ({"defaults": [{"/logger@_here_": "wandb"}]}, "defaults"),
-        ({"_target_": "os.system"}, "quickstart"),  # never called: VOC2012 is not there
-        ({"dataset": {"_target_": OURS, "_convert_": "all"}}, "_convert_"),
+    shapes = {"_target_": "fcn.datasets.shapes.Shapes", "size": 48, "val_length": 1}
+    for more in (
+        {"root": CALL},
+        {"defaults": [{"/logger@_here_": "wandb"}]},
+        {"dataset": shapes | {"_convert_": "all"}},
+        {"dataset": shapes | {"_args_": [RESOLVER]}},
     ):
-        hostile_checkpoint(ckpt, finished_run, {"dataset": {"_target_": OURS}} | more)
-        module = ["data.num_workers=0"]
-        with pytest.raises(FCNError, match=message):
-            evaluate_checkpoint(ckpt, *module)
+        hostile_checkpoint(ckpt, finished_run, {"dataset": shapes} | more)
+        with pytest.raises(ConfigError, match=r"^data"):
+            evaluate_checkpoint(ckpt)
     assert list(tmp_path.iterdir()) == [ckpt]
-    # As the message says: with data=... the checkpoint's settings are not read.
+    target = {"_target_": "os.system", "root": RESOLVER, "num_workers": 0}
+    hostile_checkpoint(ckpt, finished_run, {"dataset": shapes} | target)
+    assert evaluate_checkpoint(ckpt, "output=out")["data"]["root"] == RESOLVER
+    # As the messages say: with data=... the checkpoint's settings are not read.
     chosen = ["data=shapes", "data.dataset.size=48", "data.dataset.val_length=1"]
     metrics = evaluate_checkpoint(ckpt, *chosen, "data.num_workers=0", "output=out")
     assert metrics["data"]["dataset"]["class"] == "fcn.datasets.shapes.Shapes"
@@ -205,9 +207,9 @@ def test_data_on_the_command_line(tmp_path: Path, finished_run: Path, tiny_voc: 
     options = ["data=voc2012", f"data.root={tiny_voc}", output]
     with pytest.raises(ConfigError, match=r"8 classes .*the data 21"):
         evaluate_checkpoint(finished_run, *options)
-    for wrong in ("data.limt=2", "data.dataset.sise=48"):
-        with pytest.raises(ConfigError, match=rf"^data: .*'{wrong.partition('=')[0][-4:]}'"):
-            evaluate_checkpoint(finished_run, wrong, output)
+    for wrong in ("data.limt", "data.dataset.sise"):
+        with pytest.raises(ConfigError, match=f"^{wrong}: there is no such setting"):
+            evaluate_checkpoint(finished_run, f"{wrong}=2", output)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +271,7 @@ def test_all_pixels_are_in_bands_or_beyond(finished_run: Path, tmp_path: Path) -
     assert metrics["boundary_miou"]["1"] != metrics["miou"]
 
 
+@pytest.mark.slow
 def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
     """The scores are those of `TestTime`, counted here; without views, nothing changes."""
     ckpt = last_checkpoint(finished_run)
@@ -299,6 +302,7 @@ def test_impossible_views(finished_run: Path, tmp_path: Path, setting: str) -> N
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_comparison(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run folder and a checkpoint; both as if judged alone, and the difference."""
     other = tmp_path / "other"
@@ -325,6 +329,7 @@ def test_comparison(finished_run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not (other / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_comparisons_that_cannot_be(finished_run: Path, tmp_path: Path, tiny_voc: Path) -> None:
     run = tmp_path / "voc"
     train_voc(run, tiny_voc, "trainer.max_steps=1")

@@ -124,9 +124,7 @@ class Page(HTMLParser):
 def written(
     path: Path, data: FakeData, *results: Result, images: int = 12, command: str = "python x"
 ) -> Page:
-    write_report(
-        path, results or [data.scored()], data, data.palette, images=images, command=command
-    )
+    write_report(path, results or [data.scored()], data, images=images, command=command)
     return Page(path)
 
 
@@ -221,7 +219,7 @@ def test_nothing_breaks_out(tmp_path: Path) -> None:
     assert len(both.all("script")) == 3
 
 
-@pytest.mark.parametrize("classes", [2, 150])
+@pytest.mark.parametrize("classes", [2, pytest.param(150, marks=pytest.mark.slow)])
 def test_number_of_classes(tmp_path: Path, classes: int) -> None:
     data = FakeData([f"class {k}" for k in range(classes)], numbered(4))
     page = written(tmp_path / "report.html", data)
@@ -231,6 +229,7 @@ def test_number_of_classes(tmp_path: Path, classes: int) -> None:
     assert (tmp_path / "report.html").stat().st_size < 3e6
 
 
+@pytest.mark.slow
 def test_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise does not compress: pictures get smaller, then fewer, and the page says so."""
     data = FakeData(VOC2012.classes, numbered(6), size=160, noise=True)
@@ -348,6 +347,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_in_a_browser(browser: Any, pages: tuple[Path, Path], which: int) -> None:
     view(browser, 1200, 900)
@@ -364,6 +364,7 @@ def test_in_a_browser(browser: Any, pages: tuple[Path, Path], which: int) -> Non
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_sorting(browser: Any, pages: tuple[Path, Path]) -> None:
     browser.get(pages[0].as_uri())
     heads = browser.find_elements("css selector", "table.sort thead th")
@@ -391,6 +392,7 @@ def test_sorting(browser: Any, pages: tuple[Path, Path]) -> None:
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_overlay_moves(browser: Any, pages: tuple[Path, Path]) -> None:
     view(browser, 1200, 900)
     for page, start in zip(pages, ("0", "50"), strict=True):
@@ -417,6 +419,7 @@ def test_overlay_moves(browser: Any, pages: tuple[Path, Path]) -> None:
         assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_confusion_describes_its_cells(browser: Any, pages: tuple[Path, Path]) -> None:
     browser.get(pages[0].as_uri())
     cell = browser.find_elements("css selector", ".heat tbody tr:nth-child(3) td")[2]
@@ -425,6 +428,7 @@ def test_confusion_describes_its_cells(browser: Any, pages: tuple[Path, Path]) -
     assert re.fullmatch(r"bicycle predicted as bicycle: [\d.]+ % of .* \([\d,]+ of [\d,]+\)", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_phone_and_dark(browser: Any, pages: tuple[Path, Path], which: int) -> None:
     view(browser, 375, 812)

@@ -1,6 +1,6 @@
 """The folder of an evaluation: metrics.json, confusion.csv, images.csv and report.html.
 
-    metrics = write_folder(output, [result], data, palette, images=12, command="python evaluate.py")
+    metrics = write_folder(output, [result], data, images=12, command="python evaluate.py")
 
 evaluate.py calls it at its end. The report is made in report.py.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.report import write_report
 from fcn.evaluation.result import Result, compare
-from fcn.figures.masks import Palette
 from fcn.files import write_json, write_text, writing
 
 
@@ -25,7 +24,6 @@ def write_folder(
     output: Path,
     results: Sequence[Result],
     data: SegmentationDataset,
-    palette: Palette,
     *,
     images: int,
     command: str,
@@ -35,7 +33,7 @@ def write_folder(
     Args:
         output: the folder; it is created.
         results: one, or A and B.
-        data, palette, images, command: for `fcn.evaluation.report.write_report`.
+        data, images, command: for `fcn.evaluation.report.write_report`.
 
     Returns:
         What metrics.json holds.
@@ -51,7 +49,7 @@ def write_folder(
         write_confusion(output / "confusion.csv", results[0].confusion, list(metrics["iou"]))
         write_images(output / "images.csv", results[0].images.rows)
     report = output / "report.html"
-    write_report(report, results, data, palette, images=images, command=command)
+    write_report(report, results, data, images=images, command=command)
     return metrics
 
 

@@ -33,7 +33,6 @@ def write_report(
     path: Path,
     results: Sequence[Result],
     data: SegmentationDataset,
-    palette: Palette,
     *,
     images: int,
     command: str,
@@ -44,7 +43,6 @@ def write_report(
         path: the file to write.
         results: one, or A and B, with predictions if `images` is not 0.
         data: the images that were scored; those to show are read again.
-        palette: a colour for each class.
         images: how many to show at most, a third each of the worst, the median and the best. They
             are as large as the limit on the file lets them be.
         command: that made this, as it was typed.
@@ -60,7 +58,7 @@ def write_report(
             {"letter": letter, "metrics": result.metrics}
             for letter, result in zip(letters, results, strict=True)
         ],
-        **_classes(results, palette),
+        **_classes(results, data.palette),
         **_boundaries(results, letters),
         "confusion": [_heat_map(*pair) for pair in zip(results, letters, strict=True)],
         "void": data.void,
@@ -72,7 +70,6 @@ def write_report(
     gallery = make_gallery(
         results,
         data,
-        palette,
         wanted=images,
         budget=LARGEST - len(ascii_html(empty)),
         render=lambda image: ascii_html(figure.module.figure(image)),  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The images of report.html: image | label | prediction | errors, as WebP inside the page.
 
-    gallery = make_gallery(results, data, palette, wanted=12, budget=19_000_000, render=figure)
+    gallery = make_gallery(results, data, wanted=12, budget=19_000_000, render=figure)
 
 A page holds each picture once. Where one is shown again, under the errors or over the image, the
 script of the page copies it. Class 0 is transparent, so that a prediction can lie over its image.
@@ -20,7 +20,7 @@ from PIL import Image
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.result import Result
 from fcn.figures.legend import LONGEST_NAME, Entry, legend_entries, one_line
-from fcn.figures.masks import VOID_COLOUR, Colour, Palette, labels_in
+from fcn.figures.masks import VOID_COLOUR, Colour, labels_in
 
 # Longest side in pixels and WebP quality: the first of these that leaves room for all images.
 SIZES = ((480, 82), (400, 76), (320, 70), (240, 60), (160, 50), (96, 35))
@@ -72,7 +72,6 @@ class Figure:
 def make_gallery(
     results: Sequence[Result],
     data: SegmentationDataset,
-    palette: Palette,
     *,
     wanted: int,
     budget: int,
@@ -85,7 +84,6 @@ def make_gallery(
     Args:
         results: one, or A and B.
         data: the images that were scored.
-        palette: a colour for each class.
         wanted: how many images.
         budget: bytes for all of them. With many images, pictures get smaller; an image that is too
             large even then is left out.
@@ -104,7 +102,7 @@ def make_gallery(
     for title, group in zip(titles, groups, strict=True):
         shown.append((title, []))
         for index in group:
-            source = Source(results, data, palette, index)
+            source = Source(results, data, index)
             for side, quality in SIZES:
                 html = render(source.figure(side, quality))
                 if len(html) <= share:
@@ -129,11 +127,9 @@ def choose_images(scores: Sequence[float], wanted: int) -> tuple[list[int], list
 class Source:
     """One image of the data with its label and predictions, from which figures of any size come."""
 
-    def __init__(
-        self, results: Sequence[Result], data: SegmentationDataset, palette: Palette, index: int
-    ) -> None:
+    def __init__(self, results: Sequence[Result], data: SegmentationDataset, index: int) -> None:
         sample = data[index]
-        self.index, self.palette, self.void = index, palette, data.void
+        self.index, self.palette, self.void = index, data.palette, data.void
         self.name = data.ids[index]
         self.classes = [one_line(name, LONGEST_NAME) for name in data.classes]
         self.photo = sample["image"].permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
@@ -146,7 +142,7 @@ class Source:
             for letter, (_, accuracy, miou) in zip(self.letters, rows, strict=True)
         ]
         self.colours = np.zeros((256, 4), np.uint8)  # RGBA; class 0 is transparent
-        self.colours[1 : len(palette)] = [(*colour, 255) for colour in palette[1:]]
+        self.colours[1 : len(data.palette)] = [(*colour, 255) for colour in data.palette[1:]]
         self.colours[self.void] = (*VOID_COLOUR, 255)
 
     def figure(self, side: int, quality: int) -> Figure:
