@@ -1,29 +1,28 @@
 """export.py: files that do what the network does, at any size, and predict.py with them."""
 
 import json
-import pickle
+import runpy
+import shutil
 import sys
-import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import compose_config
+from conftest import PROJECT, compose_config
 from PIL import Image
-from test_predict import noise
+from safetensors import safe_open
+from test_predict import noise, write_checkpoint
 from torch import Tensor, nn
 
-import fcn.export as fcn_export
+import fcn.inference.export as exporting
 from export import export
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, WeightsError
-from fcn.export import ExportError, compare, read_pt2
+from fcn.inference.export import ExportedNetwork, ExportError, compare, export_program
+from fcn.inference.predictor import load_predictor
 from fcn.module import SegmentationModule
-from fcn.prediction import load_model
-from fcn.runs import best_checkpoint
 from predict import predict
 
 
@@ -31,14 +30,21 @@ def run(ckpt: Path, output: Path, *overrides: str) -> Path:
     return export(compose_config("export", f"ckpt={ckpt}", f"output={output}", *overrides))
 
 
-@pytest.fixture(scope="module")
-def ckpt(finished_run: Path) -> Path:
-    return best_checkpoint(finished_run)
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("exported") / "best.ckpt")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pt2(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(ckpt, tmp_path_factory.mktemp("pt2") / "model.pt2", "format=torch", "argmax=true")
+    return run(ckpt, tmp_path_factory.mktemp("pt2") / "model.pt2", "format=torch")
+
+
+@pytest.fixture(scope="session")
+def onnx_file(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    return run(ckpt, tmp_path_factory.mktemp("onnx") / "model.onnx", "argmax=true")
 
 
 def images() -> list[Tensor]:
@@ -50,7 +56,7 @@ def images() -> list[Tensor]:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_torch_program(ckpt: Path, pt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_program(ckpt: Path, pt2: Path) -> None:
     assert [path.name for path in pt2.parent.iterdir()] == ["model.pt2"]
     extra = dict.fromkeys(("class_names", "palette", "void"), "")
     program = torch.export.load(pt2, extra_files=extra).module()
@@ -59,56 +65,38 @@ def test_torch_program(ckpt: Path, pt2: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(extra["void"]) == 255
     network = SegmentationModule.load_from_checkpoint(ckpt).network.eval()
     for image in images():
-        scores, mask = program(image)
-        expected = network(image)
-        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
-        assert mask.dtype == torch.uint8
-        assert torch.equal(mask, scores.argmax(1).to(torch.uint8))
+        (scores,) = program(image)
+        torch.testing.assert_close(scores, network(image), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_onnx_file(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxscript")
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    path = run(ckpt, tmp_path / "model.onnx", "argmax=true")
-    assert list(tmp_path.iterdir()) == [path]
-    assert "agrees with the network" in capsys.readouterr().out
-    onnx.checker.check_model(str(path), full_check=True)
-    session = onnxruntime.InferenceSession(path)
+def test_onnx_file(ckpt: Path, onnx_file: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    assert list(onnx_file.parent.iterdir()) == [onnx_file]
+    onnx.checker.check_model(str(onnx_file), full_check=True)
+    session = onnxruntime.InferenceSession(onnx_file)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == list(Shapes.classes)
     assert json.loads(metadata["void"]) == 255
     (given,), (scores_out, mask_out) = session.get_inputs(), session.get_outputs()
     assert (given.type, given.shape) == ("tensor(uint8)", ["batch", 3, "height", "width"])
-    assert scores_out.shape == ["batch", 8, "height", "width"]
-    assert mask_out.shape == ["batch", "height", "width"]
+    assert (scores_out.name, scores_out.shape) == ("scores", ["batch", 8, "height", "width"])
+    assert (mask_out.name, mask_out.shape) == ("mask", ["batch", "height", "width"])
     network = SegmentationModule.load_from_checkpoint(ckpt).network.eval()
     for image in images():
         scores, mask = session.run(None, {"image": image.numpy()})
-        expected = network(image)
-        torch.testing.assert_close(torch.from_numpy(scores), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(scores), network(image), atol=1e-5, rtol=1e-4)
         assert np.array_equal(mask, scores.argmax(1))
-    plain = onnxruntime.InferenceSession(run(ckpt, tmp_path / "plain.onnx"))
-    assert [output.name for output in plain.get_outputs()] == ["scores"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["pt2", "onnx"])
-def test_prediction_with_an_exported_file(
-    tmp_path: Path, ckpt: Path, pt2: Path, ending: str
-) -> None:
-    if ending == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
-    file = pt2 if ending == "pt2" else run(ckpt, tmp_path / "model.onnx")
+def test_prediction_with_an_onnx_file(tmp_path: Path, ckpt: Path, onnx_file: Path) -> None:
     Image.fromarray(noise(70, 101)).save(tmp_path / "x.png")
-    if ending == "pt2":
-        expected = SegmentationModule.load_from_checkpoint(ckpt).state_dict()
-        found = read_pt2(file).state_dict()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
     masks = []
-    for source in (ckpt, file):
+    for source in (ckpt, onnx_file):
         options = [f"input={tmp_path / 'x.png'}", f"output={tmp_path / source.suffix[1:]}"]
         options += ["device=cpu", "tta.flip=true", "tta.scales=[0.75,1]", "tile=64"]
         output = predict(compose_config("predict", f"ckpt={source}", *options))
@@ -117,18 +105,34 @@ def test_prediction_with_an_exported_file(
         assert (output / "x_overlay.jpg").is_file()
     assert np.mean(masks[0][0] == masks[1][0]) > 0.999
     assert masks[0][1] == masks[1][1]
+    with pytest.raises(ConfigError, match="an ONNX file runs with device=cpu precision=32-true"):
+        load_predictor(onnx_file, "cpu", "bf16-mixed")
 
 
-def test_a_file_that_disagrees(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Off(fcn_export.Exported):
-        def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-            scores, *mask = super().forward(image)
-            return (scores + 0.01 * scores.abs().amax(), *mask)
-
-    monkeypatch.setattr(fcn_export, "Exported", Off)
+@pytest.mark.slow
+def test_a_file_that_disagrees(
+    ckpt: Path, pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program is that of another network, whose scores are 1 % higher."""
+    monkeypatch.setattr(exporting, "_write_torch", lambda _, part, __: shutil.copy(pt2, part))
+    module = SegmentationModule.load_from_checkpoint(ckpt)
+    for layer in (module.network.score, *module.network.skips.values()):
+        for parameter in layer.parameters():
+            parameter.data *= 1.01
     with pytest.raises(ExportError, match="disagrees with the network at 131×97"):
-        run(ckpt, tmp_path / "x.pt2", "format=torch")
+        export_program(module, tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argmax", [False, True])
+def test_outputs(argmax: bool) -> None:
+    image = torch.rand(2, 3, 5, 7)
+    scores, *mask = ExportedNetwork(nn.Conv2d(3, 4, 1), argmax)(image)
+    assert scores.shape == (2, 4, 5, 7)
+    assert len(mask) == argmax
+    for found in mask:
+        assert found.dtype == torch.uint8
+        assert torch.equal(found, scores.argmax(1).to(torch.uint8))
 
 
 def test_compare_looks_at_masks_and_sizes() -> None:
@@ -154,46 +158,61 @@ def test_compare_looks_at_masks_and_sizes() -> None:
 def test_missing_packages(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-    message = "not installed: pip install -r requirements-export.txt"
+    message = "not installed: pip install -r requirements/export.txt"
     with pytest.raises(ConfigError, match=message):
         run(ckpt, tmp_path / "x.onnx")
     (tmp_path / "x.onnx").touch()
     with pytest.raises(ConfigError, match=message):
-        load_model(tmp_path / "x.onnx")
+        load_predictor(tmp_path / "x.onnx")
 
 
 def test_settings_that_cannot_work(ckpt: Path, tmp_path: Path) -> None:
     for overrides, message in (
-        (["format=tflite"], "format=tflite: must be onnx, torch or safetensors"),
+        (["format=tflite"], "format=tflite: must be one of onnx, torch, safetensors"),
         (["format=torch"], r"ends with \.pt2"),
+        (["argmax=2"], "argmax=2: must be true or false"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(ckpt, tmp_path / "x.onnx", *overrides)
     with pytest.raises(WeightsError, match=r"none\.ckpt: no such file"):
         run(tmp_path / "none.ckpt", tmp_path / "x.pt2", "format=torch")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output=.*x\.pt2: "):
+        run(ckpt, tmp_path / "file" / "x.pt2", "format=torch")
 
 
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("hacked"),)
+def test_files_that_are_not_ours(tmp_path: Path) -> None:
+    """predict.py does not open a .pt2: torch.export.load can run code that is in it."""
+    for content in (None, b"", b"hello"):
+        if content is not None:
+            (tmp_path / "x.pt2").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"x\.pt2: a \.pt2 is a program") as error:
+            load_predictor(tmp_path / "x.pt2")
+        assert "\n" not in str(error.value)
+    pytest.importorskip("onnxruntime")
+    for content in (b"", b"hello"):
+        (tmp_path / "x.onnx").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"x\.onnx"):
+            load_predictor(tmp_path / "x.onnx")
 
 
-def test_broken_and_hostile_files(
-    tmp_path: Path, pt2: Path, monkeypatch: pytest.MonkeyPatch
+def test_script(
+    tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing in a .pt2 is unpickled or evaluated, wherever it is put."""
-    monkeypatch.chdir(tmp_path)
-    bomb = pickle.dumps(Hostile())
-    with zipfile.ZipFile(pt2) as source:
-        content = {name: source.read(name) for name in source.namelist()}
-    for name in {str(Path(name).parent): name for name in content}.values():  # one a folder
-        with zipfile.ZipFile("x.pt2", "w") as archive:
-            for other, value in content.items():
-                archive.writestr(other, bomb if other == name else value)
-        with suppress(WeightsError):
-            read_pt2(Path("x.pt2"))
-    for broken in (b"", b"hello", pt2.read_bytes()[:5000]):
-        Path("x.pt2").write_bytes(broken)
-        with pytest.raises(WeightsError, match=r"x\.pt2"):
-            load_model(Path("x.pt2"))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.pt2"]
+    """What a shell sees: the file and what it is for, or exit code 1 and a line."""
+    arguments: list[Any] = ["export.py", f"ckpt={ckpt}", "format=safetensors"]
+    script = str(PROJECT / "export.py")
+    monkeypatch.setattr(sys, "argv", [*arguments, f"output={tmp_path / 'ä=(1).safetensors'}"])
+    runpy.run_path(script, run_name="__main__")
+    assert "ä=(1).safetensors, 0 MB: takes the place of a checkpoint" in capsys.readouterr().out
+    expected = SegmentationModule.load_from_checkpoint(ckpt).state_dict()
+    with safe_open(tmp_path / "ä=(1).safetensors", "pt") as file:
+        assert set(file.keys()) == set(expected)
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in expected.items())
+    monkeypatch.setattr(sys, "argv", [*arguments, f"output={tmp_path / 'x.onnx'}"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(script, run_name="__main__")
+    assert exit_.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: output=")
+    assert len(printed.splitlines()) == 1

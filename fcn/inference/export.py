@@ -1,0 +1,216 @@
+"""A trained network as one file for other programs, which is compared with the network.
+
+    path = export_path(None, Path("runs/.../checkpoints/best.ckpt"), "onnx")
+    agreement = export_program(module, path, argmax=True)     # .onnx, or torch.export's .pt2
+    export_safetensors(module, checkpoint, path)              # weights and settings, no program
+
+A program takes uint8 RGB (N, 3, H, W) of any N, H and W, and gives scores (N, K, H, W) and, with
+argmax, the mask (N, H, W) uint8. It is run on images of several odd sizes before it gets its name.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx.experimental import _config as shapes_config
+from torch.nn import functional as F
+
+from fcn.checkpoint import write_safetensors
+from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text, reason
+from fcn.files import atomic_write
+from fcn.inference.onnx_session import METADATA, Program, need_packages, open_session
+from fcn.module import SegmentationModule
+from fcn.runs.folder import output_folder
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}  # and their endings
+AXES = {0: "batch", 2: "height", 3: "width"}  # of the image, which may have any length
+SIZES = ((1, 97, 131), (2, 33, 64), (3, 50, 31), (1, 32, 224), (1, 1, 1))  # (N, H, W) to compare
+# Allowed difference of two scores, as a share of the largest one. For a VGG-19 in float32, rounding
+# makes it about 1e-6.
+TOLERANCE = 1e-4
+
+
+class ExportError(FCNError):
+    """An exported file does not do what the network does."""
+
+
+class Agreement(NamedTuple):
+    """How far a file does what the network does."""
+
+    difference: float  # of a score, the largest
+    equal: float  # share of pixels with the same class, 0 to 1
+
+
+class ExportedNetwork(nn.Module):
+    """What the file computes: images (N, 3, H, W) uint8 -> scores (N, K, H, W) and, with argmax,
+    the mask (N, H, W) uint8."""
+
+    def __init__(self, network: nn.Module, argmax: bool) -> None:
+        super().__init__()
+        self.network, self.argmax = network, argmax
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        scores = self.network(image)
+        return (scores, scores.argmax(1).to(torch.uint8)) if self.argmax else (scores,)
+
+
+def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
+    """The file to write.
+
+    Args:
+        output: chosen by the user. None: export/<checkpoint>.<ending> in the checkpoint's run.
+        checkpoint: that is exported.
+        format: one of FORMATS.
+
+    Raises:
+        ConfigError: there is no such format, or `output` does not end as its files do.
+    """
+    check_choice("format", format, tuple(FORMATS))
+    check_text("output", output, wanted="a file", optional=True)
+    ending = FORMATS[format]
+    if output is None:
+        return output_folder(checkpoint, "export") / f"{checkpoint.stem}{ending}"
+    path = Path(output).expanduser()
+    if path.suffix != ending:
+        raise ConfigError(f"output={path}: the name for format={format} ends with {ending}")
+    return path
+
+
+def export_safetensors(
+    module: SegmentationModule, checkpoint: Mapping[str, Any], path: Path
+) -> None:
+    """Write the weights and settings of a checkpoint; there can be no code in such a file.
+
+    Args:
+        module: the checkpoint's, which shows that its weights fit its settings.
+        checkpoint: as `fcn.checkpoint.read_checkpoint` gives it.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        WriteError: the file cannot be written.
+    """
+    _create_folder(path)
+    write_safetensors(checkpoint, module.state_dict(), path)
+
+
+def export_program(module: SegmentationModule, path: Path, *, argmax: bool = False) -> Agreement:
+    """Write the network as an ONNX file or a torch.export program, if that agrees with it.
+
+    Args:
+        module: stays on the CPU in float32, in evaluation mode.
+        path: ends with .onnx or .pt2.
+        argmax: whether the program also gives the mask.
+
+    Raises:
+        ConfigError: a package is missing, or the folder cannot be made.
+        ExportError: the program disagrees with the network; nothing new is at `path`.
+        WriteError: the file cannot be written.
+    """
+    check_flag("argmax", argmax)
+    onnx = path.suffix == ".onnx"
+    if onnx:
+        need_packages("onnx", "onnxscript", "onnxruntime")
+    network = module.network.eval().cpu().float().to(memory_format=torch.contiguous_format)
+    exported = ExportedNetwork(network, argmax).eval()
+    settings = dict(module.hparams, weights=None)
+    about = (module.class_names, settings.get("palette"), module.void, settings)
+    metadata = {name: json.dumps(value) for name, value in zip(METADATA, about, strict=True)}
+    _create_folder(path)
+    with atomic_write(path) as part:
+        (_write_onnx if onnx else _write_torch)(exported, part, metadata)
+        return compare(open_session(part)[0] if onnx else _read_torch(part), network)
+
+
+def compare(program: Program, network: nn.Module) -> Agreement:
+    """Compare a program with the network that it was made of, on images of several odd sizes.
+
+    Raises:
+        ExportError: a score differs by more than rounding explains, or a pixel has another class
+            although its two highest scores are further apart than that.
+    """
+    random = torch.Generator().manual_seed(0)
+    largest, equal, pixels = 0.0, 0, 0
+    for n, height, width in SIZES:
+        coarse = torch.randint(256, (n, 3, height // 8 + 1, width // 8 + 1), generator=random)
+        image = F.interpolate(coarse.to(torch.uint8), (height, width))  # blocks, 8 pixels wide
+        with torch.no_grad():
+            expected = network(image)  # (N, K, H, W)
+            scores, *mask = program(image)
+        if scores.shape != expected.shape:
+            raise ExportError(f"the file gives {tuple(scores.shape)}, not {tuple(expected.shape)}")
+        tolerance = TOLERANCE * expected.abs().max().item() + 1e-6
+        difference = (scores - expected).abs().max().item()
+        first, *second = expected.sort(1, descending=True).values.unbind(1)  # each (N, H, W)
+        certain = first - second[0] > 2 * tolerance if second else first == first
+        wrong = (mask[0] if mask else scores.argmax(1)) != expected.argmax(1)  # (N, H, W)
+        if not difference <= tolerance or (wrong & certain).any():  # NaN is not <= either
+            raise ExportError(
+                f"the file disagrees with the network at {width}×{height}: scores differ by "
+                f"{difference:.2g} (rounding: {tolerance:.2g}), {wrong.sum()} pixels by their class"
+            )
+        largest = max(largest, difference)
+        equal, pixels = equal + int((~wrong).sum()), pixels + wrong.numel()
+    return Agreement(largest, equal / pixels)
+
+
+def _write_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, str]) -> None:
+    for library in ("onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they tell of each optimisation
+    with torch.no_grad(), _any_size():
+        written = torch.onnx.export(
+            network,
+            (_example(),),
+            dynamo=True,
+            dynamic_shapes=(AXES,),
+            input_names=["image"],
+            output_names=["scores", "mask"] if network.argmax else ["scores"],
+            verbose=False,
+        )
+    assert written is not None
+    # Name the axes of the outputs. They would show the arithmetic of the last crop instead.
+    for value in written.model.graph.outputs:
+        assert value.shape is not None
+        channels = value.shape[1:-2]
+        value.shape = type(value.shape)([AXES[0], *channels, AXES[2], AXES[3]])
+    written.model.metadata_props.update(metadata)
+    written.save(path, external_data=False)
+
+
+def _write_torch(network: ExportedNetwork, path: Path, metadata: dict[str, str]) -> None:
+    dynamic = (dict.fromkeys(AXES, Dim.DYNAMIC),)
+    with torch.no_grad(), _any_size():
+        program = torch.export.export(network, (_example(),), dynamic_shapes=dynamic)
+    with path.open("wb") as file:  # of a path, torch wants that it ends with .pt2
+        torch.export.save(program, file, extra_files=metadata)
+
+
+def _read_torch(path: Path) -> Program:
+    """The program in a file that this process has just written: loading may run code in it."""
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def _example() -> Tensor:
+    """An image to trace the network with."""
+    return torch.zeros(2, 3, 70, 101, dtype=torch.uint8)
+
+
+def _any_size() -> Any:
+    """Let an export take images of any size.
+
+    Without it, torch assumes that a batch, and a side in cells of 32 pixels, is never 1. It has no
+    public name for this setting (torch 2.14).
+    """
+    return shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def _create_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={path}: {reason(error)}") from error

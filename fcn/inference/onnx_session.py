@@ -1,0 +1,73 @@
+"""Runs an ONNX file that export.py wrote.
+
+    scores, class_names, palette = open_onnx(Path("export/best.onnx"))
+    logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
+
+It needs onnxruntime: pip install -r requirements/export.txt
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fcn.errors import ConfigError, WeightsError
+from fcn.inference.tiles import Scores
+
+# What export.py stores in a file beside the network, as JSON.
+METADATA = ("class_names", "palette", "void", "hyper_parameters")
+Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
+
+
+def open_onnx(path: Path) -> tuple[Scores, list[str], list[list[int]] | None]:
+    """The network of an ONNX file, the names of its classes, and their colours if it has any.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+        WeightsError: the file is missing or broken, or export.py did not write it.
+    """
+    need_packages("onnxruntime")
+    program, metadata = open_session(path)
+    if not set(METADATA) <= set(metadata):
+        raise WeightsError(f"ckpt={path} was not written by export.py")
+    class_names, palette = json.loads(metadata["class_names"]), json.loads(metadata["palette"])
+    return lambda image: program(image)[0], class_names, palette
+
+
+def open_session(path: Path) -> tuple[Program, dict[str, str]]:
+    """Any ONNX file with one input `image`, ready to run, and its metadata.
+
+    Raises:
+        WeightsError: the file is missing or broken.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # of many types, none of them public
+        raise WeightsError(f"ckpt={path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def run(image: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
+
+    return run, session.get_modelmeta().custom_metadata_map
+
+
+def need_packages(*names: str) -> None:
+    """Say how to install what an ONNX file needs.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{name} is not installed: pip install -r requirements/export.txt"
+            ) from error

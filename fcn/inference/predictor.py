@@ -1,0 +1,228 @@
+"""A trained network that is ready for photographs, and what it writes for each of them.
+
+    predictor = load_predictor(Path("runs/.../checkpoints/best.ckpt"))
+    network = TestTime(predictor.scores, flip=True)
+    jobs = find_photos("photos", Path("predictions"))
+    failed = predict_files(jobs, network, predictor.write_results)
+
+This is what predict.py does. `predictor.scores` alone serves where the masks are not for files.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fcn.checkpoint import read_checkpoint
+from fcn.datasets.voc2012 import voc_palette
+from fcn.errors import (
+    ConfigError,
+    WeightsError,
+    WriteError,
+    check_choice,
+    check_whole,
+    reason,
+    refuse,
+)
+from fcn.figures.legend import draw_legend, legend_entries
+from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
+from fcn.files import atomic_write
+from fcn.inference.onnx_session import open_onnx
+from fcn.inference.photos import mask_path, overlay_path, read_photo
+from fcn.inference.tiles import Scores
+from fcn.inference.tta import TestTime
+from fcn.module import SegmentationModule
+from fcn.precision import AUTOCAST, PRECISIONS, best_precision, cast_weights
+
+Write = Callable[[Tensor, Tensor, Path], None]  # image (3, H, W), mask (H, W), target
+Loaded = list[tuple[Path, Tensor]]  # photographs, and the image (3, H, W) uint8 of each
+
+
+@dataclass
+class Predictor:
+    """A network, and the names and colours of its classes.
+
+    Args:
+        scores: images (N, 3, H, W) uint8 -> logits (N, K, H, W).
+        class_names: of the K classes.
+        palette: K colours (R, G, B), 0 to 255. None: VOC's.
+    """
+
+    scores: Scores
+    class_names: Sequence[str]
+    palette: Sequence[Sequence[int]] | None
+
+    def __post_init__(self) -> None:
+        own = (self.palette or ())[: len(self.class_names)]
+        # All 256 that a palette PNG has. Void and values that are no class have VOC's colours.
+        self.colours = [*own, *voc_palette()[len(own) :]]
+
+    def write_mask(self, image: Tensor, mask: Tensor, target: Path) -> None:
+        """Write the classes (H, W) uint8 as a palette PNG, like VOC's own masks.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        with atomic_write(mask_path(target)) as part:
+            to_palette_image(mask, self.colours).save(part, "PNG")
+
+    def write_results(self, image: Tensor, mask: Tensor, target: Path) -> None:
+        """Write the mask (H, W) uint8, and its colours over the image (3, H, W) above a legend.
+
+        Raises:
+            WriteError: a file cannot be written.
+        """
+        self.write_mask(image, mask, target)
+        picture = to_pil(overlay(image, mask, self.colours))
+        entries = legend_entries(labels_in(mask), self.class_names, self.colours)
+        font_size = max(13, picture.width // 50)
+        legend = draw_legend(entries, width=picture.width, font_size=font_size)
+        canvas = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
+        canvas.paste(picture)
+        canvas.paste(legend, (0, picture.height))
+        with atomic_write(overlay_path(target)) as part:
+            canvas.save(part, "JPEG", quality=90, subsampling=0)
+
+
+def load_predictor(path: Path, device: str = "auto", precision: str | None = None) -> Predictor:
+    """Open a checkpoint, one of the authors' nets, or an .onnx file that export.py wrote.
+
+    Args:
+        path: of the file.
+        device: cpu, cuda, cuda:1 or mps. auto: the fastest that is there.
+        precision: "32-true", "bf16-mixed", "16-mixed" or "64-true". None: as the network was
+            trained; where that was a mixed precision, the one that this device is fast at.
+
+    Raises:
+        WeightsError: the file is missing, broken, not ours, or could run code.
+        ConfigError: device or precision are not to be had.
+    """
+    check_choice("precision", precision, PRECISIONS, optional=True)
+    place = find_device(device)
+    if path.suffix == ".onnx":
+        if device not in ("auto", "cpu") or precision not in (None, "32-true"):
+            raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
+        return Predictor(*open_onnx(path))
+    _refuse_program(path)
+    module = SegmentationModule.load_from_checkpoint(path)
+    trained = str(read_checkpoint(path)["precision"])
+    # float16 was chosen on a GPU that has no bfloat16, and serves on any other; float64 does not
+    # exist on mps.
+    keep = place.type == "cuda" and trained == "16-mixed"
+    if (trained in AUTOCAST or place.type == "mps") and not keep:
+        trained = best_precision(place.type)
+    precision = precision or trained
+    network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
+    cast_weights(network, precision)
+    dtype = AUTOCAST.get(precision)
+
+    def scores(image: Tensor) -> Tensor:
+        with torch.autocast(place.type, dtype, enabled=dtype is not None):
+            return network(image.to(place))
+
+    return Predictor(scores, module.class_names, module.hparams.get("palette"))
+
+
+def data_root(path: Path) -> str | None:
+    """Where the run that made a checkpoint had its data; None if the file does not say.
+
+    Raises:
+        WeightsError: the file is missing, broken, not ours, or could run code.
+    """
+    if path.suffix == ".onnx":
+        return None
+    _refuse_program(path)
+    config = read_checkpoint(path)["config"]
+    data = config.get("data") if isinstance(config, dict) else None
+    return data.get("root") if isinstance(data, dict) else None
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto: the fastest that is there.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        refuse("device", name, "auto, cpu, mps, cuda or cuda:1")
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+
+
+def predict_files(
+    jobs: Mapping[Path, Path],
+    network: TestTime,
+    write: Write,
+    *,
+    batch_size: int = 1,
+    upright: bool = True,
+) -> dict[Path, str]:
+    """Write the results of photographs. Those of one size share batches.
+
+    Args:
+        jobs: photographs, and the target of each.
+        network: gives the mask of each image.
+        write: writes the results of one photograph.
+        batch_size: images in a batch.
+        upright: whether photographs are turned as their EXIF orientation says.
+
+    Returns:
+        The photographs that could not be done, and why.
+    """
+    check_whole("batch_size", batch_size, 1, 2**14)
+    failed: dict[Path, str] = {}
+    waiting: dict[torch.Size, Loaded] = {}  # by size of the image
+    for path in tqdm(jobs, unit="image", disable=len(jobs) == 1):
+        try:
+            image = read_photo(path, upright=upright)
+        except Exception as error:  # a damaged file raises nearly anything in Pillow
+            failed[path] = reason(error).splitlines()[0]
+            continue
+        waiting.setdefault(image.shape, []).append((path, image))
+        if len(waiting[image.shape]) == batch_size:
+            failed |= _predict_batch(waiting.pop(image.shape), jobs, network, write)
+        elif sum(map(len, waiting.values())) == 4 * batch_size:
+            # There are many sizes, and memory is finite: go on with a batch that is not full.
+            failed |= _predict_batch(waiting.pop(next(iter(waiting))), jobs, network, write)
+    for batch in waiting.values():
+        failed |= _predict_batch(batch, jobs, network, write)
+    return failed
+
+
+def _predict_batch(
+    batch: Loaded, jobs: Mapping[Path, Path], network: TestTime, write: Write
+) -> dict[Path, str]:
+    """Write the results of photographs of one size; those that could not be done, and why."""
+    failed: dict[Path, str] = {}
+    try:
+        with torch.inference_mode():
+            masks = network.masks(torch.stack([image for _, image in batch]))  # (N, H, W) uint8
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        return {path: "memory ran out; try tile=768 batch_size=1" for path, _ in batch}
+    for (path, image), mask in zip(batch, masks, strict=True):
+        try:
+            jobs[path].parent.mkdir(parents=True, exist_ok=True)
+            write(image, mask, jobs[path])
+        except (OSError, WriteError) as error:  # the cause alone: the photograph is named already
+            failed[path] = reason(error.__cause__ or error)
+    return failed
+
+
+def _refuse_program(path: Path) -> None:
+    if path.suffix == ".pt2":
+        raise WeightsError(
+            f"ckpt={path}: a .pt2 is a program for other software, and torch.export.load can run "
+            "code that is in it, so use it on files that you trust; give the checkpoint here"
+        )
