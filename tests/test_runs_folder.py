@@ -49,7 +49,7 @@ def test_two_runs_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match="run cannot be written: .*; there is no folder"):
+    with pytest.raises(WriteError, match=r"run cannot be written: .*; there is no folder"):
         create_run_folder(tmp_path / "file" / "run")
 
 

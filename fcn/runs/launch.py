@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from fcn.cli import short_messages
 from fcn.errors import DataError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
@@ -32,8 +33,8 @@ def launch(cfg: DictConfig, train: Train) -> None:
             changed on the command line.
 
     Raises:
-        SystemExit: a signal has stopped the run; the code is 128 plus the signal's number.
-        FCNError: training was not possible, or has failed.
+        SystemExit: a signal has stopped the run, and the code is 128 plus its number; or the user
+            can mend what is wrong, which has been printed, and the code is 1.
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
@@ -47,7 +48,8 @@ def launch(cfg: DictConfig, train: Train) -> None:
         if hydra.mode == RunMode.MULTIRUN:
             _launch_job(cfg, train, folder, overrides)
         else:
-            _launch(cfg, train, folder, overrides, named=hydra.run.dir != ".")
+            with short_messages():  # Hydra would add a line to an error that leaves this function.
+                _launch(cfg, train, folder, overrides, named=hydra.run.dir != ".")
     finally:
         with suppress(OSError):
             folder.rmdir()  # Hydra creates it too early. It is removed only if it is still empty.

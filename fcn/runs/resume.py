@@ -77,8 +77,8 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
     cfg = OmegaConf.load(run / "config.yaml")
-    if not isinstance(cfg, DictConfig):
-        raise ConfigError(f"resume={run}: its config.yaml is not a table of settings")
+    if not isinstance(cfg, DictConfig) or "resume" not in cfg:
+        raise ConfigError(f"resume={run}: its config.yaml does not hold the settings of a run")
     _convert_old_settings(cfg)
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
     given = [override for override in overrides if not override.startswith("resume=")]
@@ -138,11 +138,8 @@ def _check_targets(run: Path, cfg: DictConfig, named: set[tuple[str, Any]]) -> N
     Raises:
         ConfigError: with the words that accept it, if it is the user's own code.
     """
-    known = {
-        target
-        for path in CONF.glob("**/*.yaml")
-        for _, target in _targets(OmegaConf.to_container(OmegaConf.load(path)))
-    }
+    texts = [path.read_text(encoding="utf-8") for path in CONF.glob("**/*.yaml")]
+    known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
     for key, target in _targets(OmegaConf.to_container(cfg)):
         if target not in known and (key, target) not in named and not _fits(key, target):
             raise ConfigError(
