@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,11 @@ from fcn.checkpoints import read_checkpoint
 from fcn.csv_logger import read_metrics
 from fcn.datasets.check import check
 from fcn.datasets.folder import Folder
-from fcn.errors import ConfigError, DataError, FCNError, WeightsError
+from fcn.errors import DataError, WeightsError
 from fcn.module import SegmentationModule
-from fcn.runs import best_checkpoint, last_checkpoint
+from fcn.runs import best_checkpoint
 from predict import predict
-from train import resumed_config, train
+from train import train
 
 
 class Bomb:
@@ -166,36 +165,6 @@ def test_broken_safetensors(place: Path, content: dict[str, Any], use: str) -> N
     with pytest.raises(WeightsError, match=r"x\.safetensors cannot be read"):
         USES[use](path)
     assert {p.name for p in place.iterdir()} == {"photo.png", "x.safetensors"}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"optimizer": {"_target_": "os.mkdir", "_args_": ["hacked"]}},
-        {"data": {"dataset": [{"_target_": "evil.make"}]}},
-        {"logger": "${oc.create:{_target_: os.mkdir, _args_: [hacked]}}"},
-    ],
-)
-def test_resumed_settings_that_call_code_are_refused(
-    place: Path, finished_run: Path, change: dict[str, Any]
-) -> None:
-    run = Path(shutil.copytree(finished_run, place / "handed"))
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    (run / "config.yaml").write_text(json.dumps(config | change))  # JSON is YAML
-    with pytest.raises(ConfigError, match=r"wants to call (os\.mkdir|evil\.make)"):
-        train(resumed_config(run, [f"resume={run}"]), run)
-    assert not Path("hacked").exists()
-
-
-def test_own_code_is_resumed_when_it_is_named(place: Path, finished_run: Path) -> None:
-    run = Path(shutil.copytree(finished_run, place / "own"))
-    text = (run / "config.yaml").read_text().replace("torch.optim.SGD", "torch.optim.sgd.SGD")
-    (run / "config.yaml").write_text(text)
-    named = "optimizer._target_=torch.optim.sgd.SGD"
-    with pytest.raises(FCNError, match=named):
-        resumed_config(run, ["trainer.max_steps=5"])
-    assert resumed_config(run, [named]).optimizer._target_ == "torch.optim.sgd.SGD"
-    assert last_checkpoint(run).is_file()
 
 
 NAMES = [
