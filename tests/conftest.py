@@ -136,16 +136,23 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
         return compose(name, list(overrides))
 
 
-def train_tiny(run: Path, *overrides: str) -> dict[str, Any]:
-    """A few steps of training in `run`; what summary.json holds."""
-    return train(compose_config("train", *TINY, *overrides), run, list(overrides))
+def train_tiny(run: Path, *overrides: str, curves: bool = False) -> dict[str, Any]:
+    """A few steps of training in `run`; what summary.json holds.
+
+    Args:
+        curves: also draw curves.png, which takes longer than all the rest.
+    """
+    cfg = compose_config(
+        "train", *TINY, *overrides, *(() if curves else ("callbacks.curves=null",))
+    )
+    return train(cfg, run, list(overrides))
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has ended (do not write there): 4 steps of 2 batches, fp32."""
     run = tmp_path_factory.mktemp("finished") / "runs" / "tiny"
-    train_tiny(run, *FINISHED)
+    train_tiny(run, *FINISHED, curves=True)
     return run
 
 
@@ -157,15 +164,57 @@ FINISHED = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--strict-cpu", action="store_true", help="fail if a test takes too long")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: a copy of a process that has threads by then may hang."""
+    """Tests with work in other processes come first: they share a server, see forks.py."""
     items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "fork"))
+
+
+REPORTED, TOO_LONG = 2.0, 5.0  # seconds of CPU time of a test that is not marked as slow
+cpu_times: dict[str, float] = {}  # of tests that are to be reported
+
+
+def cpu_time() -> float:
+    """Seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    started = cpu_time()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu", cpu_time() - started))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    seconds = dict(report.user_properties).get("cpu", 0)
+    if report.when == "call" and "slow" not in report.keywords and seconds > REPORTED:
+        cpu_times[report.nodeid] = float(seconds)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    strict = session.config.getoption("--strict-cpu")
+    if strict and max(cpu_times.values(), default=0) > TOO_LONG:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if cpu_times:
+        terminalreporter.section(f"more than {REPORTED:g} s of CPU time, not marked as slow")
+    for name, seconds in sorted(cpu_times.items(), key=lambda item: -item[1]):
+        terminalreporter.line(f"{seconds:5.1f} s{' !' * (seconds > TOO_LONG)} {name}")
 
 
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
     """What a training run changes in its process is as it was after each test."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
     environment = os.environ.copy()
     random = torch.get_rng_state()

@@ -51,7 +51,7 @@ VALIDATION = {"loss", "miou", "pixel_acc", "mean_acc", "fwiou"}
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 20 steps (do not write there)."""
     folder = tmp_path_factory.mktemp("contract") / "run"
-    train_tiny(folder, *RUNS["fcn8s"], *LENGTH)
+    train_tiny(folder, *RUNS["fcn8s"], *LENGTH, curves=True)
     return folder
 
 
