@@ -90,7 +90,7 @@ def _reader_has_gone() -> bool:
     Python would complain about that once more at its end, so the rest of the output goes nowhere.
     """
     try:
-        sys.stdout.flush()
+        print(flush=True)  # writing is the one way to find out on every system
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
