@@ -1,4 +1,4 @@
-"""Sweeps: crashes, a second start, the table, the figure, W&B's sweeps, other launchers."""
+"""Sweeps: crashes, a second start, table and figure, W&B's sweeps, launchers in other processes."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +16,19 @@ import pytest
 import torch
 import yaml
 from conftest import PROJECT, TINY
-from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from test_train import script
 
 import train
-from fcn import sweep as sweeps
-from fcn.csv_logger import read_metrics
+from fcn import files
+from fcn.checkpoint import last_checkpoint
 from fcn.errors import ConfigError, Stopped
+from fcn.files import write_json
 from fcn.module import SegmentationModule
-from fcn.runs import write_json
+from fcn.runs import sweep as sweeps
+from fcn.runs.folder import lock_run
+from fcn.runs.metrics import read_metrics
 
 Start = Callable[..., int]
 Job = Callable[[Path | None], None]
@@ -34,12 +36,12 @@ Job = Callable[[Path | None], None]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """`python train.py -m ...` in `tmp_path`, within this process; its exit code."""
+    """`python train.py` in `tmp_path`, within this process; its exit code."""
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def start(*arguments: str) -> int:
         config = f"--config-path={PROJECT / 'conf'}"
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", config, *arguments])
+        monkeypatch.setattr(sys, "argv", ["train.py", config, *arguments])
         try:
             train.main()
         except SystemExit as end:
@@ -58,6 +60,7 @@ def table(sweep: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_crashed_job_goes_on_when_the_sweep_is_started_again(
     tmp_path: Path,
     start: Start,
@@ -72,10 +75,10 @@ def test_crashed_job_goes_on_when_the_sweep_is_started_again(
         return step(self, *args)
 
     command = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
-    command += ["optimizer.lr=1e-2,1e-3", "callbacks.checkpoint_every_n_steps=1"]
+    command += ["optimizer.lr=1e-2,1e-3", "callbacks.last_checkpoint.every_n_steps=1"]
     with monkeypatch.context() as patch:
         patch.setattr(SegmentationModule, "training_step", crash)
-        assert start(*command) == 1
+        assert start("-m", *command) == 1
     (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
     first, second = table(sweep)
     assert (first["status"], second["status"]) == ("crashed", "finished")
@@ -85,7 +88,7 @@ def test_crashed_job_goes_on_when_the_sweep_is_started_again(
     before = read_metrics(sweep / "0" / "metrics.csv")
     summary = (sweep / "1" / "summary.json").stat().st_mtime_ns
 
-    assert start(*command) == 0
+    assert start("-m", *command) == 0
     assert list((tmp_path / "runs" / "sweep").iterdir()) == [sweep]
     assert [row["status"] for row in table(sweep)] == ["finished", "finished"]
     assert (sweep / "1" / "summary.json").stat().st_mtime_ns == summary
@@ -119,7 +122,7 @@ def test_crash_is_written_down(tmp_path: Path, error: BaseException, reason: str
     overrides = ["a=1", "b='x: ${y}'"]
     for _ in range(2):  # a second start leaves one folder and one row
         (tmp_path / "7").mkdir(exist_ok=True)  # as Hydra does
-        sweeps.run_job(tmp_path, tmp_path / "7", overrides, crash_with(error), ())
+        sweeps.run_job(tmp_path / "7", overrides, crash_with(error))
     assert sweeps.find_job(tmp_path, overrides) == tmp_path / "7"
     text = (tmp_path / "7" / "error.txt").read_text()
     assert ("Traceback" in text) == (not isinstance(error, ConfigError))
@@ -132,7 +135,7 @@ def test_crash_is_written_down(tmp_path: Path, error: BaseException, reason: str
 def test_crash_takes_no_other_jobs_folder(tmp_path: Path) -> None:
     """A larger grid in the same folder: the number is another job's."""
     write_run(tmp_path / "0", ["a=1"], status="finished")
-    sweeps.run_job(tmp_path, tmp_path / "0", ["a=2"], crash_with(ConfigError("no")), ())
+    sweeps.run_job(tmp_path / "0", ["a=2"], crash_with(ConfigError("no")))
     assert [row["status"] for row in table(tmp_path)] == ["finished", "crashed"]
     assert sweeps.find_job(tmp_path, ["a=2"]) == tmp_path / "0_2"
 
@@ -147,21 +150,30 @@ def test_interrupted_sweep_ends(tmp_path: Path, error: BaseException) -> None:
 
     for train_ in (job, crash_with(KeyboardInterrupt())):
         with pytest.raises((SystemExit, KeyboardInterrupt)):
-            sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], train_, ())
+            sweeps.run_job(tmp_path / "0", ["a=1"], train_)
     assert not (tmp_path / "0").exists()
 
 
 def test_job_that_runs_elsewhere_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweeps, "PATIENCE", 0.05)
-    sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: None, ())
-    ran: list[int] = []
-    with FileLock(next(tmp_path.glob(".*.lock"))):
-        sweeps.run_job(tmp_path, tmp_path / "0", ["a=1"], lambda _: ran.append(1), ())
-        sweeps.run_job(tmp_path, tmp_path / "1", ["a=2"], lambda _: ran.append(2), ())
-    assert ran == [2]
-    assert "running in another process" in capsys.readouterr().out
+    """With a checkpoint or without one, another process trains it."""
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    write_run(tmp_path / "0", ["a=1"])
+    with lock_run(tmp_path / "0"):
+        sweeps.run_job(tmp_path / "0", ["a=1"], crash_with(AssertionError()))
+        (tmp_path / "0" / "checkpoints").mkdir()
+        last_checkpoint(tmp_path / "0").touch()
+
+        def resume(earlier: Path | None) -> None:
+            assert earlier is not None
+            with lock_run(earlier):
+                pass
+
+        sweeps.run_job(tmp_path / "0", ["a=1"], resume)
+    assert capsys.readouterr().out.count("is being trained by process") == 2
+    assert [row["status"] for row in table(tmp_path)] == ["unfinished"]
+    assert last_checkpoint(tmp_path / "0").exists()
 
 
 def test_sweep_is_known_by_command_and_settings(tmp_path: Path) -> None:
@@ -188,7 +200,7 @@ def write_run(run: Path, overrides: list[str], **summary: Any) -> None:
 
 
 def test_sweep_table(tmp_path: Path) -> None:
-    notes = "logger.notes=what I tried, at length: " + "a word and another, " * 9 + "x=1"
+    notes = "logger.wandb.notes=what I tried, at length: " + "a word and another, " * 9 + "x=1"
     jobs: list[list[str]] = [[f"optimizer.lr={10.0**-n}", "model=fcn8s"] for n in range(12)]
     jobs[3] = ["data.scale=[0.5,2.0]", "data.root='a: b'", notes, "~logger", "name=${x}"]
     for number, overrides in enumerate(jobs):
@@ -210,8 +222,16 @@ def test_sweep_table(tmp_path: Path) -> None:
     assert rows[3]["data.scale"] == "[0.5,2.0]"
     assert rows[3]["data.root"] == "'a: b'"
     assert rows[3]["name"] == "${x}"
-    assert rows[3]["logger.notes"] == notes.partition("=")[2]
-    columns = {"run", "status", "optimizer.lr", "model", "data.scale", "data.root", "logger.notes"}
+    assert rows[3]["logger.wandb.notes"] == notes.partition("=")[2]
+    columns = {
+        "run",
+        "status",
+        "optimizer.lr",
+        "model",
+        "data.scale",
+        "data.root",
+        "logger.wandb.notes",
+    }
     assert set(rows[0]) == columns | {"name", "steps", "val/miou"}
     assert not (tmp_path / "sweep.png").exists()  # no run has a best score
 
@@ -246,13 +266,20 @@ def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(axes.collections[0].get_offsets()) for axes in figures[0].axes] == [8, 8, 8]
 
 
+class FakeProcess:
+    """Stands for the process that W&B's agent starts: notes how."""
+
+    def __init__(self, started: dict[str, Any], how: dict[str, Any]) -> None:
+        started.update(how)
+
+
 @pytest.mark.slow
-def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_sweep(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
     engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
     from wandb.wandb_agent import Agent
 
-    text = (PROJECT / "conf" / "sweep" / "wandb.yaml").read_text()
+    text = (PROJECT / "conf" / "wandb_sweep.yaml").read_text()
     sweep = yaml.safe_load(text)
     assert engine.schema_violations_from_proposed_config(sweep) == []
     assert engine.schema_violations_from_proposed_config(yaml.safe_load(text.replace("3", "-3")))
@@ -261,21 +288,23 @@ def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments.keys() == sweep["parameters"].keys()
     assert sweep["metric"] == {"name": "val/miou", "goal": "maximize"}
 
-    monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SWEEP_ID", "thesweep")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     agent = Agent(None, None)
     tiny = [o for o in TINY if o.partition("=")[0] not in arguments and o != "logger=none"]
     agent._sweep_command = [*sweep["command"], *tiny, "trainer.max_steps=1"]
+    started: dict[str, Any] = {}
+    monkeypatch.setattr("wandb.wandb_agent.AgentProcess", lambda **how: FakeProcess(started, how))
     program = str(PROJECT / sweep["program"])
     agent._command_run({"run_id": "therun", "program": program, "args": arguments})
-    assert agent._run_processes["therun"].wait(timeout=300) == 0
+    assert started["command"][:3] == ["/usr/bin/env", "python", program]
+    os.environ.update(started["env"])  # conftest.py undoes this
+    assert start(*started["command"][3:]) == 0
     (run,) = (tmp_path / "runs" / "tiny").iterdir()
     config = OmegaConf.load(run / "config.yaml")
-    assert config.logger.id == "therun"  # also when it is resumed without the agent
+    assert config.logger.wandb.id == "therun"  # also when it is resumed without the agent
     for key, value in arguments.items():
         assert OmegaConf.select(config, key) == value["value"]
     (offline,) = (run / "wandb").glob("offline-run-*-therun")
@@ -287,12 +316,20 @@ def test_jobs_in_processes_of_their_own(tmp_path: Path) -> None:
     """As Slurm's: another launcher, from a folder that is not the project's."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     tiny = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
-    command = ["train.py", "-m", "hydra/launcher=submitit_local", "optimizer.lr=1e-3,-1", *tiny]
-    result = script(tmp_path, *command)
+    tiny += ["model.backbone=vgg11", "trainer.max_steps=1"]  # only tests know a smaller VGG
+    command = ["-m", "hydra/launcher=submitit_local", "optimizer.lr=1e-3,-1", *tiny]
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / "train.py"), *command],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1, result.stderr
     (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
     first, second = table(sweep)
-    assert (first["status"], first["steps"]) == ("finished", "4")
+    assert (first["status"], first["steps"]) == ("finished", "1")
     assert (second["status"], second["error"]) == (
         "crashed",
         "optimizer.lr=-1: must be a number above 0",
