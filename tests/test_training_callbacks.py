@@ -16,13 +16,14 @@ from conftest import FINISHED, train_tiny
 from omegaconf import DictConfig
 from PIL import Image
 
-from fcn.callbacks import LossStatistics
-from fcn.csv_logger import read_column, read_metrics
+from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
-from fcn.runs import best_checkpoint, last_checkpoint
-from fcn.saving import AtomicCheckpointIO
-from train import resumed_config, train
+from fcn.runs.metrics import read_column, read_metrics
+from fcn.runs.resume import resumed_config
+from fcn.training.loss_statistics import LossStatistics
+from fcn.training.preemption import SIGNALS
+from train import train
 
 
 class Recorder:
@@ -112,7 +113,8 @@ def test_averaged_weights_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     note("validated", "validation_step", SegmentationModule)
     train_tiny(
         tmp_path / "run",
-        "callbacks.average_decay=0.3",
+        "callbacks=ema",
+        "callbacks.ema.decay=0.3",
         "trainer.max_steps=4",
         "trainer.val_check_interval=4",
         "trainer.accumulate_grad_batches=1",
@@ -189,7 +191,7 @@ def test_run_that_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(SegmentationModule, "loss", diverging)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingError) as error:
-        train_tiny(run, "trainer.log_every_n_steps=10", "callbacks.checkpoint_every_n_steps=1")
+        train_tiny(run, "trainer.log_every_n_steps=10", "callbacks.last_checkpoint.every_n_steps=1")
     message = str(error.value)
     assert message.startswith("step 3: loss nan")
     assert str(last_checkpoint(run)) in message
@@ -239,7 +241,6 @@ def scripted_scores(monkeypatch: pytest.MonkeyPatch, mious: list[float]) -> None
     )
 
 
-@pytest.mark.slow
 def test_best_checkpoint_also_of_a_moved_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,8 +280,7 @@ def interrupt_when(
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -318,18 +318,3 @@ def test_time_is_up_between_accumulated_batches(tmp_path: Path) -> None:
     assert summary["val/miou"] > 0
     assert torch.load(last_checkpoint(tmp_path / "run"), weights_only=True)["global_step"] == 1
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")] == ["1"]
-
-
-def test_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, saver = tmp_path / "last.ckpt", AtomicCheckpointIO()
-    saver.save_checkpoint({"step": 1}, path)
-
-    def killed(_: object, file: Any) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        saver.save_checkpoint({"step": 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
