@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fcn.errors import ConfigError
 from fcn.schedules import constant, cosine, poly
 
 
@@ -112,3 +113,21 @@ def test_time_lowers_the_rate_too(make: Callable[..., LambdaLR], total_steps: fl
         optimizer.step()
         schedule.step()
     assert used == pytest.approx([low for low, _ in rates(make, 8)])
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (poly, {"power": 0}),
+        (poly, {"power": "fast"}),
+        (cosine, {"final": 1.5}),
+        (cosine, {"final": -0.1}),
+        (constant, {"warmup_steps": -5}),
+        (poly, {"warmup_steps": 0.5}),
+        (cosine, {"warmup_steps": None}),
+    ],
+)
+def test_bad_arguments(make: Callable[..., LambdaLR], wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"^{name}=.*: must be "):
+        rates(make, 3, **wrong)
