@@ -1,9 +1,10 @@
-"""The only place that opens a checkpoint, or any other file of weights.
+"""The only place that reads or writes a checkpoint, or any other file of weights.
 
     read_checkpoint(find_checkpoint("runs/fcn8s/2026-01-31_12-00-00"))      # best.ckpt of that run
     read_checkpoint(Path("best.safetensors"))                    # what export.py made of one
     read_checkpoint(Path("fcn8s_from_caffe.pth"))                # the authors' own nets, see below
     read_tensors(Path("vgg19.pth"))                              # any table of tensors by name
+    write_checkpoint(checkpoint, Path("last.ckpt"))              # complete, or as it was before
 
 Such files may come from anybody. So nothing in them is run: only tensors and plain values are read,
 every byte of a .ckpt is compared with the checksums that it holds, and a file cannot ask for more
@@ -33,7 +34,7 @@ from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -214,6 +215,30 @@ def without_targets(config: Any) -> Any:
     return list(map(without_targets, config)) if isinstance(config, list | tuple) else config
 
 
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a .ckpt so that a kill leaves either the new file or the one before it.
+
+    Raises:
+        WriteError: `path` cannot be written.
+    """
+    with atomic_write(path, size=tensor_bytes(checkpoint)) as part, part.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # such as a full disk, which torch hides
+                raise error.__context__ from None
+            raise
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in a checkpoint. The rest of it takes only some kilobytes."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Path) -> None:
     """Write weights and settings of a checkpoint for other people: the file can hold no code.
 
@@ -228,8 +253,11 @@ def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Pat
     about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
     about["fresh_layers"] = checkpoint.get("fresh_layers", [])
     tensors = {name: value.contiguous() for name, value in state.items()}
-    with atomic_write(path) as part:
-        save_file(tensors, part, {"fcn": json.dumps(about)})
+    with atomic_write(path, size=tensor_bytes(tensors)) as part:
+        try:
+            save_file(tensors, part, {"fcn": json.dumps(about)})
+        except SafetensorError as error:  # for a full disk or a missing folder, too
+            raise OSError(str(error)) from error
 
 
 def is_published(content: Any) -> bool:

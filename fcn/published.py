@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 
-from fcn.checkpoint import AT_ONCE, is_published, published_checkpoint, read_tensors
+from fcn.checkpoint import (
+    AT_ONCE,
+    is_published,
+    published_checkpoint,
+    read_tensors,
+    write_checkpoint,
+)
 from fcn.cli import short_messages
 from fcn.errors import ConfigError
-from fcn.files import atomic_write
 from fcn.module import SegmentationModule
 
 
@@ -44,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module = SegmentationModule(**settings, weights=options.file)
         checkpoint["pytorch-lightning_version"] = pl.__version__
         module.on_save_checkpoint(checkpoint)
-        with atomic_write(output) as part:
-            torch.save(checkpoint, part)
+        write_checkpoint(checkpoint, output)
         print(output)
 
 

@@ -3,19 +3,15 @@
 callbacks.last_checkpoint.every_n_steps=500
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor
 
-from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.checkpoint import best_checkpoint, last_checkpoint, write_checkpoint
 from fcn.errors import TrainingError, check_whole
-from fcn.files import atomic_write
 from fcn.training.loader_failure import LoaderFailure
 from fcn.training.preemption import Preemption
 
@@ -132,22 +128,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        with (
-            atomic_write(Path(path), size=tensor_bytes(checkpoint)) as part,
-            part.open("wb") as file,
-        ):
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch's own error hides it
-                    raise error.__context__ from None
-                raise
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in a checkpoint; the rest of it is some kilobytes."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(tensor_bytes, value.values()))
-    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+        write_checkpoint(checkpoint, Path(path))
