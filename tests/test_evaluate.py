@@ -51,7 +51,7 @@ def train_voc(run: Path, tiny_voc: Path, *overrides: str) -> dict[str, Any]:
 def test_evaluation_agrees_with_training(tmp_path: Path, tiny_voc: Path, precision: str) -> None:
     run = tmp_path / "run"
     options = [f"trainer.precision={precision}", "model.stride=8", "optimizer.lr=0.05"]
-    summary = train_voc(run, tiny_voc, *options)
+    summary = train_voc(run, tiny_voc, "trainer.max_steps=2", *options)
     metrics = evaluate_checkpoint(last_checkpoint(run))
     for name in ("miou", "pixel_acc", "mean_acc", "fwiou", "loss"):
         assert metrics[name] == summary[f"val/{name}"], name  # to the last digit
@@ -164,10 +164,12 @@ def test_other_hostile_settings(
     assert list(tmp_path.iterdir()) == [ckpt]
     target = {"_target_": "os.system", "root": RESOLVER, "num_workers": 0}
     hostile_checkpoint(ckpt, finished_run, {"dataset": shapes} | target)
-    assert evaluate_checkpoint(ckpt, "output=out")["data"]["root"] == RESOLVER
+    assert evaluate_checkpoint(ckpt, "output=out", "report.images=0")["data"]["root"] == RESOLVER
     # As the messages say: with data=... the checkpoint's settings are not read.
     chosen = ["data=shapes", "data.dataset.size=48", "data.dataset.val_length=1"]
-    metrics = evaluate_checkpoint(ckpt, *chosen, "data.num_workers=0", "output=out")
+    metrics = evaluate_checkpoint(
+        ckpt, *chosen, "data.num_workers=0", "output=out", "report.images=0"
+    )
     assert metrics["data"]["dataset"]["class"] == "fcn.datasets.shapes.Shapes"
     assert {path.name for path in tmp_path.iterdir()} == {"x.ckpt", "out"}
 
@@ -325,7 +327,7 @@ def test_comparison(finished_run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert str(last_checkpoint(other)) in page
 
     evaluated(f"compare=[{other},{other}]", "report.images=0")
-    assert (other / "comparison" / "report.html").is_file()  # beside evaluation/, of A
+    assert (other / "comparison" / "report.html").is_file()  # in the run of A
     assert not (other / "evaluation").exists()
 
 

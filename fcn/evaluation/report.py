@@ -11,6 +11,7 @@ pictures are made in report_images.py.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def percent(value: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}".replace("-", "−")
 
 
+@cache  # compiling them takes longer than filling them in
 def _templates() -> Environment:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
