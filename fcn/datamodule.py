@@ -8,10 +8,10 @@ stream. A run that was killed and resumed therefore sees the images that it woul
 the interruption, and the number of loader processes makes no difference.
 """
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,14 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fcn.datasets import Sample, SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
 from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
-from fcn.transforms import (
-    MAX_SIZE,
-    Transform,
-    collate,
-    eval_transform,
-    is_size,
-    train_transform,
-)
+from fcn.transforms import MAX_SIZE, Transform, collate, eval_transform, is_size, train_transform
 
 
 class SegmentationDataModule(pl.LightningDataModule):
@@ -117,10 +110,11 @@ class SegmentationDataModule(pl.LightningDataModule):
             refuse("dataset", dataset, "the name of a data set's class, and its arguments")
         options = dict(dataset)
         dataset_class = find_dataset(options.pop("class", None))
-        _refuse_unknown(arguments, cls, "data", given_here=("dataset",))
-        _refuse_unknown(
-            options, dataset_class, "data.dataset", given_here=("split", "root", "download")
-        )
+        try:
+            signature(dataset_class).bind(split="train", root=None, download=False, **options)
+            signature(cls).bind(dataset=dataset_class, **arguments)
+        except TypeError as error:  # its message names the argument
+            raise ConfigError(f"settings of the data: {error}") from error
         return cls(dataset=partial(dataset_class, **options), **arguments)
 
     @property
@@ -138,16 +132,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         """What has `classes` and `palette`: the data set's class, or the result of its `labels`.
 
         A data set whose classes depend on its arguments has a class method `labels`, which takes
-        the same arguments (see `fcn.datasets.SegmentationDataset`).
+        the same arguments (see `fcn.datasets.SegmentationDataset`). They are in `make_dataset` if
+        that is a partial of the class.
         """
-        make = self.make_dataset
-        if isinstance(make, partial):
-            dataset_class, arguments = make.func, make.keywords
-        else:
-            dataset_class, arguments = make, {}
-        if hasattr(dataset_class, "labels"):
-            return dataset_class.labels(**arguments)
-        return dataset_class
+        make: Any = self.make_dataset
+        dataset_class, arguments = getattr(make, "func", make), getattr(make, "keywords", {})
+        has_labels = hasattr(dataset_class, "labels")
+        return dataset_class.labels(**arguments) if has_labels else dataset_class
 
     def prepare_data(self) -> None:
         """Fetch the data if it is missing. Lightning calls this in one process only."""
@@ -305,26 +296,3 @@ def default_workers() -> int:
     else:
         cores = os.cpu_count() or 1
     return min(8, cores - 1)
-
-
-def _refuse_unknown(
-    arguments: Mapping[str, Any], target: Callable[..., Any], prefix: str, given_here: Sequence[str]
-) -> None:
-    """Refuse arguments that a target does not take.
-
-    Args:
-        arguments: by name.
-        target: what they would be passed to.
-        prefix: where they are in the configuration, for the message.
-        given_here: the target's arguments that are passed in another way.
-
-    Raises:
-        ConfigError: names all such arguments.
-    """
-    known = inspect.signature(target).parameters.keys() - set(given_here)
-    unknown = [f"{prefix}.{name}" for name in arguments if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"{', '.join(unknown)}: there is no such setting; {prefix} has "
-            f"{', '.join(sorted(known)) or 'none'}"
-        )

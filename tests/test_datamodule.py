@@ -236,11 +236,11 @@ def test_settings_of_a_checkpoint() -> None:
     assert len(datamodule.classes) == 8
     for wrong, message in (
         (
-            {"rate": 1, "speed": 2},
-            r"^data\.rate, data\.speed: there is no such .*batch_size",
+            {"rate": 1},
+            "unexpected keyword argument 'rate'",
         ),
-        ({"dataset": dataset | {"sizes": 48}}, r"^data\.dataset\.sizes: there is no such .*size"),
-        ({"dataset": dataset | {"split": "val"}}, r"^data\.dataset\.split: there is no such"),
+        ({"dataset": dataset | {"sizes": 48}}, "unexpected keyword argument 'sizes'"),
+        ({"dataset": dataset | {"split": "val"}}, "argument 'split'"),
         ({"dataset": None}, "^dataset=null: must be"),
         ({"flip": 2}, "^flip=2: must be"),
     ):

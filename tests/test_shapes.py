@@ -26,10 +26,9 @@ def digest(sample: Sample) -> str:
 
 @pytest.fixture(scope="module")
 def masks() -> Tensor:
+    """The masks (P, 96, 96) of the first pictures to train on."""
     data = Shapes(split="train")
-    return torch.stack(
-        [data[i]["mask"].as_subclass(Tensor) for i in range(PICTURES)]
-    )  # (P, 96, 96)
+    return torch.stack([data[i]["mask"].as_subclass(Tensor) for i in range(PICTURES)])
 
 
 def test_sample() -> None:
