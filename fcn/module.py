@@ -89,7 +89,7 @@ class SegmentationModule(pl.LightningModule):
         self.bias_lr_multiplier = bias_lr_multiplier
 
         self.network = FCN(num_classes, **network)
-        # Layers of head and decoder without loaded values, which `head_lr_multiplier` is for.
+        # The layers of head and decoder without loaded values: `head_lr_multiplier` is for them.
         self.fresh_layers = head_layers(self.network)
         if weights is not None:
             self.load_pretrained(weights)
@@ -103,7 +103,11 @@ class SegmentationModule(pl.LightningModule):
         self.val_loss = math.nan
 
     def load_pretrained(self, source: str | Path) -> None:
-        """Begin with pretrained weights, as `fcn.weights.load_weights` takes them."""
+        """Begin with pretrained weights, as `fcn.weights.load_weights` takes them.
+
+        Raises:
+            fcn.errors.WeightsError: they cannot be found or do not fit. Nothing is changed then.
+        """
         self.fresh_layers = load_weights(self.network, source)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -189,22 +193,14 @@ class SegmentationModule(pl.LightningModule):
             layer, _, kind = name.rpartition(".")
             if parameter.requires_grad:
                 groups.setdefault((layer in fresh, kind == "bias"), []).append(parameter)
-        multipliers = {
-            key: (self.head_lr_multiplier if key[0] else 1)
-            * (self.bias_lr_multiplier if key[1] else 1)
-            for key in groups
-        }
-        optimizer = self.make_optimizer(
-            [
-                {
-                    "params": parameters,
-                    "lr": lr * multipliers[key],
-                    "lr_multiplier": multipliers[key],
-                }
-                | ({"weight_decay": 0.0} if key[1] else {})
-                for key, parameters in groups.items()
-            ]
-        )
+        settings: list[dict[str, Any]] = []
+        for (is_fresh, is_bias), parameters in groups.items():
+            multiplier = self.head_lr_multiplier if is_fresh else 1
+            multiplier *= self.bias_lr_multiplier if is_bias else 1
+            rates = {"lr": lr * multiplier, "lr_multiplier": multiplier}
+            decay = {"weight_decay": 0.0} if is_bias else {}
+            settings.append({"params": parameters, **rates, **decay})
+        optimizer = self.make_optimizer(settings)
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(

@@ -274,44 +274,41 @@ def _check_arguments(given: dict[str, Any]) -> None:
     Raises:
         ValueError: for example "stride=7: must be 32, 16 or 8".
     """
-    names, scales, kernel = backbones(), given["pool_scales"], given["head_kernel"]
-    rules = {
-        "num_classes": (_is_whole(given["num_classes"], 1, 255), "a whole number from 1 to 255"),
-        "stride": (_is_whole(given["stride"], 8, 32) and given["stride"] in SKIPS, "32, 16 or 8"),
-        "backbone": (given["backbone"] in names, f"one of {', '.join(names)}"),
-        "head_width": (_is_whole(given["head_width"], 1, 2**14), "a whole number from 1 to 16384"),
-        "head_kernel": (_is_whole(kernel, 1, 63) and kernel % 2 == 1, "an odd number from 1 to 63"),
-        "dropout": (
-            _is_number(given["dropout"]) and 0 <= given["dropout"] < 1,
-            "a number of at least 0 and below 1",
-        ),
-        "pooling": (given["pooling"] in ("max", "avg"), "max or avg"),
-        "fusion": (given["fusion"] in ("score", "feature"), "score or feature"),
-        "pool_scales": (
-            isinstance(scales, Sequence)
-            and len(scales) == 3
-            and all(_is_number(scale) and scale > 0 for scale in scales),
-            "three numbers above 0, for pool5, pool4 and pool3",
-        ),
-        "alignment": (given["alignment"] in ("centered", "caffe"), "centered or caffe"),
-    }
-    for name in ("freeze_stages", "checkpoint_stages"):
-        rules[name] = (_is_whole(given[name], 0, 5), "a whole number from 0 to 5")
+    wholes = [("num_classes", 1, 255), ("head_width", 1, 2**14)]
+    wholes += [("freeze_stages", 0, 5), ("checkpoint_stages", 0, 5)]
+    for name, low, high in wholes:
+        right = _is_whole(given[name], low, high)
+        _check(name, given[name], right, f"a whole number from {low} to {high}")
+    choices = {"backbone": backbones(), "pooling": ["max", "avg"], "fusion": ["score", "feature"]}
+    choices["alignment"] = ["centered", "caffe"]
+    for name, allowed in choices.items():
+        _check(name, given[name], given[name] in allowed, " or ".join(allowed))
     for name in ("learn_upsampling", "learn_last_upsampling", "channels_last"):
-        rules[name] = (isinstance(given[name], bool), "true or false")
-    for name, (right, wanted) in rules.items():
-        if not right:
-            _refuse(name, given[name], wanted)
-    if given["alignment"] == "caffe" and kernel != 7:
-        _refuse("head_kernel", kernel, "7 with alignment=caffe")
+        _check(name, given[name], isinstance(given[name], bool), "true or false")
+
+    stride, kernel, dropout = given["stride"], given["head_kernel"], given["dropout"]
+    _check("stride", stride, _is_whole(stride, 8, 32) and stride in SKIPS, "32, 16 or 8")
+    odd = _is_whole(kernel, 1, 63) and kernel % 2 == 1
+    _check("head_kernel", kernel, odd, "an odd number from 1 to 63")
+    share = _is_number(dropout) and 0 <= dropout < 1
+    _check("dropout", dropout, share, "a number of at least 0 and below 1")
+    scales = given["pool_scales"]
+    three = isinstance(scales, Sequence) and len(scales) == 3
+    three = three and all(_is_number(scale) and scale > 0 for scale in scales)
+    _check("pool_scales", scales, three, "three numbers above 0, for pool5, pool4 and pool3")
+
+    fits = kernel == 7 or given["alignment"] != "caffe"
+    _check("head_kernel", kernel, fits, "7 with alignment=caffe")
     for name in ("learn_upsampling", "learn_last_upsampling"):
-        if given["fusion"] == "feature" and not given[name]:
-            _refuse(name, False, "true with fusion=feature, which must learn to upsample")
+        fits = given[name] or given["fusion"] != "feature"
+        _check(name, given[name], fits, "true with fusion=feature, which must learn to upsample")
 
 
-def _refuse(name: str, value: object, wanted: str) -> None:
-    shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
-    raise ValueError(f"{name}={shown}: must be {wanted}")
+def _check(name: str, value: object, right: bool, wanted: str) -> None:
+    if not right:
+        shown = "null" if value is None else value
+        shown = str(value).lower() if isinstance(value, bool) else shown
+        raise ValueError(f"{name}={shown}: must be {wanted}")
 
 
 def _is_whole(value: object, low: int, high: int) -> bool:

@@ -27,7 +27,7 @@ from fcn.checkpoint import (
     read_tensors,
 )
 from fcn.datasets.download import TIMEOUT, locked
-from fcn.errors import WeightsError
+from fcn.errors import WeightsError, check_text
 from fcn.network import FCN, SKIPS, head_layers
 from fcn.vgg import MEAN, STD
 
@@ -140,8 +140,11 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
     """The file, or the torchvision weight set, that `source` means. Nothing is read yet.
 
     Raises:
-        WeightsError: there is neither.
+        ConfigError: `source` is neither a path nor a text.
+        WeightsError: there is neither a file nor a weight set of that name.
     """
+    if not isinstance(source, Path):
+        check_text("model.weights", source)
     path = Path(source).expanduser()
     if path.is_file():
         return path

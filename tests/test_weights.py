@@ -18,7 +18,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fcn.errors import WeightsError
+from fcn.errors import ConfigError, WeightsError
 from fcn.network import FCN
 from fcn.weights import find_weights, fold_normalization, load_weights
 
@@ -446,6 +446,9 @@ def test_old_format_of_torch_save(tmp_path: Path) -> None:
 
 
 def test_unknown_name_and_missing_file() -> None:
+    for wrong in ("", True):
+        with pytest.raises(ConfigError, match=r"^model\.weights=.*: must be a text"):
+            find_weights("vgg11", wrong)  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V2.*vgg11.*IMAGENET1K_V1"):
         find_weights("vgg11", "IMAGENET1K_V2")
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V1, IMAGENET1K_FEATURES"):
