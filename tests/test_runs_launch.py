@@ -152,6 +152,7 @@ def test_ends(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_through_hydra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ SETTINGS = (
     "callbacks.ema.decay=0.9",
     "callbacks.last_checkpoint.every_n_steps=3",
     "callbacks.panels.images=1",
+    "callbacks.curves=null",
 )
 
 

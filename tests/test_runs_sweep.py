@@ -76,6 +76,7 @@ def test_crashed_job_goes_on_when_the_sweep_is_started_again(
 
     command = [o for o in TINY if not o.startswith(("name=", "optimizer.lr="))]
     command += ["optimizer.lr=1e-2,1e-3", "callbacks.last_checkpoint.every_n_steps=1"]
+    command += ["callbacks.curves=null"]
     with monkeypatch.context() as patch:
         patch.setattr(SegmentationModule, "training_step", crash)
         assert start("-m", *command) == 1

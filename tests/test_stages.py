@@ -24,7 +24,7 @@ from train import train
 
 SETTINGS = [o for o in TINY if o.partition("=")[0] not in ("name", "model", "trainer.max_steps")]
 SETTINGS += ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
-SETTINGS += ["callbacks.checkpoint_every_n_steps=1"]
+SETTINGS += ["callbacks.last_checkpoint.every_n_steps=1", "callbacks.curves=null"]
 
 
 def test_settings_of_the_stages() -> None:
