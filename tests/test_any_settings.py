@@ -26,9 +26,9 @@ from test_config import leaves
 
 from evaluate import evaluate
 from export import export
+from fcn.checkpoint import best_checkpoint
 from fcn.config import short_messages
 from fcn.network import FCN
-from fcn.runs import best_checkpoint
 from predict import predict
 from train import train
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from fcn.csv_logger import read_metrics
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
 from fcn.errors import DataError
+from fcn.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).resolve().parents[1]
