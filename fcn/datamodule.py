@@ -114,7 +114,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             signature(dataset_class).bind(split="train", root=None, download=False, **options)
             signature(cls).bind(dataset=dataset_class, **arguments)
         except TypeError as error:  # its message names the argument
-            raise ConfigError(f"settings of the data: {error}") from error
+            raise ConfigError(str(error)) from error
         return cls(dataset=partial(dataset_class, **options), **arguments)
 
     @property
