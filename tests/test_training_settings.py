@@ -1,0 +1,201 @@
+"""Settings: what is in conf/ is accepted, and what cannot work is named before anything runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROJECT, compose_config
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback
+
+from fcn import cli
+from fcn.errors import ConfigError
+from fcn.network import FCN
+from fcn.training.settings import check_settings, dummy_parameters
+
+GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger")
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that refuses a value, as train.py has it, without data and with a tiny network."""
+    OmegaConf.resolve(cfg)
+    check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+    if cfg.optimizer.get("fused") == "auto":
+        cfg.optimizer.fused = None
+    cli.build_each(cfg, "callbacks", Callback)
+    optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
+    cli.build(cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1)
+    names = list(cli.build(cfg, "data").classes)
+    with torch.device("meta"):
+        cli.build(cfg, "model", weights=None, class_names=names)
+
+
+@pytest.fixture(scope="module")
+def defaults() -> DictConfig:
+    return compose_config("train", "name=test", "data=shapes", "model.head_width=8")
+
+
+def changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, key, value, merge=False)
+    return cfg
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+
+
+CHOICES = [f"{group}={name}" for group in (*GROUPS, "experiment") for name in options(group)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random values cost most, and are not looked at here."""
+    monkeypatch.setattr(FCN, "reset_parameters", lambda self: None)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_everything_in_conf_is_accepted(choice: str) -> None:
+    own = ["data.dataset.classes=[a,b]"] if choice == "data=folder" else []
+    check(compose_config("train", "name=test", choice, *own))
+
+
+def test_help_lists_real_groups_only() -> None:
+    folders = {path.name for path in (PROJECT / "conf").iterdir() if path.is_dir()}
+    assert folders == {*GROUPS, "experiment"}
+    assert not [name for group in folders for name in options(group) if name.startswith("_")]
+
+
+BAD_VALUES = [
+    ("name", ""),
+    ("name", "a/b"),
+    ("name", ".."),
+    ("seed", -1),
+    ("seed", 0.5),
+    ("seed", 2**32),
+    ("data.batch_size", -2),
+    ("data.batch_size", 0),
+    ("data.batch_size", 2.5),
+    ("data.batch_size", True),
+    ("data.batch_size", "two"),
+    ("data.batch_size", None),
+    ("data.num_workers", -1),
+    ("data.limit", 0),
+    ("data.crop_size", 0),
+    ("data.crop_size", [224]),
+    ("data.scale", [2.0, 0.5]),
+    ("data.scale", [0, 1]),
+    ("data.scale", 0.5),
+    ("data.flip", 1.5),
+    ("data.jitter", -0.1),
+    ("data.download", "yes"),
+    ("data.root", " "),
+    ("data.val_split", None),
+    ("data.seed", 1.5),
+    ("model.stride", 4),
+    ("model.stride", "8"),
+    ("model.backbone", "resnet50"),
+    ("model.backbone", "vgg19_bn"),
+    ("model.num_classes", 1),
+    ("model.num_classes", 21),  # the data has 8
+    ("model.head_width", 0),
+    ("model.head_kernel", 4),
+    ("model.dropout", 1.0),
+    ("model.pooling", "median"),
+    ("model.fusion", "concat"),
+    ("model.pool_scales", [1.0, 1.0]),
+    ("model.learn_upsampling", "no"),
+    ("model.freeze_stages", 6),
+    ("model.freeze_stages", True),
+    ("model.head_lr_multiplier", 0),
+    ("optimizer.lr", 0),
+    ("optimizer.lr", -1e-4),
+    ("optimizer.lr", "fast"),
+    ("optimizer.lr", float("nan")),
+    ("optimizer.lr", float("inf")),
+    ("optimizer.momentum", 1),
+    ("optimizer.weight_decay", -1),
+    ("scheduler.warmup_steps", -5),
+    ("trainer.max_steps", 0),
+    ("trainer.max_steps", -2),
+    ("trainer.max_steps", None),
+    ("trainer.max_epochs", 0),
+    ("trainer.max_time", "15min"),
+    ("trainer.max_time", "00:00:00:00"),
+    ("trainer.val_check_interval", 0),
+    ("trainer.accumulate_grad_batches", 0),
+    ("trainer.gradient_clip_val", 0),
+    ("trainer.precision", "fp8"),
+    ("trainer.devices", 0),
+    ("trainer.limit_val_batches", 0),
+    ("trainer.deterministic", "yes"),
+    ("trainer.enable_progress_bar", 1),
+    ("callbacks.loss_statistics.half_life", 0),
+    ("callbacks.loss_statistics.window", 0),
+    ("callbacks.last_checkpoint.every_n_steps", 0),
+    ("callbacks.panels.images", -1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_bad_value_is_named(key: str, value: Any, defaults: DictConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(changed(defaults, key, value))
+    message = str(caught.value)
+    shown = "null" if value is None else "true" if value is True else value
+    assert message.startswith(f"{key}={shown}: must be ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.batch_size", 7),
+        ("data.batch_size", "auto"),
+        ("data.crop_size", [224, 320]),
+        ("data.scale", [0.5, 2]),
+        ("data.jitter", None),
+        ("model.num_classes", 8),
+        ("optimizer.lr", 1),
+        ("trainer.max_time", "00:00:15:00"),
+        ("trainer.max_time", {"minutes": 15}),
+        ("trainer.devices", [0, 1]),
+        ("trainer.devices", "auto"),
+        ("trainer.limit_val_batches", 0.5),
+        ("trainer.deterministic", "warn"),
+        ("callbacks.panels.images", 0),
+        ("callbacks.panels", None),
+    ],
+)
+def test_good_value_passes(key: str, value: Any, defaults: DictConfig) -> None:
+    check(changed(defaults, key, value))
+
+
+@pytest.mark.parametrize("group", GROUPS[:5])
+def test_a_group_is_a_table(group: str, defaults: DictConfig) -> None:
+    with pytest.raises(ConfigError, match=rf"{group}='voc'.*conf/{group}"):
+        check(changed(defaults, group, "voc"))
+
+
+@pytest.mark.parametrize("end", ["max_steps=9", "max_epochs=2", "max_time='00:01:00:00'"])
+def test_every_run_has_an_end(end: str) -> None:
+    endless = ["name=x", "scheduler=poly", "trainer.max_steps=-1"]
+    with pytest.raises(ConfigError, match=r"training would never end: .*trainer\.max_steps"):
+        check_settings(OmegaConf.to_container(compose_config("train", *endless)))  # type: ignore[arg-type]
+    cfg = compose_config("train", *endless, f"trainer.{end}")
+    check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+
+
+def test_feature_fusion_learns_upsampling(defaults: DictConfig) -> None:
+    cfg = changed(defaults, "model.fusion", "feature")
+    check(cfg)
+    with pytest.raises(ConfigError, match=r"^model\.learn_upsampling=false: must be true with"):
+        check(changed(cfg, "model.learn_upsampling", False))
+
+
+def test_torch_refuses_what_we_do_not_know(defaults: DictConfig) -> None:
+    """Any optimizer's own errors are short, and name the group."""
+    other = {"_target_": "torch.optim.Adadelta", "_partial_": True, "lr": 0.1, "rho": 2}
+    cfg = changed(defaults, "optimizer", other)
+    with pytest.raises(ConfigError, match=r"^optimizer: Invalid rho value: 2$"):
+        check(cfg)
