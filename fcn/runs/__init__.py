@@ -1,25 +1,12 @@
-"""The run folder: creation, resume, sweeps, summary, and what a run needs to know about itself."""
+"""The run folder: its creation, going on with a run, sweeps, the summary, and reading metrics.csv.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
-
-# Old names, until their users have moved.
-from fcn.checkpoint import best_checkpoint, last_checkpoint  # noqa: F401
-from fcn.files import atomic_write as _atomic_write
-from fcn.files import write_json, writing  # noqa: F401
-from fcn.runs.folder import create_run_folder, output_folder, write_settings  # noqa: F401
-from fcn.runs.folder import is_training as is_locked  # noqa: F401
-from fcn.runs.folder import lock_run as locked  # noqa: F401
-from fcn.runs.process import peak_memory  # noqa: F401
-from fcn.runs.versions import git_revision, versions  # noqa: F401
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[TextIO]:
-    with (
-        _atomic_write(path) as part,
-        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        yield file
+launch.py   what train.py does around a training: which folder, which run, how it ends
+folder.py   a new folder, the lock on it, config.yaml and overrides.yaml
+resume.py   which run to go on with, and its settings
+sweep.py    the jobs of a sweep, sweep.csv and sweep.png
+summary.py  summary.json
+metrics.py  reading metrics.csv
+loggers.py  settings of loggers that depend on the run
+process.py  the process that a run is in: its rank, its memory, its warnings
+versions.py which code and which packages made a result
+"""
