@@ -2,9 +2,10 @@
 
     python benchmarks/evaluation.py --images 60
 
-Both judge the same photographs, one by one at their own size, in the precision of training here.
-The loop reads and decodes them, counts the confusion matrix and scores each image; the network
-alone has them in memory. Seconds are evaluate.py's own, with the start of its loader.
+Both go through the same photographs, one by one at their own size, in the precision that training
+would use on this machine. The loop also reads and decodes them, counts the confusion matrix and
+scores each image; for the network alone they are in memory already. The loop's seconds are those
+that evaluate.py reports, which include the start of its loader.
 """
 
 import contextlib
@@ -15,9 +16,7 @@ from statistics import median
 
 import torch
 from peers import composed, save_checkpoint
-from timing import ROOT, Table, in_turn, options, speedup, timed
-
-DATA = ROOT.parent / "shared" / "data"
+from timing import DATA, Table, in_turn, options, speedup, timed
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
@@ -25,11 +24,10 @@ def main(argv: list[str] | None = None) -> list[Table]:
     parser.add_argument("overrides", nargs="*", help="of conf/, such as model.head_width=512")
     args = parser.parse_args(argv)
 
-    from hydra.utils import instantiate
-
     from evaluate import evaluate
+    from fcn import cli
     from fcn.module import SegmentationModule
-    from fcn.prediction import cast_weights
+    from fcn.precision import cast_weights
 
     kind = torch.device(args.device).type
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
         cfg = composed("evaluate", *overrides, "data.download=false")
         module = SegmentationModule.load_from_checkpoint(path).to(args.device).eval()
         cast_weights(module.network, precision)
-        data = instantiate(cfg.data, _convert_="all")
+        data = cli.build(cfg, "data")
         loader = data.eval_dataloader(data.open(cfg.split))
         images = [batch["image"].to(args.device) for batch in loader]
 

@@ -1,10 +1,11 @@
-"""The floor of our training step: its convolutions alone, forward and backward.
+"""How much of our training step its convolutions take, which is the least that it can take.
 
     python benchmarks/floor.py --size 375 500 --batch 1
 
-The convolutions, transposed ones too, of one step of ours, with the same shapes; the first needs no
-gradient of its input. Weights, inputs and gradients are there beforehand, in the floor's precision
-and layout. Share = floor in the best of these here / our step.
+It runs the convolutions of one step, transposed ones too, forward and backward and with the same
+shapes, and nothing else. The first one needs no gradient of its input. Weights, inputs and
+gradients exist beforehand, in the precision and memory layout of the row. The share in the last
+column is their time over that of our whole step.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def convolutions(
     dtype: torch.dtype,
     layout: torch.memory_format,
 ) -> Callable[[], Callable]:
-    """For `race`: imports now, the network later."""
+    """An entrant of `race`: imports now, and builds the network when asked."""
     require(name)
 
     def build() -> Callable:
@@ -47,7 +48,7 @@ def convolutions(
             handle.remove()
         options = {"dtype": dtype, "memory_format": layout}
 
-        @cache  # one for all of a shape: the values do not matter, the memory does
+        @cache  # one tensor for all uses of a shape: the values do not matter, the memory does
         def values(shape: torch.Size) -> Tensor:
             return torch.randn(shape, device=device).to(**options)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --size 375 500 --batch 1
 
-As training.py. The export is made by export.py from an untrained checkpoint.
+It works as training.py does. The export is made by export.py from an untrained checkpoint.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from training import compete
 
 
 def onnx(path: Path, device: str, size: tuple[int, ...]) -> Callable[[], Callable]:
-    """For `race`: imports now, the network later."""
+    """An entrant of `race`: imports now, and builds the network when asked."""
     import onnxruntime
 
     def build() -> Callable:

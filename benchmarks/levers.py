@@ -1,10 +1,11 @@
-"""What each lever for memory or speed does to a training step, against the step as it is.
+"""What each setting that saves memory or time does to a training step.
 
     python benchmarks/levers.py --size 500 500 --batch 1
 
-VGG-19 FCN-8s of full width, timed as training.py does; a row changes what it names. Memory is what
-the process held at most, with what malloc keeps (fcn.devices.prepare_cpu); `python -m fcn.memory`
-says what a step needs.
+The network is a VGG-19 FCN-8s of full width, timed as in training.py. Each row has the default
+settings with the one change that it names. Memory is the peak of the process, which includes freed
+memory that malloc keeps (fcn.precision.keep_freed_memory); `python -m fcn.memory` says what a step
+needs.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from peers import OURS, make, ours_here, random_batch, require
 from timing import Table, options, race, shown
 
 BASE = "as it is"
-LEVERS = (  # a race each: all of a race are in memory at once
+LEVERS = (  # one race each, because all candidates of a race are in memory at once
     ("trainer.precision=32-true", "model.checkpoint_stages=2", "model.freeze_stages=2"),
     ("model.freeze_stages=4", "model.head_width=1024", "data.crop_size=320"),
     ("model.channels_last=false", "model.pooling=avg", "trainer.compile=true"),
@@ -23,7 +24,7 @@ LEVERS = (  # a race each: all of a race are in memory at once
 
 
 def entrant(lever: str, device: str, size: tuple[int, int, int]) -> Callable[[], Callable]:
-    """For `race`: imports now, the network later."""
+    """An entrant of `race`: imports now, and builds the network when asked."""
     name = ours_here(device)
     if lever == "trainer.precision=32-true":
         name = next(n for n in OURS if OURS[n] == (OURS[name][0], "32-true"))

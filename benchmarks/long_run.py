@@ -4,17 +4,17 @@
     python benchmarks/long_run.py --every 60 model.head_width=64 trainer.max_steps=100000
 
 The quickstart with a tiny network and small pictures, 100 validations with panels, curves and
-animations. train.py runs as anybody would start it; this script looks at it from outside, through
-Linux's /proc.
+animations. train.py runs as anybody would start it, and this script looks at it from outside.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["experiment=quickstart", "logger=none", "model.backbone=vgg11", "model.head_width=8"]
@@ -62,13 +62,13 @@ def last_step(path: Path) -> int | None:
 def look(pid: int) -> tuple[float, float, int] | None:
     """Resident MB of a process and of its children, its open files; None if it has ended."""
     try:
-        family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-        pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in family]
-        own, loaders = (n * os.sysconf("SC_PAGE_SIZE") / 1e6 for n in (pages[0], sum(pages[1:])))
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        own = process.memory_info().rss
+        loaders = sum(child.memory_info().rss for child in process.children())
+        files = process.num_handles() if sys.platform == "win32" else process.num_fds()
+    except psutil.NoSuchProcess:
         return None
-    return own, loaders, files
+    return own / 1e6, loaders / 1e6, files
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from timing import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,8 +34,8 @@ TORCHFCN = {  # its class and learning rate, examples/voc/train_fcn8s.py and tra
 }
 SMP = {"smp FPN vgg19": "FPN", "smp Unet vgg19": "Unet"}
 SMP_OUR_RECIPE = {f"{name}, our recipe": network for name, network in SMP.items()}
-PEER = next(iter(TORCHFCN))  # whom the bars are about
-GROUPS = {  # what is timed together: all of a group are in memory
+PEER = next(iter(TORCHFCN))  # the one that the bars compare with
+GROUPS = {  # what is timed together; all of a group are in memory at once
     "vgg19": (*list(OURS)[:2], PEER, *SMP),
     "vgg16": (*list(OURS)[2:], PEER),
 }
@@ -71,7 +70,7 @@ def require(name: str) -> None:
     """
     if name in OURS:
         import_module("hydra.utils")
-        import_module("fcn.callbacks")
+        import_module("fcn.training.loss_statistics")
     elif name in TORCHFCN:
         # Its trainer and data sets import these for downloads, pictures and .mat files: not used.
         # `import fcn`, its author's, finds our package of that name; only downloads would use it.
@@ -89,7 +88,7 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
     """A contestant.
 
     Args:
-        weights: VGG-19 features with torchvision's names, such as shared/weights has; None: random.
+        weights: VGG-19 features with torchvision's names, in a .pth file; None: random.
         overrides: of conf/, such as optimizer.lr=1e-3; for ours alone.
     """
     require(name)
@@ -112,7 +111,7 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
 
 def _ours(module: Any, precision: str, device: str, clip: float | None) -> Contestant:
     """In Lightning's order: forward, zero_grad, backward, gradient norm, clipping, update."""
-    from fcn.callbacks import LossStatistics
+    from fcn.training.loss_statistics import LossStatistics
 
     optimizer, statistics = module.configure_optimizers(), LossStatistics()
     mixed = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
@@ -248,29 +247,28 @@ def even_out(features: nn.Sequential, image: Tensor) -> None:
 
 def composed(name: str, *overrides: str) -> Any:
     """conf/<name>.yaml, as a script's command line composes it."""
-    from hydra import compose, initialize_config_dir
+    from fcn import cli
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+    return cli.compose(overrides, name)
 
 
 def configured(*overrides: str) -> tuple[Any, Any]:
     """The configuration and the module that `python train.py` makes of conf/ and `overrides`."""
-    from hydra.utils import instantiate
+    from fcn import cli
+    from fcn.training.settle import settle_precision
 
-    from fcn.devices import prepare_cpu
-    from train import build_module, settle_precision
-
-    prepare_cpu()
     cfg = composed("train", "name=benchmark", "model.weights=null", *overrides)
     cfg.scheduler = None  # it would ask the Trainer how long the run is
     settle_precision(cfg)
-    return cfg, build_module(cfg, instantiate(cfg.data, _convert_="all"))
+    data, optimizer = cli.build(cfg, "data"), cli.build(cfg, "optimizer")
+    palette = [list(colour) for colour in data.palette]
+    names = list(data.classes)
+    return cfg, cli.build(cfg, "model", class_names=names, palette=palette, optimizer=optimizer)
 
 
 def ours_here(device: str, backbone: str = "vgg19") -> str:
     """Ours in the precision that `trainer.precision=auto` means on this machine."""
-    from fcn.devices import best_precision
+    from fcn.precision import best_precision
 
     best = best_precision(torch.device(device).type)
     names = [name for name in OURS if OURS[name][0] == backbone]
@@ -281,9 +279,14 @@ def save_checkpoint(path: Path, *overrides: str) -> tuple[Path, str]:
     """An untrained network with what evaluate.py and export.py read; its path and precision."""
     from omegaconf import OmegaConf
 
+    from fcn.checkpoint import without_targets
+
     cfg, module = configured("data.download=false", *overrides)
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    checkpoint |= {"config": OmegaConf.to_container(cfg, resolve=True), "global_step": 0}
+    checkpoint |= {
+        "config": without_targets(OmegaConf.to_container(cfg, resolve=True)),
+        "global_step": 0,
+    }
     checkpoint |= {"precision": cfg.trainer.precision, "pytorch-lightning_version": "2.6.0"}
     module.on_save_checkpoint(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,16 @@
 
     taskset -c 0 python benchmarks/race.py --data DIR --weights vgg19_features.pth --minutes 10
 
-Each trains for that long on the same cores, by the wall clock, as its authors do: ours as
-experiment=voc_mini, the others as benchmarks/peers.py says, torchfcn's one whole image at a time,
-smp's from our crops, and once more with voc_mini's loss, optimizer and frozen stages; smp's get
-features evened out (peers.even_out), as ours does by scales. All compute in the precision that ours
-does: bfloat16 where the CPU has it, although their authors use float32. Neither reading images nor
-judging takes time of theirs: as evaluate.py, at the images' own resolution, at the marks on the
-first FIRST images, which the figure shows, and at the end on all, which table.md has.
+Each network trains for that long on the same cores, as its authors do. Ours trains as
+experiment=voc_mini, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
+those of segmentation-models-pytorch (smp) on our crops, and once more with voc_mini's loss,
+optimizer and frozen stages. The features of smp's are evened out (peers.even_out), as ours are by
+model.pool_scales. All compute in the precision that ours does, which is bfloat16 where the CPU has
+it, although their authors use float32.
+
+Only training steps count as time: reading images and scoring do not. Scores are those of
+evaluate.py, at the images' own resolution: during the race on the first FIRST images, which the
+figure shows, and at the end on all of them, which table.md has.
 """
 
 import argparse
@@ -36,8 +39,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.datamodule import SegmentationDataModule
-from fcn.devices import best_precision
 from fcn.metrics import segmentation_scores
+from fcn.precision import best_precision
 from fcn.schedules import cosine, poly
 from fcn.transforms import Batch
 
@@ -59,7 +62,7 @@ def opened(name: str, data: str, settings: list[str]) -> SegmentationDataModule:
 
 
 def compute_as_ours(network: nn.Module) -> None:
-    """Whatever the network computes from now on is in mixed precision; its scores are float32."""
+    """Make the network compute in mixed precision from now on; its scores are float32."""
     mixed = torch.autocast("cpu", torch.bfloat16)(network.forward)
 
     def forward(image: Tensor) -> Tensor:
@@ -174,10 +177,12 @@ def main() -> None:
     for name in args.only:
         run = race(name, args)
         file = re.sub(r"[ /]", "_", run["name"]) + ".json"
-        (args.output / file).write_text(json.dumps(run))
-    runs = [json.loads(file.read_text()) for file in sorted(args.output.glob("*.json"))]
+        (args.output / file).write_text(json.dumps(run), encoding="utf-8")
+    runs = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.output.glob("*.json"))
+    ]
     draw(runs, args.output / "race.png")
-    (args.output / "table.md").write_text(table(runs))
+    (args.output / "table.md").write_text(table(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

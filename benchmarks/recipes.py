@@ -3,10 +3,10 @@
     python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
     python benchmarks/recipes.py ... --only base 16s 32s --seeds 0 1 --all optimizer.lr=5e-5
 
-Each row is a training run of train.py with the same budget, BUDGET, and an evaluation by
-evaluate.py at native resolution. Their first four VGG stages are the same and learn nothing, so
-what comes out of them for a batch is computed once and kept in memory: the numbers are those of the
-plain commands, which are printed. A row that is in the output folder already is not run again.
+Each row is a training run of train.py with the settings of BUDGET, and an evaluation by evaluate.py
+at native resolution. The first four VGG stages are the same in all rows and learn nothing, so their
+output for a batch is computed once and kept in memory. This changes no number: they are those of
+the plain commands, which are printed. A row that is in the output folder already is not run again.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 import fcn.network
 from evaluate import evaluate
+from fcn.checkpoint import best_checkpoint
+from fcn.files import write_json
 from fcn.module import SegmentationModule
-from fcn.runs import best_checkpoint, write_json
 from train import train
 
 BUDGET = (
@@ -58,7 +59,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "no schedule": ("scheduler=none",),
     "no clipping": ("trainer.gradient_clip_val=null",),
-    "averaged weights": ("callbacks.average_decay=0.98",),
+    "averaged weights": ("callbacks=ema", "callbacks.ema.decay=0.98"),
     "scale augmentation": ("data.scale=[0.5,1.5]",),
     "colour jitter": ("data.jitter=0.3",),
     "label smoothing": (),
@@ -112,7 +113,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class KeptStage(nn.Sequential):
-    """A frozen VGG stage that computes each batch once; stands in for a stage, weights and all."""
+    """A frozen VGG stage, with its weights, that computes each batch only once."""
 
     number = 0
     kept: ClassVar[dict[bytes, dict[int, Tensor]]] = {}
@@ -122,7 +123,7 @@ class KeptStage(nn.Sequential):
         if self.number == 1:
             KeptStage.key = hashlib.sha1(x.numpy().tobytes()).digest()
         if self.key in self.kept and 4 in self.kept[self.key]:
-            return self.kept[self.key].get(self.number, x)  # pool3 and pool4; nobody reads 1 and 2
+            return self.kept[self.key].get(self.number, x)  # pool3 and pool4; 1 and 2 are not read
         with torch.no_grad():
             y = super().forward(x)
         if self.number >= 3:
@@ -131,7 +132,7 @@ class KeptStage(nn.Sequential):
 
 
 def keep_frozen_stages() -> None:
-    """Every FCN from now on that freezes four stages keeps what they give."""
+    """From now on, an FCN with four frozen stages keeps the output of these."""
     build = fcn.network.FCN.__init__
 
     def init(self: fcn.network.FCN, *args: Any, **options: Any) -> None:
@@ -154,7 +155,7 @@ def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dic
             SegmentationModule.training_step = lambda self, batch, number: loss(
                 self(batch["image"]).float(), batch["mask"].long()
             )
-        last = ["trainer.limit_val_batches=1", "callbacks.panel_images=1"]  # evaluate.py judges
+        last = ["trainer.limit_val_batches=1", "callbacks.panels.images=1"]  # evaluate.py judges
         last += [f"seed={seed}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
         try:
             train(composed("train", *overrides, *last, "logger=none"), run)
@@ -162,7 +163,7 @@ def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dic
             SegmentationModule.training_step = plain_loss
         ckpt = f"ckpt={best_checkpoint(run)}"
         evaluate(composed("evaluate", ckpt, "report.images=0"))
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -188,7 +189,10 @@ def main() -> None:
             given = [*BUDGET, *args.all, *own, f"data.root={args.data}", f"model.weights={weights}"]
             command = shlex.join(["python", "train.py", *given, f"seed={seed}"])
             file = args.output / f"{name}_{seed}.json"
-            if file.is_file() and json.loads(file.read_text())["command"] != command:
+            if (
+                file.is_file()
+                and json.loads(file.read_text(encoding="utf-8"))["command"] != command
+            ):
                 raise SystemExit(f"{file} was made with other settings: give another --output")
             metrics = run_row(name, given, args.output, seed)
             boundary = list(metrics["boundary_miou"].values())
@@ -201,12 +205,12 @@ def main() -> None:
             }
             write_json(file, row)
             print(json.dumps(row), flush=True)
-    (args.output / "table.md").write_text(table(args.output))
+    (args.output / "table.md").write_text(table(args.output), encoding="utf-8")
 
 
 def table(output: Path) -> str:
     """All rows that have been run, means over their seeds, in Markdown."""
-    found = [json.loads(file.read_text()) for file in output.glob("*_[0-9].json")]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*_[0-9].json")]
     lines = ["| row | settings | seeds | mean IoU | near boundaries | pixel acc. |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, own in ROWS.items():

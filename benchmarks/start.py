@@ -2,9 +2,9 @@
 
     python benchmarks/start.py
 
-Full-size FCN-8s on VOC2012 photographs, with W&B (offline) and without. train.py runs unchanged in
-a process that times the outermost imports and notes when the settings are composed, when
-Trainer.fit begins, and when the first optimizer step is done; there it ends.
+It starts a full-size FCN-8s on VOC2012 photographs, with W&B (offline) and without. train.py runs
+unchanged, in a process that times the imports and notes when the settings are composed, when
+Trainer.fit begins, and when the first optimizer step is done. There the process ends.
 """
 
 import builtins
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> list:
-    from timing import Table, in_turn, options
+    from timing import DATA, Table, in_turn, options
 
-    parser = options(__doc__, data_root=ROOT.parent / "shared" / "data")
+    parser = options(__doc__, data_root=DATA)
     parser.add_argument("overrides", nargs="*", help="of conf/, such as model.weights=vgg19.pth")
     args = parser.parse_args(argv)
     accelerator = args.device.partition(":")[0].replace("cuda", "gpu")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list:
             done = subprocess.run(command, cwd=folder, env=os.environ | clock, capture_output=True)
             if not result.is_file():
                 raise RuntimeError(f"train.py took no step:\n{done.stderr.decode()}")
-            phases[logger].append(json.loads(result.read_text()))
+            phases[logger].append(json.loads(result.read_text(encoding="utf-8")))
         return sum(phases[logger][-1].values())
 
     seconds = in_turn({name: lambda x=name: start(x) for name in phases}, args.rounds)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list:
 
 
 def child(result: Path, overrides: list[str]) -> None:
-    """train.py with a clock."""
+    """Run train.py and write down what its time was spent on."""
     begun, real_import, depth = (
         float(os.environ.get("STARTED", time.time())),
         builtins.__import__,
@@ -77,9 +77,9 @@ def child(result: Path, overrides: list[str]) -> None:
 
     builtins.__import__ = timed_import
     sys.path.insert(0, str(ROOT))
-    import fcn.config
+    import fcn.training.settings
 
-    check = fcn.config.check_training
+    check = fcn.training.settings.check_settings
 
     def composed(config) -> None:
         ends("config")
@@ -93,10 +93,10 @@ def child(result: Path, overrides: list[str]) -> None:
 
     def stepped(*_) -> None:
         ends("first batch")
-        result.write_text(json.dumps(spent))
+        result.write_text(json.dumps(spent), encoding="utf-8")
         os._exit(0)
 
-    fcn.config.check_training = composed
+    fcn.training.settings.check_settings = composed
     sys.argv = [str(ROOT / "train.py"), *overrides]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -1,8 +1,12 @@
-"""What the benchmarks share: candidates timed in turn, each in its own process; tables and bars."""
+"""What the benchmarks share: timing candidates in turn, each in its own process; tables and bars.
+
+    seconds, memory, notes = race({"ours": build_ours, "theirs": build_theirs}, "cpu", rounds=5)
+
+A bar is a goal that we have set ourselves; a table says whether it is met.
+"""
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path("data")  # where conf/ looks for data too; holds VOCdevkit/VOC2012
 sys.path.insert(0, str(ROOT))  # fcn, train and evaluate run from the checkout
 Seconds = Mapping[str, Sequence[float]]  # of each candidate, for each round
 
@@ -72,7 +77,7 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> Seconds:
-    """What each run says it took, A B C A B C: what disturbs the machine disturbs all."""
+    """Seconds that each run returns. The order is A B C A B C, so that disturbances hit all."""
     taken = [{name: run() for name, run in runs.items()} for _ in range(warmup + rounds)]
     return {name: [turn[name] for turn in taken[warmup:]] for name in runs}
 
@@ -91,15 +96,15 @@ def shown(seconds: Sequence[float]) -> str:
 def race(
     entrants: Mapping[str, Callable[[], Callable]], device: str, rounds: int, warmup: int = 2
 ) -> tuple[Seconds, dict[str, int], list[str]]:
-    """Time candidates in turn, a process each: none inherits another's memory or settings.
+    """Time candidates in turn, each in its own process, with its own memory and settings.
 
     Args:
-        entrants: picklable; each imports what it needs and gives a function that builds a network
-            and gives the step to be timed.
+        entrants: picklable functions. Each imports what it needs and returns a function, which
+            builds a network and returns the step to be timed.
 
     Returns:
-        Seconds; the most bytes that were held above those before the network was built; a line for
-        each candidate that is left out: not installed, or out of memory.
+        Seconds of each round; peak bytes above what was held before the network was built; and a
+        line for each candidate that is left out, because it is not installed or out of memory.
     """
     context = multiprocessing.get_context("spawn")
     pipes, errors = {}, {}
@@ -151,7 +156,9 @@ def _memory(device: str, key: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if not status.is_file():  # not Linux: the peak is all there is
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(1024 * int(x.split()[1]) for x in status.open() if x.startswith(key))
+    if not status.is_file():  # other systems than Linux count the peak alone
+        from fcn.runs.process import peak_memory
+
+        return peak_memory() or 0
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))

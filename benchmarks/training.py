@@ -15,11 +15,11 @@ from statistics import median
 from peers import GROUPS, OURS, PEER, make, ours_here, random_batch, require
 from timing import Table, options, race, shown, speedup
 
-from fcn.prediction import cast_weights
+from fcn.precision import cast_weights
 
 
 def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Callable[[], Callable]:
-    """For `race`: imports now, the network later."""
+    """An entrant of `race`: imports now, and builds the network when asked."""
     require(name)
 
     def build() -> Callable:

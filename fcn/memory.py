@@ -21,7 +21,10 @@ The columns of the table, in GB of 2**30 bytes, for one device and without train
     activations  what the backward pass needs of the forward pass, and the 16-bit copies of the
                  weights that mixed precision makes
     rest         the batch itself, and the gradients of activations
-    8 GB, ...    whether the row's batch fits on a GPU of that size, and the largest batch that does
+    8 GB, ...    whether the row's batch fits on a GPU of that size, and the largest batch that
+                 does. Some of the memory is left for what the plan cannot see: CUDA itself,
+                 cuDNN's workspaces, gaps between tensors, and other programs
+    settings     the size of the images, and what differs between the rows
 """
 
 import sys
@@ -38,22 +41,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
 from fcn import cli
-from fcn.errors import check_choice, check_whole
+from fcn.errors import check_whole
 from fcn.module import SegmentationModule
-from fcn.precision import AUTOCAST, PRECISIONS
-
-Config = Mapping[str, Any]  # conf/train.yaml, composed and resolved
+from fcn.precision import AUTOCAST
+from fcn.training.settings import check_settings
+from fcn.training.settle import image_size
 
 GB = 2**30
 CARDS = (6, 8, 11, 16, 24)  # memory of common GPUs, in GB
 RESERVE = int(0.8 * GB)
-LARGEST_IMAGE = 500  # pixels, the longer side of VOC2012's photographs
-LOW = AUTOCAST | {"auto": torch.bfloat16}  # `auto` means this on every GPU since 2020
+LOW = AUTOCAST | {"auto": torch.bfloat16}  # what `auto` means on a GPU with bfloat16
 KINDS = (_MemRefType.PARAM, _MemRefType.GRAD, _MemRefType.OPT, _MemRefType.ACT)
-NOTE = f"""\
-GB = 2**30 bytes. "yes, 25" below a card's size: this batch fits, and so do up to 25 images.
-{RESERVE / GB:.1f} GB of each card are left for what the plan cannot see: CUDA itself, cuDNN's
-workspaces, gaps between tensors, other programs. `--help` explains the other columns."""
 
 
 class Plan(NamedTuple):
@@ -96,7 +94,7 @@ class Need:
     Steps on one image and on two show the constant and the slope of each operation's moment.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         one, two = trace(config, 1), trace(config, 2)
         self.constant, self.slope = 2 * one - two, two - one  # (moments, 5) each
 
@@ -108,8 +106,11 @@ class Need:
         return int((left[slope > 0] // slope[slope > 0]).min())
 
 
-def plan(config: Config) -> Plan:
-    """The peak of a step with these settings, which are those of train.py.
+def plan(config: Mapping[str, Any]) -> Plan:
+    """The peak of a step.
+
+    Args:
+        config: the settings of train.py, composed and resolved.
 
     Raises:
         ConfigError: a constructor refuses a setting.
@@ -122,12 +123,7 @@ def peak(moments: np.ndarray) -> Plan:
     return Plan(*map(int, moments[moments.sum(1).argmax()]))
 
 
-def largest_batch(config: Config, size: int) -> int:
-    """How many images a step of these settings can have in `size` bytes; 0 if not even one."""
-    return Need(config).largest_batch(size)
-
-
-def advice(config: Config, size: int) -> str:
+def advice(config: Mapping[str, Any], size: int) -> str:
     """Text for somebody whose step did not fit: what it needs, and which settings need less.
 
     Args:
@@ -158,7 +154,7 @@ def advice(config: Config, size: int) -> str:
     return "\n".join(lines)
 
 
-def trace(config: Config, images: int) -> np.ndarray:
+def trace(config: Mapping[str, Any], images: int) -> np.ndarray:
     """The bytes (moments, 5) during every operation of a step on `images`, with a Plan's columns.
 
     It is not the run's first step: the optimizer has its state, and the gradients of the step
@@ -176,8 +172,8 @@ def trace(config: Config, images: int) -> np.ndarray:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
 
-        image = torch.empty(images, 3, *image_size(config), dtype=torch.uint8)
-        mask = torch.empty(images, *image_size(config), dtype=torch.uint8)
+        image = torch.empty(images, 3, *image_size(config["data"]), dtype=torch.uint8)
+        mask = torch.empty(images, *image_size(config["data"]), dtype=torch.uint8)
         recorder = Recorder()
         recorder.track_external(module, optimizer, image, mask)
         with recorder:
@@ -196,7 +192,7 @@ def trace(config: Config, images: int) -> np.ndarray:
     return moments
 
 
-def build(config: Config) -> SegmentationModule:
+def build(config: Mapping[str, Any]) -> SegmentationModule:
     """The module that train.py would make, on torch's meta device and without a schedule.
 
     Raises:
@@ -204,8 +200,6 @@ def build(config: Config) -> SegmentationModule:
     """
     cfg = OmegaConf.create(dict(config))
     kind = cfg.trainer.precision
-    check_choice("trainer.precision", kind, ("auto", *PRECISIONS))
-    check_whole("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, 1)
     if cfg.optimizer.get("fused") == "auto":
         cfg.optimizer.fused = kind != "16-mixed"
     optimizer, classes = cli.build(cfg, "optimizer"), list(cli.build(cfg, "data").classes)
@@ -229,14 +223,6 @@ def remove_data(module: nn.Module) -> None:
             setattr(layer, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def image_size(config: Config) -> tuple[int, int]:
-    """Height and width of a training batch in pixels: the crop's, or the largest image's."""
-    data = config["data"]
-    largest = data["dataset"].get("size", LARGEST_IMAGE) * max(data["scale"] or [1])
-    height, width = np.broadcast_to(data["crop_size"] or round(largest), 2).tolist()
-    return height, width
-
-
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The settings of train.py with these overrides.
 
@@ -244,8 +230,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         ConfigError, or an error of Hydra's or OmegaConf's: an override is wrong.
     """
     cfg = cli.compose(["name=plan", *overrides])
-    check_whole("data.batch_size", cfg.data.batch_size, 1)  # "auto" is no number to plan for
     OmegaConf.resolve(cfg)
+    check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+    check_whole("data.batch_size", cfg.data.batch_size, 1)  # "auto" is no number to plan for
     return cfg
 
 
@@ -274,14 +261,14 @@ def main(arguments: Sequence[str]) -> None:
         need = needs[others] = needs.get(others) or Need(cfg)
         planned, (height, width) = (
             peak(need.constant + cfg.data.batch_size * need.slope),
-            image_size(cfg),
+            image_size(cfg.data),
         )
         most = [need.largest_batch(card * GB - RESERVE) for card in CARDS]
         cells = [f"{size / GB:.2f}" for size in (*planned, planned.total)]
         cells += [f"{'yes' if cfg.data.batch_size <= n else 'no'}, {n}" for n in most]
         varied = [o for o in overrides if any(o not in row for row in rows)]
         print("".join(f"{cell:>12}" for cell in cells), f"  {height}x{width}", *varied, flush=True)
-    print(NOTE)
+    print(f"{RESERVE / GB:.1f} GB of each card are left to CUDA. --help explains the columns.")
 
 
 if __name__ == "__main__":

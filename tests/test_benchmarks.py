@@ -2,26 +2,32 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import fork, server, wait
 
-PROJECT = Path(__file__).resolve().parents[1]  # not from conftest: `race` imports this file again
-SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg11")
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg_tiny")
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 @pytest.mark.slow
-def test_race_goes_on_without_those_that_fail() -> None:
+def test_race_goes_on_without_those_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timing
     from timing import race
+
+    # These processes have imported torch already.
+    context = server()
+    monkeypatch.setattr(timing.multiprocessing, "get_context", lambda kind: context)
 
     entrants = {"good": working, "bad": failing}
     seconds, memory, lines = race(entrants, "cpu", rounds=2, warmup=1)
@@ -78,7 +84,7 @@ def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.Mo
 def test_our_step_learns(precision: str) -> None:
     from peers import make, random_batch
 
-    ours = make(f"ours vgg16 {precision}", "cpu", None, *SMALL, "optimizer.lr=1e-3")
+    ours = make(f"ours vgg16 {precision}", "cpu", None, *SMALL, "optimizer.lr=1e-2")
     batch = ours.prepare(*random_batch(1, 40, 50))
     losses = [ours.step(*batch).item() for _ in range(5)]
     assert losses[0] == pytest.approx(math.log(21), rel=1e-2)
@@ -102,14 +108,21 @@ def test_input_and_evaluation(tiny_voc: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_start_ends_at_the_first_step(tiny_voc: Path, tmp_path: Path) -> None:
     phases = tmp_path / "phases.json"
-    script = PROJECT / "benchmarks" / "start.py"
     settings = [f"data.root={tiny_voc}", "data.crop_size=32", "data.num_workers=0", *SMALL]
     settings += ["model.weights=null", "logger=none", "trainer.accelerator=cpu"]
-    command = [sys.executable, script, "--child", phases, *settings]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    settings += ["data.download=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    log = tmp_path / "log"
+    assert wait(fork(partial(start, phases, settings), log)) == 0, log.read_text()
     seconds = json.loads(phases.read_text())
     assert list(seconds) == ["imports", "config", "build", "first batch"]
     assert all(0 < s < 120 for s in seconds.values())
+
+
+def start(phases: Path, settings: list[str]) -> None:
+    sys.path.insert(0, BENCHMARKS)
+    from start import child
+
+    child(phases, settings)
 
 
 def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +133,7 @@ def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(FCN, "__init__", FCN.__init__)  # given back afterwards
     monkeypatch.setattr(KeptStage, "kept", {})
-    small = {"backbone": "vgg11", "head_width": 4, "head_kernel": 1}
+    small = {"backbone": "vgg_tiny", "head_width": 4, "head_kernel": 1}
     plain = FCN(num_classes=3, **small)
     torch.nn.init.normal_(plain.score.weight)
     keep_frozen_stages()
@@ -229,3 +242,41 @@ def test_rows_of_other_settings_are_not_taken_for_these(
     monkeypatch.setattr(sys, "argv", [*command, "--all", "trainer.max_steps=400"])
     with pytest.raises(SystemExit, match=r"base_0\.json was made with other settings"):
         recipes.main()
+
+
+def test_pairs_alternate_and_ratios_are_of_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import against
+
+    order = []
+
+    def child(checkout: Path, job: str, *given: str) -> dict[str, float]:
+        order.append((job, checkout == tmp_path))
+        return (
+            {"train": 2.0, "forward": 1.0} if checkout == tmp_path else {"train": 1, "forward": 2}
+        )
+
+    monkeypatch.setattr(against, "child", child)
+    monkeypatch.setattr(against, "evaluation", lambda *given: 4.0)
+    (table,) = against.main(["--other", str(tmp_path), "--pairs", "2"])
+    of_other = [other for job, other in order if job == "steps"]
+    assert of_other == [False, True, True, False]
+    assert [row[-1].partition(" ")[0] for row in table.rows] == ["2.000", "0.500", "1.000"]
+    assert [verdict for *_, verdict in table.bars] == ["met", "MISSED", "met"]
+
+
+def test_both_checkouts_take_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import against
+
+    from fcn.checkpoint import read_checkpoint
+    from fcn.module import SegmentationModule
+
+    monkeypatch.setattr(against, "BACKBONE", {"backbone": "vgg_tiny", "head_width": 8})
+    assert all(0 < seconds < 60 for seconds in against.time_steps(32, 1).values())
+    monkeypatch.chdir(against.HERE)
+    against.save_checkpoint(tmp_path / "made.ckpt")
+    assert read_checkpoint(tmp_path / "made.ckpt")["config"]["name"] == "against"
+    assert SegmentationModule.load_from_checkpoint(tmp_path / "made.ckpt").network.stride == 8

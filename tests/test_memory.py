@@ -20,13 +20,12 @@ from fcn.memory import (
     advice,
     build,
     compose,
-    image_size,
-    largest_batch,
     main,
     peak,
     plan,
     trace,
 )
+from fcn.training.settle import image_size
 
 NARROW = (
     "data=shapes",
@@ -164,11 +163,11 @@ def test_advice_names_what_helps_and_nothing_else() -> None:
 
 
 def test_image_is_the_crop_or_the_largest() -> None:
-    assert image_size(settings("data.crop_size=[64,96]")) == (64, 96)
-    assert image_size(settings("data.crop_size=null")) == (96, 96)  # that of data=shapes
+    assert image_size(settings("data.crop_size=[64,96]").data) == (64, 96)
+    assert image_size(settings("data.crop_size=null").data) == (96, 96)  # that of data=shapes
     voc = ["data=voc2012", "data.crop_size=null"]
-    assert image_size(compose(voc)) == (500, 500)
-    assert image_size(compose([*voc, "data.scale=[0.5,1.5]"])) == (750, 750)
+    assert image_size(compose(voc).data) == (500, 500)
+    assert image_size(compose([*voc, "data.scale=[0.5,1.5]"]).data) == (750, 750)
 
 
 def test_automatic_batch_is_refused() -> None:
@@ -193,7 +192,12 @@ def test_command_prints_a_row_for_each_combination(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [("data.batch_sze=1,2", "data.batch_sze"), ("data.batch_size=0,1", "data.batch_size=0")],
+    [
+        ("data.batch_sze=1,2", "data.batch_sze"),
+        ("data.batch_size=0,1", "data.batch_size=0"),
+        ("trainer.precision=half", "trainer.precision=half"),
+        ("model.stride=7", "model.stride=7"),
+    ],
 )
 def test_command_refuses_wrong_settings_in_short(
     wrong: str, said: str, capsys: pytest.CaptureFixture[str]
@@ -218,4 +222,4 @@ def test_average_of_the_weights_is_a_second_set_of_them() -> None:
 def test_card_of_8_gb_holds_the_batch_of_the_paper() -> None:
     """20 whole images of VOC2012, which the paper's recipe takes one after another."""
     recipe = ["experiment=paper_fcn8s", "data.batch_size=20", "trainer.accumulate_grad_batches=1"]
-    assert largest_batch(compose(recipe), 8 * GB - RESERVE) >= 20
+    assert Need(compose(recipe)).largest_batch(8 * GB - RESERVE) >= 20
