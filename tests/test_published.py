@@ -212,6 +212,7 @@ def test_settings_that_do_not_go_together() -> None:
         small(head_kernel=3)
 
 
+@pytest.mark.slow
 def test_training_keeps_the_alignment(tmp_path: Path) -> None:
     """Trained, saved and opened again; every layer learns."""
     changes = ["model=fcn8s", "model.alignment=caffe", "model.head_kernel=7", "trainer.max_steps=1"]
