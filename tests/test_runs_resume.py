@@ -2,6 +2,7 @@
 and those of somebody else."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import torch
 from conftest import compose_config, train_tiny
 from omegaconf import OmegaConf
 
+from fcn import files
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import ConfigError, Stopped
 from fcn.module import SegmentationModule
+from fcn.runs.folder import lock_run
 from fcn.runs.metrics import read_metrics
-from fcn.runs.resume import resumed_config
+from fcn.runs.resume import find_run, resumed_config
 from train import train
 
 SETTINGS = (
@@ -141,6 +144,40 @@ def test_no_run_folder(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=f"resume={tmp_path}: "):
         resumed_config(tmp_path, [])
+
+
+def test_which_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+
+    def make(name: str, overrides: list[str], status: str | None = None) -> Path:
+        run = tmp_path / name
+        (run / "checkpoints").mkdir(parents=True)
+        last_checkpoint(run).touch()
+        (run / "overrides.yaml").write_text(json.dumps(overrides))
+        if status:
+            (run / "summary.json").write_text(json.dumps({"status": status}))
+        return run
+
+    def found(command: list[str], *, named: str = "", main: bool = True) -> Path | None:
+        new = tmp_path / (named or "2027")
+        return find_run(new, [*command, "resume=auto"], named=bool(named), main=main)
+
+    assert found(["a=1"]) is None
+    stopped = make("2026-01", ["a=1"], "stopped")
+    killed = make("2026-02", ["a=1"])
+    assert found(["a=1"]) == killed
+    assert found(["a=1"], named="2026-01") == stopped
+    assert found(["a=1"], named="2026") is None
+    with lock_run(killed):
+        assert found(["a=1"]) == stopped
+        assert found(["a=1"], main=False) == killed  # another process of the same run
+    last_checkpoint(killed).unlink()  # killed before there was a checkpoint
+    assert found(["a=1"]) == stopped
+    assert found(["a=2"]) is None
+    finished = make("2026-03", ["a=1"], "finished")
+    assert found(["a=1"]) == stopped
+    shutil.rmtree(stopped)
+    assert found(["a=1"]) == finished
 
 
 CALL = {"_target_": "os.mkdir", "_args_": ["hacked"]}
