@@ -125,6 +125,7 @@ def test_refuses_what_is_no_rgb_batch(shape: tuple[int, ...]) -> None:
         small()(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_conv7_equals_torchvisions_classifier() -> None:
     """On 224x224 the centre of conv7 sees what VGG-19's second linear layer sees."""
     with torch.device("meta"):
