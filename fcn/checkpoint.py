@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fcn.datasets.voc2012 import VOC2012
-from fcn.errors import ConfigError, WeightsError, reason
+from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write
 from fcn.vgg import STD
 
@@ -78,7 +78,13 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The best checkpoint of a run folder; any other path is that of a checkpoint itself."""
+    """The best checkpoint of a run folder; any other path is that of a checkpoint itself.
+
+    Raises:
+        ConfigError: this is no path.
+    """
+    if not isinstance(path, Path):
+        check_text("ckpt", path, wanted="a checkpoint, or a run folder")
     path = Path(path).expanduser()
     return best_checkpoint(path) if path.is_dir() else path
 
@@ -91,6 +97,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise WeightsError(f"ckpt={path}: no such file")
+    if path.suffix == ".pt2":
+        raise WeightsError(
+            f"ckpt={path}: a .pt2 is a program for other software, and torch.export.load can run "
+            "code that is in it, so use it on files that you trust; give the checkpoint here"
+        )
     checkpoint = _load(path)
     if is_published(checkpoint):
         return published_checkpoint(checkpoint)

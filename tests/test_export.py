@@ -177,15 +177,14 @@ def test_settings_that_cannot_work(ckpt: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"none\.ckpt: no such file"):
         run(tmp_path / "none.ckpt", tmp_path / "x.pt2", "format=torch")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"output=.*x\.pt2: "):
+    with pytest.raises(ConfigError, match=r"output=.*file: "):
         run(ckpt, tmp_path / "file" / "x.pt2", "format=torch")
 
 
 def test_files_that_are_not_ours(tmp_path: Path) -> None:
     """predict.py does not open a .pt2: torch.export.load can run code that is in it."""
-    for content in (None, b"", b"hello"):
-        if content is not None:
-            (tmp_path / "x.pt2").write_bytes(content)
+    for content in (b"", b"hello"):
+        (tmp_path / "x.pt2").write_bytes(content)
         with pytest.raises(WeightsError, match=r"x\.pt2: a \.pt2 is a program") as error:
             load_predictor(tmp_path / "x.pt2")
         assert "\n" not in str(error.value)

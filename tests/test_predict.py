@@ -14,7 +14,7 @@ from conftest import PROJECT, compose_config, write_tiny_voc
 from PIL import Image
 from torch import nn
 
-from fcn.checkpoint import read_checkpoint
+from fcn.checkpoint import find_checkpoint, read_checkpoint
 from fcn.cli import quoted
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
@@ -75,7 +75,10 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def voc_ckpt(tiny_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, data = tmp_path_factory.mktemp("voc"), {"root": str(tiny_voc)}
+    folder, data = (
+        tmp_path_factory.mktemp("voc"),
+        {"dataset": {"class": "VOC2012"}, "root": str(tiny_voc)},
+    )
     return write_checkpoint(folder / "best.ckpt", VOC2012.classes, None, data)
 
 
@@ -172,11 +175,12 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
         ([f"input={photo}", "tile=10"], "tile=10: must be"),
         ([f"input={photo}", "tta.scales=[0]"], r"tta\.scales=\[0\]: must be"),
         ([f"input={photo}", "tta=3"], r"tta\.flip=null: must be"),
-        ([f"input={photo}", "precision=half"], "precision=half: must be null or one of 32-true"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(ckpt, output, *overrides)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="precision=half: must be null or one of 32-true"):
+        load_predictor(ckpt, precision="half")
     with pytest.raises(ConfigError, match="device=tpu: must be auto, cpu, mps, cuda or cuda:1"):
         load_predictor(ckpt, "tpu")
     if not torch.cuda.is_available():
@@ -186,6 +190,8 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
         run(tmp_path / "none.ckpt", f"input={photo}")
     with pytest.raises(ConfigError, match=r"output=.*x\.png"):
         run(ckpt, f"input={photo}", f"output={photo}")
+    with pytest.raises(ConfigError, match="ckpt=3: must be a checkpoint, or a run folder"):
+        find_checkpoint(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="batch_size=0: must be a whole number from 1"):
         run(ckpt, f"input={photo}", output, "batch_size=0")
 

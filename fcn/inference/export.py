@@ -21,9 +21,10 @@ from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
 from fcn.checkpoint import write_safetensors
-from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text, reason
+from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import METADATA, Program, need_packages, open_session
+from fcn.inference.photos import create_folder
 from fcn.module import SegmentationModule
 from fcn.runs.folder import output_folder
 
@@ -94,7 +95,7 @@ def export_safetensors(
         ConfigError: the folder cannot be made.
         WriteError: the file cannot be written.
     """
-    _create_folder(path)
+    create_folder(path.parent)
     write_safetensors(checkpoint, module.state_dict(), path)
 
 
@@ -120,7 +121,7 @@ def export_program(module: SegmentationModule, path: Path, *, argmax: bool = Fal
     settings = dict(module.hparams, weights=None)
     about = (module.class_names, settings.get("palette"), module.void, settings)
     metadata = {name: json.dumps(value) for name, value in zip(METADATA, about, strict=True)}
-    _create_folder(path)
+    create_folder(path.parent)
     with atomic_write(path) as part:
         (_write_onnx if onnx else _write_torch)(exported, part, metadata)
         return compare(open_session(part)[0] if onnx else _read_torch(part), network)
@@ -207,10 +208,3 @@ def _any_size() -> Any:
     public name for this setting (torch 2.14).
     """
     return shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-
-
-def _create_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={path}: {reason(error)}") from error

@@ -18,17 +18,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fcn.checkpoint import read_checkpoint
+from fcn.checkpoint import data_settings, read_checkpoint
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import (
-    ConfigError,
-    WeightsError,
-    WriteError,
-    check_choice,
-    check_whole,
-    reason,
-    refuse,
-)
+from fcn.errors import ConfigError, WriteError, check_choice, check_whole, reason, refuse
 from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
 from fcn.files import atomic_write
@@ -108,7 +100,6 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
         return Predictor(*open_onnx(path))
-    _refuse_program(path)
     module = SegmentationModule.load_from_checkpoint(path)
     trained = str(read_checkpoint(path)["precision"])
     # float16 was chosen on a GPU that has no bfloat16, and serves on any other; float64 does not
@@ -129,17 +120,14 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
 
 
 def data_root(path: Path) -> str | None:
-    """Where the run that made a checkpoint had its data; None if the file does not say.
+    """Where the run that made a checkpoint had its data; None if a file does not say.
 
     Raises:
         WeightsError: the file is missing, broken, not ours, or could run code.
     """
     if path.suffix == ".onnx":
         return None
-    _refuse_program(path)
-    config = read_checkpoint(path)["config"]
-    data = config.get("data") if isinstance(config, dict) else None
-    return data.get("root") if isinstance(data, dict) else None
+    return data_settings(path, read_checkpoint(path)).get("root")
 
 
 def find_device(name: str) -> torch.device:
@@ -218,11 +206,3 @@ def _predict_batch(
         except (OSError, WriteError) as error:  # the cause alone: the photograph is named already
             failed[path] = reason(error.__cause__ or error)
     return failed
-
-
-def _refuse_program(path: Path) -> None:
-    if path.suffix == ".pt2":
-        raise WeightsError(
-            f"ckpt={path}: a .pt2 is a program for other software, and torch.export.load can run "
-            "code that is in it, so use it on files that you trust; give the checkpoint here"
-        )

@@ -44,7 +44,7 @@ def tile_spans(length: int, tile: int) -> list[Span]:
         length: of the side, in pixels.
         tile: side of a tile in pixels, a multiple of 32.
     """
-    padded = _round_up(length, CELL)  # the network pads an image to this length
+    padded = -(-length // CELL) * CELL  # rounded up, as the network pads an image
     overlap = max(CELL, tile // 3 // CELL * CELL)
     gaps = max(0, math.ceil((padded - tile) / (tile - overlap)))  # one less than there are tiles
     starts = [(padded - tile) * i // max(1, gaps) // CELL * CELL for i in range(gaps + 1)]
@@ -92,7 +92,3 @@ def scores_in_bands(network: Scores, image: Tensor, tile: int) -> Iterator[Tenso
         finished = (height if last else rows[number + 1].start) - row.start
         yield band[:, :, :finished]
         band = band[:, :, finished:]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
