@@ -1,7 +1,9 @@
 """kill -9 at any moment, among them the worst ones: nothing is lost beyond the last checkpoint.
 
-One run is killed and resumed, killed and resumed, and must end as one that nobody disturbed.
-`KILLS=30 python -m pytest tests/test_kills.py` kills it so often; the suite, less.
+What writes files is tested by itself: test_files.py, test_training_checkpoints.py and
+test_training_metrics_csv.py. Here whole runs are killed and resumed, and must end as one that
+nobody disturbed: at a few moments, or at all moments and at random ones, thirty times, with
+`KILLS=30 python -m pytest tests/test_kills.py`.
 """
 
 import os
@@ -9,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, train_tiny
-from forks import at_call, fork, kill_self, wait
+from forks import fork, kill_at_call, kill_self, wait
 from PIL import Image
 
 import fcn.module
-import fcn.pictures
-from fcn.checkpoints import read_checkpoint
-from fcn.csv_logger import MetricsCSV, read_metrics
+import fcn.training.curves
+from fcn.checkpoint import last_checkpoint, read_checkpoint
+from fcn.files import SUFFIX
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.resume import LEFTOVERS
-from fcn.runs import last_checkpoint
-from fcn.saving import AtomicCheckpointIO
-from train import resumed_config, train
+from fcn.runs.metrics import read_metrics
+from fcn.runs.resume import resumed_config
+from fcn.training.checkpoints import AtomicCheckpointIO
+from fcn.training.metrics_csv import MetricsCSV
+from train import train
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("KILLS", "14"))
+KILLS = int(os.environ.get("KILLS", "3"))
 STEPS, INTERVAL = 12, 3
 SETTINGS = (
     "data.jitter=0.2",
@@ -40,10 +43,9 @@ SETTINGS = (
     f"trainer.max_steps={STEPS}",
     "trainer.val_check_interval=4",
     "trainer.log_every_n_steps=1",
-    f"callbacks.checkpoint_every_n_steps={INTERVAL}",
-    "callbacks.panel_images=1",
+    f"callbacks.last_checkpoint.every_n_steps={INTERVAL}",
+    "callbacks.panels.images=1",
 )
-assert not set(SETTINGS) & set(TINY)
 
 
 def half_a_checkpoint() -> None:
@@ -75,47 +77,72 @@ def half_a_picture() -> None:
     Image.Image.save = save  # type: ignore[method-assign]
 
 
+def in_step() -> None:
+    kill_at_call(SegmentationModule, "training_step", count=2)
+
+
+def in_validation() -> None:
+    kill_at_call(SegmentationModule, "validation_step", count=2)
+
+
+# The first ones are always tested.
 MOMENTS: dict[str, Callable[[], None]] = {
+    "a validation": in_validation,
     "half of last.ckpt is written": half_a_checkpoint,
-    "last.ckpt is written, not yet in place": partial(at_call, Path, "replace", kill_self),
-    "last.ckpt is in place": partial(
-        at_call, AtomicCheckpointIO, "save_checkpoint", kill_self, after=True
-    ),
-    "best.ckpt begins": partial(at_call, AtomicCheckpointIO, "save_checkpoint", kill_self, count=2),
-    "a step": partial(at_call, SegmentationModule, "training_step", kill_self, count=2),
-    "a validation": partial(at_call, SegmentationModule, "validation_step", kill_self, count=2),
-    "half of a panel is written": half_a_picture,
-    "an animation": partial(at_call, fcn.pictures, "animate", kill_self),
-    "the curves": partial(at_call, fcn.pictures, "draw_curves", kill_self),
     "a row of metrics.csv": half_a_row,
-    "metrics.csv is written anew": partial(
-        at_call, os, "replace", kill_self, count=3
-    ),  # after config and overrides
-    "config.yaml": partial(at_call, os, "replace", kill_self, after=True, count=2),
+    "last.ckpt is in place": partial(
+        kill_at_call, AtomicCheckpointIO, "save_checkpoint", after=True
+    ),
+    "best.ckpt begins": partial(kill_at_call, AtomicCheckpointIO, "save_checkpoint", count=2),
+    "a step": in_step,
+    "half of a panel is written": half_a_picture,
+    "the curves": partial(kill_at_call, fcn.training.curves, "draw_curves"),
+    "config.yaml": partial(kill_at_call, os, "replace", after=True, count=2),
+    "metrics.csv is written anew": partial(kill_at_call, os, "replace", count=3),
 }
+assert not set(SETTINGS) & set(TINY)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def each_validation_is_the_best() -> Iterator[None]:
-    """Here and in forks: so best.ckpt is written each time."""
-    step, start, real = 0, SegmentationModule.on_validation_epoch_start, segmentation_scores
+def each_validation_is_the_best() -> None:
+    """In this process: so best.ckpt is written each time."""
+    step, start = 0, SegmentationModule.on_validation_epoch_start
 
     def note(self: SegmentationModule) -> None:
         nonlocal step
         step = self.trainer.global_step
         start(self)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SegmentationModule, "on_validation_epoch_start", note)
-        patch.setattr(fcn.module, "segmentation_scores", lambda c: real(c) | {"miou": step / 100})
-        yield
+    def scores(confusion: torch.Tensor) -> Any:
+        return segmentation_scores(confusion) | {"miou": step / 100}
+
+    SegmentationModule.on_validation_epoch_start = note  # type: ignore[method-assign]
+    fcn.module.segmentation_scores = scores  # type: ignore[assignment]
+
+
+def begin(run: Path, moment: Callable[[], None] | None = None) -> None:
+    each_validation_is_the_best()
+    if moment is not None:
+        moment()
+    train_tiny(run, *SETTINGS, curves=True)
+
+
+def go_on(run: Path, moment: str | None, seconds: float) -> None:
+    """Resume a run and be killed at a moment, or after so many seconds."""
+    each_validation_is_the_best()
+    if moment is None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL
+    elif moment:
+        MOMENTS[moment]()
+    train(resumed_config(run, []), run)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    pid = fork(lambda: train_tiny(folder / "run", *SETTINGS), folder / "log")
-    assert wait(pid) == 0, (folder / "log").read_text()
+    assert wait(fork(partial(begin, folder / "run"), folder / "log")) == 0, (
+        folder / "log"
+    ).read_text()
     return folder / "run"
 
 
@@ -140,32 +167,20 @@ def check_what_is_left(run: Path) -> None:
 def test_killed_at_any_moment(tmp_path: Path, undisturbed: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     started = time.monotonic()
-
-    def begin() -> None:
-        partial(at_call, SegmentationModule, "training_step", kill_self, count=8)()
-        train_tiny(run, *SETTINGS)
-
-    assert wait(fork(begin, log)) == -signal.SIGKILL, log.read_text()
+    eighth = partial(kill_at_call, SegmentationModule, "training_step", count=8)
+    assert wait(fork(partial(begin, run, eighth), log)) == -signal.SIGKILL, log.read_text()
     seconds = time.monotonic() - started
     check_what_is_left(run)
     shutil.copytree(run, tmp_path / "begun")
 
-    seed = int(os.environ.get("SEED", "0"))
-    chance = random.Random(seed)
-    moments = [*MOMENTS] + [None] * (KILLS - len(MOMENTS))
+    chance = random.Random(int(os.environ.get("SEED", "0")))
+    moments: list[str | None] = [*MOMENTS][:KILLS]
+    wanted = set(moments)
+    moments += [None] * (KILLS - len(moments))
     chance.shuffle(moments)
-    killed = []
+    killed = set[str | None]()
     for moment in moments:
-
-        def work(moment: str | None = moment) -> None:
-            if moment is None:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.05, seconds))
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL
-            else:
-                MOMENTS[moment]()
-            train(resumed_config(run, []), run)
-
-        chance.random()
+        work = partial(go_on, run, moment, chance.uniform(0.05, seconds))
         code = wait(fork(work, log))
         if code == 0:  # it was too fast
             assert_same(run, undisturbed)
@@ -175,13 +190,12 @@ def test_killed_at_any_moment(tmp_path: Path, undisturbed: Path) -> None:
                 moments.append(moment)  # once more, from further back
         else:
             assert code in (-signal.SIGKILL, -signal.SIGALRM), (moment, log.read_text())
-            killed.append(moment)
+            killed.add(moment)
             check_what_is_left(run)
-    pid = fork(lambda: train(resumed_config(run, []), run), log)
-    assert wait(pid) == 0, log.read_text()
+    assert wait(fork(partial(go_on, run, "", 0), log)) == 0, log.read_text()
     assert_same(run, undisturbed)
-    assert {*MOMENTS} - {*killed} == set(), "these moments did not come"
-    assert [path for pattern in LEFTOVERS for path in run.glob(pattern)] == []
+    assert wanted - killed == set(), "these moments did not come"
+    assert [*run.rglob(f".*{SUFFIX}")] == []
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:

@@ -4,35 +4,36 @@ import gc
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import FINISHED, PROJECT, TINY, train_tiny
+from conftest import PROJECT, TINY, train_tiny
 from forks import at_call, fork, wait
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from fcn.checkpoints import read_checkpoint
-from fcn.csv_logger import MetricsCSV, read_metrics
+from fcn.checkpoint import best_checkpoint, last_checkpoint, read_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, TrainingError, WeightsError, WriteError
 from fcn.module import SegmentationModule
-from fcn.pictures import dispensable
-from fcn.resume import find_run, whole_checkpoint
-from fcn.runs import best_checkpoint, create_run_folder, last_checkpoint, locked
-from fcn.saving import AtomicCheckpointIO, BestCheckpoint
-from train import resumed_config, train
+from fcn.runs.folder import create_run_folder
+from fcn.runs.metrics import read_metrics
+from fcn.runs.resume import resumed_config
+from fcn.training.fit import find_checkpoint
+from fcn.training.metrics_csv import MetricsCSV
+from fcn.training.optional import optional_file
+from train import train
 
 
 def steps(run: Path) -> list[str]:
@@ -96,7 +97,8 @@ def test_the_newest_whole_checkpoint(
     last.write_bytes(damage(good))
     os.link(last_checkpoint(finished_run), best)
     weights = read_checkpoint(best)["state_dict"]
-    assert whole_checkpoint(tmp_path, weights) == best
+    module: Any = SimpleNamespace(state_dict=lambda: weights)
+    assert find_checkpoint(tmp_path, module) == (best, 4)
     message = capsys.readouterr().out
     assert f"{last} cannot be read: " in message
     assert f"going on from {best}, step 4\n" in message
@@ -104,7 +106,7 @@ def test_the_newest_whole_checkpoint(
 
     best.unlink()
     with pytest.raises(ConfigError, match=f"^resume={tmp_path}: {last} cannot be read") as error:
-        whole_checkpoint(tmp_path, weights)
+        find_checkpoint(tmp_path, module)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -131,19 +133,6 @@ def test_foreign_and_hostile_checkpoints(
         with pytest.raises(ConfigError, match=why):
             train(resumed_config(run, []), run)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_checkpoint_does_not_say_what_to_delete(tmp_path: Path) -> None:
-    """Lightning deletes the best checkpoint before, by the name that a resumed one has for it."""
-    best = BestCheckpoint(run=tmp_path)
-    hostile = str(tmp_path / "checkpoints" / ".." / ".." / "thesis.tex")
-    state = BestCheckpoint(run=tmp_path).state_dict() | {"best_model_score": torch.tensor(0.1)}
-    names = ("best_model_path", "kth_best_model_path", "last_model_path")
-    best.load_state_dict(
-        state | {"best_k_models": {hostile: torch.tensor(0.1)}} | dict.fromkeys(names, hostile)
-    )
-    assert [*best.best_k_models] == [str(best_checkpoint(tmp_path.resolve()))]
-    assert hostile not in map(str, vars(best).values())
 
 
 @pytest.mark.slow
@@ -173,6 +162,12 @@ def begin(*arguments: str) -> None:
     runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
 
 
+def begin_and_get(number: int) -> None:
+    """The process gets a signal in its first step."""
+    at_call(SegmentationModule, "training_step", partial(os.kill, os.getpid(), number))
+    begin("resume=auto")
+
+
 @pytest.mark.slow
 def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -181,24 +176,19 @@ def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     for number, expected in ((signal.SIGUSR1, ["1"]), (signal.SIGTERM, ["1", "2"])):
-
-        def job(number: int = number) -> None:
-            at_call(SegmentationModule, "training_step", lambda: os.kill(os.getpid(), number))
-            begin("resume=auto")
-
         log = tmp_path / f"{number}.log"
-        assert wait(fork(job, log)) == 128 + number, log.read_text()
+        assert wait(fork(partial(begin_and_get, number), log)) == 128 + number, log.read_text()
         (run,) = (tmp_path / "runs" / "tiny").iterdir()
         assert steps(run) == expected
         assert f"go on with: python train.py resume={run.relative_to(tmp_path)}" in log.read_text()
         assert not list(tmp_path.rglob("hpc_ckpt*"))
 
     log = tmp_path / "log"
-    assert wait(fork(lambda: begin("resume=auto"), log)) == 0, log.read_text()
+    assert wait(fork(partial(begin, "resume=auto"), log)) == 0, log.read_text()
     assert steps(run) == ["1", "2", "3", "4"]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = tmp_path / "again"
-    assert wait(fork(lambda: begin("resume=auto"), again)) == 0
+    assert wait(fork(partial(begin, "resume=auto"), again)) == 0
     assert again.read_text() == (
         f"{run.relative_to(tmp_path)} is finished: nothing to do. "
         "Without resume=auto, a new run starts\n"
@@ -207,65 +197,12 @@ def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [*(tmp_path / "runs" / "tiny").iterdir()] == [run]
 
 
-def test_which_run_is_gone_on_with(tmp_path: Path) -> None:
-    def make(name: str, overrides: list[str], status: str | None = None) -> Path:
-        run = tmp_path / name
-        (run / "checkpoints").mkdir(parents=True)
-        last_checkpoint(run).touch()
-        (run / "overrides.yaml").write_text(json.dumps(overrides))
-        if status:
-            (run / "summary.json").write_text(json.dumps({"status": status}))
-        return run
-
-    def found(command: list[str], *, named: str = "", main: bool = True) -> Path | None:
-        new = tmp_path / (named or "2027")
-        return find_run(new, [*command, "resume=auto"], named=bool(named), main=main)
-
-    assert found(["a=1"]) is None
-    stopped = make("2026-01", ["a=1"], "stopped")
-    killed = make("2026-02", ["a=1"])
-    assert found(["a=1"]) == killed
-    assert found(["a=1"], named="2026-01") == stopped
-    assert found(["a=1"], named="2026") is None
-    last_checkpoint(killed).unlink()  # killed before there was a checkpoint
-    assert found(["a=1"]) == stopped
-    assert found(["a=2"]) is None
-    finished = make("2026-03", ["a=1"], "finished")
-    assert found(["a=1"]) == stopped
-    shutil.rmtree(stopped)
-    assert found(["a=1"]) == finished
-
-
-def test_a_run_is_trained_by_one_process(tmp_path: Path, finished_run: Path) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    (run / "summary.json").unlink()
-    overrides = list(FINISHED)
-
-    def train_long() -> None:
-        with locked(run):
-            (tmp_path / "begun").touch()
-            time.sleep(60)
-
-    pid = fork(train_long, tmp_path / "log")
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.01)
-    with pytest.raises(ConfigError, match=f"run is being trained by process {pid} on "):
-        train(resumed_config(run, []), run)
-    assert find_run(run, overrides, named=True, main=True) is None
-    assert find_run(run, overrides, named=True, main=False) == run
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
-    assert find_run(run, overrides, named=True, main=True) == run  # a lock ends with its process
-    with locked(run):
-        pass
-    assert not (run / ".lock").exists()
-
-
 @pytest.mark.slow
 def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
-    pids = [fork(lambda: train_tiny(tmp_path / "runs" / "now"), log) for log in logs]
-    assert [wait(pid) for pid in pids] == [0, 0], "".join(log.read_text() for log in logs)
+    work = partial(train_tiny, tmp_path / "runs" / "now")
+    processes = [fork(work, log) for log in logs]
+    assert [wait(p) for p in processes] == [0, 0], "".join(log.read_text() for log in logs)
     one, two = sorted((tmp_path / "runs").iterdir())
     assert (one.name, two.name) == ("now", "now_2")
     for run in (one, two):
@@ -279,24 +216,26 @@ def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 100 MB: room for one checkpoint of a tiny run, not for two."""
+    """A file system of 4 MB, which a test can fill."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_full_disk(small_disk: Path) -> None:
-    run = small_disk / "run"
-    every = "callbacks.checkpoint_every_n_steps=1"
+def test_full_disk(small_disk: Path, finished_run: Path) -> None:
+    """There is room for one checkpoint, not for two."""
+    run, size = small_disk / "run", last_checkpoint(finished_run).stat().st_size
+    (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free - size * 3 // 2))
+    every = "callbacks.last_checkpoint.every_n_steps=1"
     with pytest.raises(WriteError) as error:
         train_tiny(run, every)
     message = str(error.value)
     assert (
-        f"{last_checkpoint(run)} cannot be written: No space left on device; it needs 7" in message
+        f"{last_checkpoint(run)} cannot be written: No space left on device; it needs 2" in message
     )
     assert message.endswith(f"go on with: python train.py resume={run}")
     assert len(message.splitlines()) == 2
@@ -324,7 +263,7 @@ def test_full_disk_for_rows_and_pictures(small_disk: Path) -> None:
     rows = read_metrics(csv.path)
     assert [row["step"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
     why = r"panels cannot be written \(No space.*training goes on"
-    with pytest.warns(UserWarning, match=why), dispensable(small_disk / "panels"):
+    with pytest.warns(UserWarning, match=why), optional_file(small_disk / "panels"):
         (small_disk / "picture.png").write_bytes(bytes(1 << 20))
 
 
@@ -337,23 +276,6 @@ def test_read_only_folder(small_disk: Path, finished_run: Path) -> None:
         create_run_folder(small_disk / "new" / "run")
 
 
-def test_limit_of_a_quota(tmp_path: Path) -> None:
-    """As a full disk, on any machine: the system refuses a file of more than so many bytes."""
-    saver, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    saver.save_checkpoint({"step": 1}, path)
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-    try:
-        with pytest.raises(
-            WriteError, match=r"last\.ckpt cannot be written: File too large.* 4\.0 MB"
-        ):
-            saver.save_checkpoint({"a": [{"b": torch.zeros(10**6)}]}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [*tmp_path.iterdir()] == [path]
-
-
 @pytest.mark.parametrize("every", [1, 100])
 def test_folder_deleted_under_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
@@ -363,7 +285,7 @@ def test_folder_deleted_under_the_run(
     at_call(SegmentationModule, "training_step", lambda: shutil.rmtree(run), patch=monkeypatch)
     with pytest.raises(WriteError, match=f"{run}/.* cannot be written: .*there is no folder {run}"):
         train_tiny(
-            run, f"callbacks.checkpoint_every_n_steps={every}", "trainer.log_every_n_steps=2"
+            run, f"callbacks.last_checkpoint.every_n_steps={every}", "trainer.log_every_n_steps=2"
         )
     assert not run.exists()
 
@@ -429,30 +351,30 @@ def check_loader_error(run: Path, *options: str, saved: int) -> None:
 # Long runs
 
 
+def grow(folder: Path) -> None:
+    """A run that measures itself at each validation."""
+    measured: list[tuple[int, int, int]] = []
+    start = SegmentationModule.on_validation_epoch_start
+
+    def measure(self: SegmentationModule) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files, young = len(os.listdir("/proc/self/fd")), len(gc.get_objects())
+        measured.append((pages * os.sysconf("SC_PAGE_SIZE"), files, young))
+        start(self)
+
+    SegmentationModule.on_validation_epoch_start = measure  # type: ignore[method-assign]
+    options = ["trainer.max_steps=60", "trainer.val_check_interval=3", "data.batch_size=1"]
+    train_tiny(folder / "run", *options, "callbacks.panels.images=1", curves=True)
+    (folder / "measured.json").write_text(json.dumps(measured))
+
+
 @pytest.mark.slow
 def test_a_run_does_not_grow(tmp_path: Path) -> None:
-    """Resident memory and open files over 100 steps with 20 validations and their pictures."""
-    log = tmp_path / "log"
-
-    def grow() -> None:
-        measured: list[tuple[int, int, int]] = []
-        start = SegmentationModule.on_validation_epoch_start
-
-        def measure(self: SegmentationModule) -> None:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            files, young = len(os.listdir("/proc/self/fd")), len(gc.get_objects())
-            measured.append((pages * os.sysconf("SC_PAGE_SIZE"), files, young))
-            start(self)
-
-        SegmentationModule.on_validation_epoch_start = measure  # type: ignore[method-assign]
-        options = ["trainer.max_steps=100", "trainer.val_check_interval=5", "data.batch_size=1"]
-        train_tiny(tmp_path / "run", *options, "callbacks.panel_images=1")
-        (tmp_path / "measured.json").write_text(json.dumps(measured))
-
+    """Resident memory and open files over 60 steps with 20 validations and their pictures."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads /proc")
-    with warnings.catch_warnings():
-        assert wait(fork(grow, log)) == 0, log.read_text()
+    log = tmp_path / "log"
+    assert wait(fork(partial(grow, tmp_path), log)) == 0, log.read_text()
     memory, files, objects = zip(*json.loads((tmp_path / "measured.json").read_text()), strict=True)
     assert len(memory) == 20
     assert max(memory[10:]) - max(memory[5:10]) < 20e6, memory
