@@ -1,26 +1,33 @@
 """Two processes with half the batch each are one process: the same weights, the same scores."""
 
-import json
 import os
+import runpy
 import signal
-import subprocess
+import socket
 import sys
 import time
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import PROJECT, TINY, compose_config, train_tiny
+from forks import fork, wait
+from hydra.types import RunMode
+from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import DictConfig
 
+from evaluate import evaluate
+from fcn.checkpoint import last_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
-from fcn.errors import DataError
+from fcn.errors import ConfigError, DataError
 from fcn.runs.metrics import read_metrics
+from train import build_data_and_module, build_trainer
 
 pytestmark = pytest.mark.slow
-PROJECT = Path(__file__).resolve().parents[1]
 SETTINGS = [
-    *TINY,
     "model.dropout=0",  # each process drops other units than one process would
     "data.dataset.val_length=5",  # odd: Lightning's own sampler would count an image twice
     "optimizer.momentum=0.9",
@@ -29,38 +36,46 @@ SETTINGS = [
     "trainer.gradient_clip_val=1",
     "scheduler=poly",
 ]
-PAIR = ("trainer=ddp", "trainer.devices=2")
+PAIR = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "train.py"), *SETTINGS, *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def in_process(rank: int, port: int, run: Path, overrides: list[str]) -> None:
+    """Train as torchrun would start it: one process of two."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in (ranks | place).items()})
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    rank_zero_only.rank = rank  # Lightning reads it when it is imported
+    sys.argv = ["train.py", *TINY, *SETTINGS, *overrides, *PAIR, f"hydra.run.dir={run}"]
+    runpy.run_path(str(PROJECT / "train.py"), run_name="__main__")
 
 
-def the_run(folder: Path) -> Path:
-    """The only run folder that was made."""
-    (run,) = (folder / "runs" / "tiny").iterdir()
-    return run
+def start(folder: Path, *overrides: str) -> list[BaseProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        fork(
+            partial(in_process, rank, port, folder / "run", list(overrides)), folder / f"{rank}.log"
+        )
+        for rank in (0, 1)
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(last_checkpoint(run), weights_only=True)["state_dict"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """A run of one process at batch 4, one of two at batch 2, and what the two printed."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    processes = start(one, "data.batch_size=4"), start(two, "data.batch_size=2", *PAIR)
-    outputs = [p.communicate(timeout=120)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    return the_run(one), the_run(two), outputs[1]
+    folder = tmp_path_factory.mktemp("ddp")
+    processes = start(folder, "data.batch_size=2")
+    train_tiny(folder / "one", *SETTINGS, "data.batch_size=4")
+    codes = [wait(process) for process in processes]
+    output = "".join((folder / f"{rank}.log").read_text() for rank in (0, 1))
+    assert codes == [0, 0], output
+    return folder / "one", folder / "run", output
 
 
 def test_two_processes_learn_what_one_does(runs: tuple[Path, Path, str]) -> None:
@@ -74,13 +89,9 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, Path, str]) -> None
 
 
 def weights_before_training() -> dict[str, torch.Tensor]:
-    from conftest import compose_config
-
-    from train import build_module, open_data
-
-    cfg = compose_config("train", *SETTINGS)
+    cfg = compose_config("train", *TINY, *SETTINGS)
     torch.manual_seed(cfg.seed)
-    return build_module(cfg, open_data(cfg)).state_dict()
+    return build_data_and_module(cfg)[1].state_dict()
 
 
 def test_losses_and_gradients_are_of_all_processes(runs: tuple[Path, Path, str]) -> None:
@@ -91,13 +102,13 @@ def test_losses_and_gradients_are_of_all_processes(runs: tuple[Path, Path, str])
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4), name
 
 
-def test_scores_of_an_odd_split_are_those_of_one_process(runs: tuple[Path, Path, str]) -> None:
+def test_scores_of_an_odd_split_are_those_of_one_process(
+    runs: tuple[Path, Path, str], tmp_path: Path
+) -> None:
     """The same checkpoint, scored by two processes in training and by one in evaluate.py."""
     _, two, _ = runs
-    command = [sys.executable, "evaluate.py", f"ckpt={two}/checkpoints/last.ckpt"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=PROJECT, env=environment, check=True, capture_output=True)
-    metrics = json.loads((two / "evaluation" / "metrics.json").read_text())
+    output = f"output={tmp_path}"
+    metrics = evaluate(compose_config("evaluate", f"ckpt={last_checkpoint(two)}", output))
     last = read_metrics(two / "metrics.csv")[-1]
     assert metrics["images"] == 5
     for name in ("miou", "pixel_acc", "mean_acc", "fwiou", "loss"):
@@ -109,34 +120,34 @@ def test_one_process_writes(runs: tuple[Path, Path, str]) -> None:
     assert output.count("run folder:") == 1
     assert output.count("val loss") == 1
     assert "10 images to train on, 5 to validate on; 2 x cpu" in output
-    assert sorted(p.name for p in two.parents[2].iterdir()) == ["runs"]
+    names = {"0.log", "1.log", "one", "run"}
+    assert {path.name for path in two.parent.iterdir()} == names
 
 
 def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
-    number = signal.SIGTERM
-    process = start(tmp_path, *PAIR, "trainer.max_epochs=100000", "trainer.log_every_n_steps=1")
-    csv: list[Path] = []
-    end = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < end:
-        csv = list(tmp_path.glob("runs/tiny/*/metrics.csv"))
-        if csv and len(read_metrics(csv[0])) >= 2:
-            process.send_signal(number)
-            break
+    number, run = signal.SIGTERM, tmp_path / "run"
+    processes = start(tmp_path, "trainer.max_epochs=100000", "trainer.log_every_n_steps=1")
+    csv, end = run / "metrics.csv", time.monotonic() + 60
+    while not csv.exists() or len(read_metrics(csv)) < 2:
+        assert time.monotonic() < end
         time.sleep(0.01)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, output
-    assert f"stopped by {signal.Signals(number).name}" in output
-    run = the_run(tmp_path)
-    step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert read_metrics(run / "metrics.csv")[-1]["step"] == str(step)
+    assert processes[0].pid
+    os.kill(processes[0].pid, number)
+    # Only the first has an exit code: one of another would kill the first before its end.
+    assert [wait(process, 60) for process in processes] == [128 + number, 0]
+    assert f"stopped by {signal.Signals(number).name}" in (tmp_path / "0.log").read_text()
+    step = torch.load(last_checkpoint(run), weights_only=True)["global_step"]
+    assert read_metrics(csv)[-1]["step"] == str(step)
 
 
-def test_a_sweep_over_several_devices_is_refused(tmp_path: Path) -> None:
-    process = start(tmp_path, *PAIR, "-m")
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
-    assert "trainer.devices=2 in a sweep" in output
-    assert "Traceback" not in output
+def test_a_sweep_over_several_devices_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose_config("train", *TINY, *PAIR)
+    monkeypatch.setattr("train.HydraConfig.initialized", lambda: True)
+    monkeypatch.setattr("train.HydraConfig.get", lambda: DictConfig({"mode": RunMode.MULTIRUN}))
+    with pytest.raises(ConfigError, match=r"^trainer\.devices=2 in a sweep"):
+        build_trainer(cfg, tmp_path, 0, [])
 
 
 class Process:
