@@ -121,7 +121,7 @@ HOSTILE: dict[str, Any] = {
     "borrowed from our module": {"_target_": "fcn.runs.subprocess.call", "args": ["touch"]},
     "borrowed from a data set": {"dataset": {"_target_": "fcn.datasets.voc2012.Path"}},
     "our own, but no data": {"dataset": {"class": "fcn.files.write_text", "path": "hacked"}},
-    "not for data": {"_target_": "fcn.csv_logger.MetricsCSV", "path": "hacked"},
+    "not for data": {"_target_": "fcn.training.metrics_csv.MetricsCSV", "path": "hacked"},
     "another group": {"defaults": [{"/logger@_here_": "wandb"}], "save_dir": "hacked"},
     "resolver": {"dataset": RESOLVER},
 }
