@@ -108,7 +108,7 @@ def torchfcn_models() -> Iterator[ModuleType]:
     """torchfcn.models; the rest of the package wants others that are not needed here."""
     spec = find_spec("torchfcn")
     if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("no torchfcn: pip install --no-deps -r requirements-test.txt")
+        pytest.skip("no torchfcn: pip install --no-deps -r requirements/torchfcn.txt")
     with pytest.MonkeyPatch.context() as patch:
         package = ModuleType("torchfcn")
         package.__path__ = list(spec.submodule_search_locations)
