@@ -10,33 +10,50 @@ pictures are made in report_images.py.
 """
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fcn.datasets import SegmentationDataset
-from fcn.evaluation.report_images import make_gallery
+from fcn.evaluation.boundaries import WIDTHS
+from fcn.evaluation.report_images import choose_images, describe_image, encode
 from fcn.evaluation.result import Result
 from fcn.figures.masks import Palette
 from fcn.files import write_text
 
 LARGEST = 19_500_000  # bytes of the file: below 20 MB, whether these are 10^6 or 2^20 bytes
-DENSE = 32  # with more classes, cells of the confusion matrix are small and show no numbers
+AROUND = 4000  # bytes for titles and texts around the images
+# Longest side of a picture in pixels, and WebP quality: the first of these that leaves room for all
+# images.
+SIZES = ((480, 82), (400, 76), (320, 70), (240, 60), (160, 50), (96, 35))
 LEFT, RIGHT, TOP, BOTTOM = 34, 344, 16, 186  # edges of the boundary curve, in units of its SVG
 
 
+def percent(value: float, sign: str = "") -> str:
+    """A fraction in percent with one decimal; `sign="+"` shows the sign of positive ones too.
+
+    NaN, where there was nothing to divide by, is a dash.
+    """
+    return "–" if math.isnan(value) else f"{100 * value:{sign}.1f}".replace("-", "−")
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("fcn.evaluation"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"percent": percent, "sortable": "{:.6f}".format}
+TEMPLATES.tests["absent"] = math.isnan
+
+
 def write_report(
-    path: Path,
-    results: Sequence[Result],
-    data: SegmentationDataset,
-    *,
-    images: int,
-    command: str,
+    path: Path, results: Sequence[Result], data: SegmentationDataset, *, images: int, command: str
 ) -> None:
     """Write one evaluation, or the comparison of two on the same images.
 
@@ -51,31 +68,20 @@ def write_report(
     Raises:
         WriteError: the file cannot be written.
     """
-    letters = ("A", "B") if len(results) > 1 else ("",)
     names = [run_name(Path(result.metrics["checkpoint"])) for result in results]
+    lettered = {"": results[0]} if len(results) == 1 else dict(zip("AB", results, strict=True))
     content = {
         "title": " against ".join(names) if len(names) > 1 else f"Evaluation of {names[0]}",
-        "results": [
-            {"letter": letter, "metrics": result.metrics}
-            for letter, result in zip(letters, results, strict=True)
-        ],
-        **_classes(results, data.palette),
-        **_boundaries(results, letters),
-        "confusion": [_heat_map(*pair) for pair in zip(results, letters, strict=True)],
+        "results": lettered,
+        "curve": _boundary_curve(lettered),
         "void": data.void,
         "command": command,
+        **_classes(results, data.palette),
     }
-    templates = _templates()
-    page, figure = templates.get_template("report.html"), templates.get_template("macros.html")
+    page = TEMPLATES.get_template("report.html")
     empty = page.render(content, gallery={"chosen": 1, "shown": 0, "groups": []})
-    gallery = make_gallery(
-        results,
-        data,
-        wanted=images,
-        budget=LARGEST - len(ascii_html(empty)),
-        render=lambda image: ascii_html(figure.module.figure(image)),  # type: ignore[attr-defined]
-    )
-    write_text(path, ascii_html(page.render(content, gallery=gallery)))
+    gallery = _gallery(lettered, data, images, LARGEST - len(_ascii_html(empty)))
+    write_text(path, _ascii_html(page.render(content, gallery=gallery)))
 
 
 def run_name(checkpoint: Path) -> str:
@@ -86,7 +92,7 @@ def run_name(checkpoint: Path) -> str:
     return checkpoint.name
 
 
-def ascii_html(html: str) -> Markup:
+def _ascii_html(html: str) -> Markup:
     """HTML with a character reference for each character beyond ASCII.
 
     Lone surrogates get one too: names of files need not be UTF-8.
@@ -94,37 +100,52 @@ def ascii_html(html: str) -> Markup:
     return Markup(html.encode("ascii", "xmlcharrefreplace").decode("ascii"))
 
 
-def absent(value: float | None) -> bool:
-    """Whether there is no score, because there was nothing to divide by."""
-    return value is None or math.isnan(value)
+def _gallery(
+    results: Mapping[str, Result], data: SegmentationDataset, wanted: int, room: int
+) -> dict[str, Any]:
+    """The images that tell most: a third each of the worst, the median and the best.
+
+    Images of a comparison are ranked by the change from A to B. With many images, pictures get
+    smaller; an image that is too large even then is left out.
+
+    Returns:
+        `groups` of (title, HTML of each figure), how many were `chosen`, and how many are `shown`.
+    """
+    miou = np.array([[row[2] for row in result.images.rows] for result in results.values()])
+    titles, ranking = ("Worst", "Median", "Best"), miou[0]  # (N,)
+    if len(results) > 1:
+        titles, ranking = ("B loses most", "Median", "B gains most"), miou[1] - miou[0]
+    chosen = choose_images(ranking.tolist(), wanted)
+    count = sum(map(len, chosen))
+    share = (room - AROUND) // max(1, count)  # bytes for each image
+    groups = []
+    for title, indices in zip(titles, chosen, strict=True):
+        figures = [_figure(results, data, index, share) for index in indices]
+        groups.append((title, [figure for figure in figures if figure]))
+    return {"groups": groups, "chosen": count, "shown": sum(len(html) for _, html in groups)}
 
 
-def percent(value: float | None, sign: str = "") -> str:
-    """A fraction in percent with one decimal; `sign="+"` shows the sign of positive ones too."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{100 * value:{sign}.1f}".replace("-", "−")
-
-
-@cache  # compiling them takes longer than filling them in
-def _templates() -> Environment:
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"percent": percent, "sortable": "{:.6f}".format}
-    templates.tests["absent"] = absent
-    return templates
+def _figure(
+    results: Mapping[str, Result], data: SegmentationDataset, index: int, largest: int
+) -> Markup:
+    """HTML of one image in the best quality that `largest` bytes allow; empty if none does."""
+    render: Any = TEMPLATES.get_template("macros.html").module
+    image = describe_image(results, data, index)
+    for side, quality in SIZES:
+        pictures = {
+            key: encode(f"i{index}-{key}", *picture, side, quality)
+            for key, picture in image["pictures"].items()
+        }
+        html = _ascii_html(render.figure(image | {"pictures": pictures}))
+        if len(html) <= largest:
+            return html
+    return Markup()
 
 
 def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
     """The table of classes: `columns` with their kind, and in `classes` a row for each class."""
     confusion = results[-1].confusion.double().cpu().numpy()  # (K, K)
     correct, labelled = confusion.diagonal(), confusion.sum(1)  # (K,)
-    wrong = confusion - np.diag(correct)
     ious = [np.array(list(result.metrics["iou"].values()), np.float64) for result in results]
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN
         accuracy, precision = correct / labelled, correct / confusion.sum(0)
@@ -137,69 +158,47 @@ def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
         columns.append(("precision", "bar", precision))
     columns.append(("of all pixels", "plain", share))
 
+    taken = confusion / np.maximum(labelled, 1)[:, None]  # (K, K): shares of each label
+    np.fill_diagonal(taken, 0)
     names = list(results[0].metrics["iou"])
-    rows = []
-    for k, name in enumerate(names):
-        other = int(wrong[k].argmax())
-        rows.append(
-            {
-                "name": name,
-                "colour": palette[k],
-                "cells": [float(values[k]) for _, _, values in columns],
-                "confused_with": names[other],
-                "confused_share": wrong[k, other] / max(labelled[k], 1),
-            }
-        )
-    heads = [{"name": name, "kind": kind} for name, kind, _ in columns]
-    return {"columns": heads, "classes": rows}
+    rows = [
+        {
+            "name": name,
+            "colour": palette[k],
+            "cells": [(kind, values[k]) for _, kind, values in columns],
+            "taken_for": names[taken[k].argmax()],
+            "taken_share": taken[k].max(),
+        }
+        for k, name in enumerate(names)
+    ]
+    return {"columns": [name for name, _, _ in columns], "classes": rows}
 
 
-def _boundaries(results: Sequence[Result], letters: Sequence[str]) -> dict[str, Any]:
-    """Mean IoU near boundaries: `boundary`, rows of a table, and `curve`, coordinates of an SVG."""
-    near = [result.metrics["boundary_miou"] for result in results]
-    everywhere = [result.metrics["miou"] for result in results]
-    rows = [{"within": f"{width} px", "scores": [n[width] for n in near]} for width in near[0]]
-    rows.append({"within": "all pixels", "scores": everywhere})
-    known = [value for scores in near for value in scores.values() if not absent(value)]
+def _boundary_curve(results: Mapping[str, Result]) -> dict[str, Any] | None:
+    """Mean IoU near boundaries, as coordinates of an SVG; None if no label has a boundary."""
+    near = {
+        letter: {w: v for w, v in result.metrics["boundary_miou"].items() if not math.isnan(v)}
+        for letter, result in results.items()
+    }
+    known = [value for scores in near.values() for value in scores.values()]
     if not known:
-        return {"boundary": rows, "curve": None}
-
-    low, high = math.floor(10 * min(known + everywhere)), math.ceil(10 * max(known + everywhere))
+        return None
+    known += [result.metrics["miou"] for result in results.values()]
+    low, high = math.floor(10 * min(known)), math.ceil(10 * max(known))
     high = max(high, low + 1)  # tenths of mean IoU at the ends of the vertical axis
 
     def y(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (10 * value - low) / (high - low), 1)
 
-    widest = math.log(max(map(int, near[0])))  # the horizontal axis is logarithmic
-    x = {w: round(LEFT + (RIGHT - LEFT) * math.log(int(w)) / widest, 1) for w in near[0]}
+    # The horizontal axis is logarithmic.
+    x = {str(w): round(LEFT + (RIGHT - LEFT) * math.log(w, WIDTHS[-1]), 1) for w in WIDTHS}
     lines = [
         {
             "letter": letter,
-            "points": [(x[w], y(value)) for w, value in scores.items() if not absent(value)],
-            "all_pixels": y(total),
+            "points": [(x[width], y(value)) for width, value in near[letter].items()],
+            "all_pixels": y(result.metrics["miou"]),
         }
-        for letter, scores, total in zip(letters, near, everywhere, strict=True)
+        for letter, result in results.items()
     ]
     ticks = [{"percent": 10 * tenth, "y": y(tenth / 10)} for tenth in range(low, high + 1)]
-    return {"boundary": rows, "curve": {"ticks": ticks, "widths": x, "lines": lines}}
-
-
-def _heat_map(result: Result, letter: str) -> dict[str, Any]:
-    """A confusion matrix: pixel counts, and the text and depth of colour of each cell."""
-    counts: list[list[int]] = result.confusion.tolist()
-    rows = []
-    for label, row in enumerate(counts):
-        shares = [count / max(1, sum(row)) for count in row]
-        rows.append([_heat_cell(share, label == k) for k, share in enumerate(shares)])
-    return {"letter": letter, "counts": counts, "rows": rows, "dense": len(counts) > DENSE}
-
-
-def _heat_cell(share: float, correct: bool) -> dict[str, str]:
-    """A cell of the diagonal has the class `d`; one that is dark, and needs light text, has `f`."""
-    depth = math.sqrt(share)
-    kinds = ["d"] * correct + ["f"] * (depth > 0.62)
-    return {
-        "classes": " ".join(kinds),
-        "depth": f"{depth:.2f}" if share else "",
-        "percent": f"{100 * share:.0f}" if share >= 0.005 else "",
-    }
+    return {"ticks": ticks, "widths": x, "lines": lines}
