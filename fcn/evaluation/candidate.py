@@ -63,19 +63,10 @@ def open_candidate(
     """
     checkpoint = read_checkpoint(path)
     precision = precision or checkpoint["precision"]
-    trainer = _open_trainer(accelerator, precision)
-    module = SegmentationModule.load_from_checkpoint(path)
-    cast_weights(module.network, precision)
-    if wrap is not None:
-        module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
-    return Candidate(path, checkpoint, module, trainer)
-
-
-def _open_trainer(accelerator: str, precision: str) -> pl.Trainer:
     check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
     check_choice("precision", precision, PRECISIONS)
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
             precision=precision,  # type: ignore[arg-type]
@@ -85,6 +76,11 @@ def _open_trainer(accelerator: str, precision: str) -> pl.Trainer:
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
+    module = SegmentationModule.load_from_checkpoint(path)
+    cast_weights(module.network, precision)
+    if wrap is not None:
+        module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
+    return Candidate(path, checkpoint, module, trainer)
 
 
 def checkpoint_data(
@@ -134,14 +130,13 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
     """
     first, *others = (candidate.module.class_names for candidate in candidates)
     for other in others:
-        if other != first:
-            raise ConfigError(
-                f"compare: A knows {_some(first)}, B {_some(other)}: they must be the same"
-            )
-    if list(classes) != first:
-        raise ConfigError(
-            f"the checkpoint knows {_some(first)}, the data {_some(classes)}: they must be the same"
-        )
+        _check_same("compare: A", first, "B", other)
+    _check_same("the checkpoint", first, "the data", classes)
+
+
+def _check_same(a: str, names: Sequence[str], b: str, others: Sequence[str]) -> None:
+    if list(names) != list(others):
+        raise ConfigError(f"{a} knows {_some(names)}, {b} {_some(others)}: they must be the same")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,12 +21,7 @@ from fcn.files import write_json, write_text, writing
 
 
 def write_folder(
-    output: Path,
-    results: Sequence[Result],
-    data: SegmentationDataset,
-    *,
-    images: int,
-    command: str,
+    output: Path, results: Sequence[Result], data: SegmentationDataset, *, images: int, command: str
 ) -> dict[str, Any]:
     """Write one evaluation, or the comparison of two, which has no CSV files.
 
@@ -43,13 +38,12 @@ def write_folder(
     """
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    metrics = results[0].metrics if len(results) == 1 else compare(results)
+    metrics = results[0].metrics if len(results) == 1 else compare(*results)
     write_json(output / "metrics.json", metrics)
     if len(results) == 1:
         write_confusion(output / "confusion.csv", results[0].confusion, list(metrics["iou"]))
         write_images(output / "images.csv", results[0].images.rows)
-    report = output / "report.html"
-    write_report(report, results, data, images=images, command=command)
+    write_report(output / "report.html", results, data, images=images, command=command)
     return metrics
 
 
@@ -63,7 +57,7 @@ def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -
     """
     names = [escape_formula(name) for name in class_names]
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-    _write(path, ["label", *names], rows)
+    _write(path, [["label", *names], *rows])
 
 
 def write_images(path: Path, images: Iterable[tuple[str, float, float]]) -> None:
@@ -77,7 +71,7 @@ def write_images(path: Path, images: Iterable[tuple[str, float, float]]) -> None
         [escape_formula(name), *("" if math.isnan(score) else score for score in scores)]
         for name, *scores in images
     )
-    _write(path, ["id", "pixel_acc", "miou"], rows)
+    _write(path, [["id", "pixel_acc", "miou"], *rows])
 
 
 def escape_formula(name: str) -> str:
@@ -88,9 +82,7 @@ def escape_formula(name: str) -> str:
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
-def _write(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(head)
-    writer.writerows(rows)
+    csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())

@@ -133,8 +133,8 @@ def _figure(
     image = describe_image(results, data, index)
     for side, quality in SIZES:
         pictures = {
-            key: encode(f"i{index}-{key}", *picture, side, quality)
-            for key, picture in image["pictures"].items()
+            key: encode(f"i{index}-{key}", alt, pixels, side, quality)
+            for key, (alt, pixels) in image["pictures"].items()
         }
         html = _ascii_html(render.figure(image | {"pictures": pictures}))
         if len(html) <= largest:

@@ -7,7 +7,6 @@ evaluate.py calls it for each checkpoint.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -72,9 +71,9 @@ def score(candidate: Candidate, loader: DataLoader, *, keep: bool = False) -> Re
     return Result(metrics, module.confusion.compute(), images)
 
 
-def compare(results: Sequence[Result]) -> dict[str, Any]:
+def compare(first: Result, second: Result) -> dict[str, Any]:
     """metrics.json of a comparison: the metrics of A, those of B, and B minus A."""
-    a, b = (result.metrics for result in results)
+    a, b = first.metrics, second.metrics
     difference: dict[str, Any] = {name: b[name] - a[name] for name in SCORES}
     for group in ("iou", "boundary_miou"):
         difference[group] = {name: b[group][name] - a[group][name] for name in a[group]}

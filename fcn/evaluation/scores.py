@@ -19,13 +19,11 @@ from fcn.evaluation.boundaries import WIDTHS, band_confusions
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
 
-MOST_WAITING = 8  # images whose scores may still be due, so that memory does not fill up
-
 
 class ImageScores(Callback):
     """Scores of each image, in the order of the loader, and of the pixels near boundaries.
 
-    A thread computes them while the network sees the next image.
+    A thread computes them while the network sees the next batch.
 
     Args:
         keep: also keep the predictions, compressed: some 10 KB for a photograph of VOC.
@@ -49,28 +47,30 @@ class ImageScores(Callback):
         pl_module: pl.LightningModule,
         outputs: Any,
         batch: Mapping[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
     ) -> None:
-        """Hand the images of a batch to the thread."""
+        """Hand the images of a batch to the thread, once it has scored those before."""
+        self._wait()
         assert isinstance(pl_module, SegmentationModule)
         masks = batch["mask"].cpu().numpy()  # (N, H, W) uint8
         predictions = outputs["prediction"].cpu().numpy()  # (N, H, W) uint8
         classes, void = len(pl_module.class_names), pl_module.void
         for name, mask, prediction in zip(batch["id"], masks, predictions, strict=True):
             if len(masks) > 1:  # the batch was padded with void, which would make a boundary
-                mask, prediction = without_padding(mask, prediction, void)
-            image = (name, mask, prediction, classes, void)
-            self._pending.append(self._pool.submit(self.add, *image))
-        while self._pending and (self._pending[0].done() or len(self._pending) > MOST_WAITING):
-            self._pending.pop(0).result()
+                part = without_padding(mask, void)
+                mask, prediction = mask[part], prediction[part]
+            self._pending.append(self._pool.submit(self.add, name, mask, prediction, classes, void))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
+        """Score the last batch."""
+        self._wait()
+        self._pool.shutdown()
+
+    def _wait(self) -> None:
         """Wait for the thread, and raise what went wrong in it."""
         for future in self._pending:
             future.result()
         self._pending = []
-        self._pool.shutdown()
 
     def add(
         self, name: str, mask: np.ndarray, prediction: np.ndarray, classes: int, void: int
@@ -107,18 +107,12 @@ class ImageScores(Callback):
         return full
 
 
-def without_padding(
-    mask: np.ndarray, prediction: np.ndarray, void: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut off the rows at the bottom and the columns at the right that are void throughout.
+def without_padding(mask: np.ndarray, void: int) -> tuple[slice, slice]:
+    """The part of a mask (H, W) without the rows and columns at its end that are all void.
 
-    Args:
-        mask, prediction: (H, W).
-        void: the label of padding.
+    A mask that is void everywhere is kept as it is.
     """
-    known = mask != void
-    height, width = mask.shape
-    if known.any():
-        height = int(np.flatnonzero(known.any(1))[-1]) + 1
-        width = int(np.flatnonzero(known.any(0))[-1]) + 1
-    return mask[:height, :width], prediction[:height, :width]
+    rows, columns = np.nonzero(mask != void)
+    if len(rows) == 0:
+        return slice(None), slice(None)
+    return slice(rows.max() + 1), slice(columns.max() + 1)
