@@ -106,7 +106,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if is_published(checkpoint):
         return published_checkpoint(checkpoint)
     names = {"state_dict", *SETTINGS}
-    missing = names - set(checkpoint) if isinstance(checkpoint, dict) else names
+    missing = names.difference(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise WeightsError(
             f"{path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
@@ -286,23 +286,18 @@ def published_checkpoint(
         pool_scales: `AT_ONCE` for the FCN-8s that was trained at once. Its file looks just like
             that of the FCN-8s trained in stages: python -m fcn.published tells them apart.
     """
-    network = {
-        "stride": next((s for s in (8, 16) if f"upscore{s}.weight" in state), 32),
-        "backbone": "vgg16",
-        "head_width": state["fc6.bias"].numel() if "fc6.bias" in state else 4096,
-        "pool_scales": list(pool_scales),
-        "alignment": "caffe",
-    }
+    dataset = {"class": "fcn.datasets.voc2012.VOC2012"}
     return {
         "state_dict": {f"network.{name}": value for name, value in from_caffe(state).items()},
-        "hyper_parameters": {"class_names": list(VOC2012.classes), **network},
-        "config": {
-            "data": {
-                "dataset": {"class": "fcn.datasets.voc2012.VOC2012"},
-                "root": "data",
-                "download": True,
-            }
+        "hyper_parameters": {
+            "class_names": list(VOC2012.classes),
+            "stride": next((s for s in (8, 16) if f"upscore{s}.weight" in state), 32),
+            "backbone": "vgg16",
+            "head_width": state["fc6.bias"].numel() if "fc6.bias" in state else 4096,
+            "pool_scales": list(pool_scales),
+            "alignment": "caffe",
         },
+        "config": {"data": {"dataset": dataset, "root": "data", "download": True}},
         "precision": "32-true",
         "global_step": 0,
     }
@@ -313,15 +308,18 @@ def from_caffe(state: StateDict) -> StateDict:
 
     A tensor that has no place in our network keeps its name.
     """
-    renamed = {}
-    for name, value in state.items():
-        layer, dot, kind = name.rpartition(".")
-        renamed[f"{CAFFE_LAYERS.get(layer, layer)}{dot}{kind}"] = value
+    renamed = {rename(name, CAFFE_LAYERS): value for name, value in state.items()}
     first = renamed["stages.0.0.weight"]
     if first.shape[1:2] == (3,):  # (C, 3, 3, 3); what has another shape will be refused anyway
         # Theirs takes BGR from 0 to 255, ours takes RGB from 0 to 1, divided by STD.
         renamed["stages.0.0.weight"] = first.flip(1) * (255 * torch.tensor(STD).view(3, 1, 1))
     return renamed
+
+
+def rename(name: str, layers: Mapping[str, str]) -> str:
+    """The name of a tensor where its layer has another name; as it is for any other layer."""
+    layer, dot, kind = name.rpartition(".")
+    return f"{layers.get(layer, layer)}{dot}{kind}"
 
 
 def _load(path: Path) -> Any:

@@ -99,8 +99,10 @@ def _reader_has_gone() -> bool:
 
 def short_message(error: BaseException) -> str:
     """What our own error says, if one is the cause, or the part of Hydra's message that matters."""
-    known = next((e for e in _causes(error) if isinstance(e, FCNError)), None)
-    return str(known) if known is not None else _of_hydra(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, FCNError):
+        cause = cause.__cause__
+    return _of_hydra(error) if cause is None else str(cause)
 
 
 def quoted(argument: str) -> str:
@@ -200,13 +202,9 @@ def _of_hydra(error: BaseException) -> str:
     key = re.search(r"'([\w.]+)'", first)
     if key and key[1] in RENAMED:
         return f"{key[1]} has a new name: {RENAMED[key[1]]}"
-    options: list[str] = []
-    for number, line in enumerate(lines):
-        if line.startswith("Available options"):
-            end = next((i for i, x in enumerate(lines) if x.startswith("Config search path")), None)
-            options = lines[number + 1 : end]
+    options = re.search(r"(?s)Available options[^\n]*(.*?)(Config search path|$)", str(error))
     if options:
-        return f"{first}\nAvailable: {', '.join(options)}"
+        return f"{first}\nAvailable: {', '.join(options[1].split())}"
     return f"{first}\n`--cfg job` shows every setting, `--help` the groups."
 
 
@@ -217,9 +215,3 @@ def _raised_by_hydra(error: Exception) -> bool:
     """
     *_, (frame, _) = walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -112,19 +112,16 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"{path} cannot be written: {reason(error)}"
+        refused = isinstance(error, PermissionError) and path.exists()
         if not path.parent.is_dir():
             message += f"; there is no folder {path.parent}"
-        elif isinstance(error, PermissionError) and path.exists() and _may_write_in(path.parent):
+        elif refused and os.access(path.parent, os.W_OK):
             message += "; close other programs that have it open (Windows replaces no open file)"
         else:
             need = f"it needs {size / 1e6:,.1f} MB, " if size else ""
             free = shutil.disk_usage(path.parent).free
             message += f"; {need}{free / 1e6:,.1f} MB are free there"
         raise WriteError(message) from error
-
-
-def _may_write_in(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextmanager
@@ -149,22 +146,19 @@ def lock(path: Path, *, timeout: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         # The file is removed while the lock is held. A process that has waited for it then notices
-        # (since filelock 3.21), and makes a new one. Windows does not remove an open file, so there
-        # it is removed after the release.
+        # (since filelock 3.21), and makes a new one. Windows does not remove an open file. There
+        # filelock itself removes it after the release.
         with suppress(OSError):
             path.unlink()
         guard.release()
-        if os.name == "nt":
-            with suppress(OSError):
-                path.unlink()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock at this moment."""
+def is_locked(path: Path, *, timeout: float = 0.0) -> bool:
+    """Whether another process holds the lock, also after this many seconds."""
     if not path.exists():
         return False
     try:
-        with lock(path, timeout=0):
+        with lock(path, timeout=timeout):
             return False
     except LockedError:
         return True

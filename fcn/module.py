@@ -74,12 +74,8 @@ class SegmentationModule(pl.LightningModule):
         if class_names is None:
             class_names = [str(k) for k in range(num_classes)]
         if len(class_names) != num_classes:
-            refuse(
-                "num_classes",
-                num_classes,
-                f"null or {len(class_names)}, the number of class names (background is a class, "
-                "void is not)",
-            )
+            wanted = f"null or {len(class_names)}, the number of class names"
+            refuse("num_classes", num_classes, f"{wanted} (background is a class, void is not)")
         self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
         self.class_names = list(class_names)
@@ -167,12 +163,11 @@ class SegmentationModule(pl.LightningModule):
         # fsum rounds once, so that the sum does not depend on which process saw which image.
         self.val_loss = math.fsum(self.val_losses.compute().flatten().tolist())
         self.val_loss /= max(1, int(confusion.sum()))
-        named = {
-            f"val/{name}": self.scores[name] for name in ("miou", "pixel_acc", "mean_acc", "fwiou")
-        }
-        named |= {
-            f"val/iou/{c}": v for c, v in zip(self.class_names, self.scores["iou"], strict=True)
-        }
+        named: dict[str, float] = {}
+        for name in ("miou", "pixel_acc", "mean_acc", "fwiou"):
+            named[f"val/{name}"] = self.scores[name]
+        for name, iou in zip(self.class_names, self.scores["iou"], strict=True):
+            named[f"val/iou/{name}"] = iou
         named["val/loss"] = self.val_loss
         self.log_dict(named, logger=False)  # for checkpoints and the progress bar, as float32
         for logger in self.loggers:

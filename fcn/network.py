@@ -88,9 +88,8 @@ class FCN(nn.Module):
 
         self.stages = vgg_stages(backbone, pooling, ceil_mode=caffe)
         *_, pool3, pool4, pool5 = stage_widths(self.stages)  # 256, 512 and 512 in VGG-16 and 19
-        self.conv6 = nn.Conv2d(
-            pool5, head_width, head_kernel, padding=0 if caffe else head_kernel // 2
-        )
+        padding = 0 if caffe else head_kernel // 2
+        self.conv6 = nn.Conv2d(pool5, head_width, head_kernel, padding=padding)
         self.conv7 = nn.Conv2d(head_width, head_width, 1)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
@@ -254,18 +253,11 @@ def _crop(x: Tensor, offset: int, size: tuple[int, int] | torch.Size) -> Tensor:
     return x[..., offset : offset + size[0], offset : offset + size[1]]
 
 
-def _upsampling(
-    in_channels: int, out_channels: int, factor: int, caffe: bool
-) -> nn.ConvTranspose2d:
+def _upsampling(channels: int, after: int, factor: int, caffe: bool) -> nn.ConvTranspose2d:
     """Upsampling by exactly `factor`, s, centred: kernel 2s, stride s, padding s/2 (Caffe's: 0)."""
-    return nn.ConvTranspose2d(
-        in_channels,
-        out_channels,
-        2 * factor,
-        stride=factor,
-        padding=0 if caffe else factor // 2,
-        bias=in_channels != out_channels,  # scores got their bias from the layer before
-    )
+    padding = 0 if caffe else factor // 2
+    bias = channels != after  # scores got their bias from the layer before
+    return nn.ConvTranspose2d(channels, after, 2 * factor, factor, padding, bias=bias)
 
 
 def _check_arguments(given: dict[str, Any]) -> None:

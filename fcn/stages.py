@@ -14,7 +14,6 @@ import argparse
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -102,14 +101,12 @@ def run_train(arguments: list[str]) -> int:
         Its exit code; 128 plus the number of the signal that has killed it, as a shell has it.
     """
     process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        handlers = {
-            # Ctrl-C in a terminal reaches train.py by itself, which then saves its state.
-            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-            # A SIGTERM reaches this process alone. Windows has no such signal between processes.
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        }
+    handlers = {
+        # Ctrl-C in a terminal reaches train.py by itself, which then saves its state.
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        # A SIGTERM reaches this process alone. Windows has no such signal between processes.
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
     try:
         code = process.wait()
     finally:

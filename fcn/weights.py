@@ -25,6 +25,7 @@ from fcn.checkpoint import (
     from_caffe,
     is_published,
     read_tensors,
+    rename,
 )
 from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError, check_text
@@ -50,16 +51,14 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
         WeightsError: nothing is found at `source`, or what is there does not fit; nothing has
             been loaded then.
     """
-    state = read_weights(network.backbone, source)
-    own = network.state_dict()
+    state, mean, std = read_weights(network.backbone, source)
     warning = ""
     theirs: dict[str, str] = {}  # our layers with the names that the file has for them
-    may_drop: list[str] = []
     imagenet = any(name.startswith("features.") for name in state)
     if imagenet:
         theirs = torchvision_layers(network)
         state, warning = from_torchvision(network, state)
-        may_miss = [n for n in own if not n.startswith("stages.")]
+        optional = [name for name in network.state_dict() if not name.startswith("stages.")]
     else:
         if is_published(state):
             if network.alignment != "caffe":
@@ -69,40 +68,27 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
                 )
             theirs = {ours: layer for layer, ours in CAFFE_LAYERS.items()}
             state = from_caffe(state)
-        may_miss, may_drop = _new_in_finer_stride(network, state)
+        optional = _new_in_finer_stride(network, state)
 
-    loaded = _refuse_what_does_not_fit(network, source, state, may_miss, may_drop, theirs)
-    with torch.no_grad():
-        for name in own:
-            if name in state:
-                own[name].copy_(state[name])  # float16 becomes float32
-        if imagenet:
-            weight, bias = own["stages.0.0.weight"], own["stages.0.0.bias"]  # (C, 3, 3, 3), (C,)
-            shift = (network.mean.flatten() - torch.tensor(MEAN)) / network.std.flatten()
-            bias += weight.sum((2, 3)) @ shift  # the shift is 0 unless alignment="caffe"
+    _refuse_what_does_not_fit(network, source, state, optional, theirs)
+    network.load_state_dict(state, strict=False)  # float16 becomes float32
+    if imagenet:
+        fold_normalization(network, mean, std)
     if warning:
         log.warning("%s: %s", source, warning)
-    return [layer for layer in head_layers(network) if layer not in loaded]
+    return [layer for layer in head_layers(network) if f"{layer}.weight" not in state]
 
 
 def _refuse_what_does_not_fit(
-    network: FCN,
-    source: str | Path,
-    state: StateDict,
-    may_miss: Sequence[str],
-    may_drop: Sequence[str],
-    theirs: dict[str, str],
-) -> set[str]:
+    network: FCN, source: str | Path, state: StateDict, optional: list[str], theirs: dict[str, str]
+) -> None:
     """Name every tensor that is missing, unexpected, of another shape or not finite.
 
     Args:
         state: what was read, under our names.
-        may_miss: names in the network that need not be in `state`.
-        may_drop: names in `state` that need not be in the network.
+        optional: names that may be in the network alone, or in `state` alone. But a layer must not
+            be there in parts.
         theirs: our layers with the names that the file has for them, for the message.
-
-    Returns:
-        The layers that `state` has values for.
 
     Raises:
         WeightsError: there is such a tensor.
@@ -110,21 +96,16 @@ def _refuse_what_does_not_fit(
     own = network.state_dict()
     both = [name for name in own if name in state]
     loaded = {_layer(name) for name in both}
-
-    def shown(name: str) -> str:
-        return _renamed(name, theirs)
-
+    missing = [n for n in own if n not in state and (n not in optional or _layer(n) in loaded)]
+    misshapen = [n for n in both if state[n].shape != own[n].shape]
     problems = {
-        "missing": [
-            shown(n) for n in own if n not in state and (n not in may_miss or _layer(n) in loaded)
-        ],
-        "unexpected": [shown(n) for n in state if n not in own and n not in may_drop],
+        "missing": [rename(n, theirs) for n in missing],
+        "unexpected": [rename(n, theirs) for n in state if n not in own and n not in optional],
         "wrong shape": [
-            f"{shown(n)} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
-            for n in both
-            if state[n].shape != own[n].shape
+            f"{rename(n, theirs)} {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+            for n in misshapen
         ],
-        "NaN or Inf": [shown(n) for n in both if not state[n].isfinite().all()],
+        "NaN or Inf": [rename(n, theirs) for n in both if not state[n].isfinite().all()],
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
@@ -133,7 +114,6 @@ def _refuse_what_does_not_fit(
             f"fusion={network.fusion}. {listed}. "
             "Do backbone, fusion, number of classes and widths agree, and is its stride no finer?"
         )
-    return loaded
 
 
 def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
@@ -160,15 +140,20 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
     )
 
 
-def read_weights(backbone: str, source: str | Path) -> StateDict:
+def read_weights(
+    backbone: str, source: str | Path
+) -> tuple[StateDict, Sequence[float], Sequence[float]]:
     """The tensors at `source`, under the names they have there (ours without `network.`).
+
+    Returns:
+        The tensors, and the mean and the standard deviation of their normalisation of images.
 
     Raises:
         WeightsError: they cannot be found, fetched or read. The message says what to do.
     """
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
-        return read_tensors(weights)
+        return read_tensors(weights), MEAN, STD
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     cached.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
@@ -193,24 +178,23 @@ def read_weights(backbone: str, source: str | Path) -> StateDict:
     finally:
         socket.setdefaulttimeout(patience)
     transforms = weights.transforms()
-    return fold_normalization(state, transforms.mean, transforms.std)
+    return state, transforms.mean, transforms.std
 
 
-def fold_normalization(state: StateDict, mean: Sequence[float], std: Sequence[float]) -> StateDict:
-    """The same VGG for our normalisation instead of (mean, std): its first convolution changes.
+@torch.no_grad()
+def fold_normalization(network: FCN, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Let a VGG that was trained with (mean, std) see the same images in our normalisation.
 
-    torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has another normalisation than all the rest.
+    For this its first convolution changes. torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has
+    another normalisation than all the rest, and a network with alignment="caffe" has another mean.
     The result is equal inside the image. At its border it differs a little, because the zeros
     around an image stand for the mean, and the two means are almost one grey level apart.
     """
-    if tuple(mean) == MEAN and tuple(std) == STD:
-        return state
-    weight = state["features.0.weight"]  # (C, 3, 3, 3)
-    shift = (torch.tensor(MEAN) - torch.tensor(mean)) / torch.tensor(std)
-    factor = torch.tensor(STD) / torch.tensor(std)
-    bias = state["features.0.bias"] + weight.sum((2, 3)) @ shift
-    weight = weight * factor.view(1, 3, 1, 1)
-    return state | {"features.0.weight": weight, "features.0.bias": bias}
+    weight = network.get_parameter("stages.0.0.weight")  # (C, 3, 3, 3)
+    bias = network.get_parameter("stages.0.0.bias")  # (C,)
+    shift = (network.mean.flatten() - torch.tensor(mean)) / torch.tensor(std)
+    bias.add_(weight.sum((2, 3)) @ shift)
+    weight.mul_(network.std / torch.tensor(std).view(3, 1, 1))
 
 
 def torchvision_layers(network: FCN) -> dict[str, str]:
@@ -228,63 +212,51 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
     """A torchvision VGG's tensors under our names: `features.*`, and the classifier if it fits.
 
     The classifier's first two linear layers become conv6 (7x7) and conv7 (1x1), as in the paper.
-    Its third, for the 1000 classes of ImageNet, is left out. A tensor that has no place in our
-    network keeps its name.
+    Its third, for the 1000 classes of ImageNet, is left out.
 
     Returns:
         The tensors, and a warning that names those of conv6 and conv7 that start at random: their
         linear layer is absent, not finite (torchvision's `*_FEATURES`) or of another width.
     """
     ours = {theirs: layer for layer, theirs in torchvision_layers(network).items()}
-    own = network.state_dict()
     state = {n: v for n, v in state.items() if _layer(n) != "classifier.6"}
-    random = []
-    for layer in ("conv6", "conv7"):
-        linear = torchvision_layers(network)[layer]
+    random: dict[str, str] = {}  # why layers start at random
+    for linear, layer in (("classifier.0", "conv6"), ("classifier.3", "conv7")):
         weight, bias = state.pop(f"{linear}.weight", None), state.pop(f"{linear}.bias", None)
-        shape = own[f"{layer}.weight"].shape  # (C_out, C_in, k, k)
+        shape = network.get_parameter(f"{layer}.weight").shape  # (C_out, C_in, k, k)
         if weight is None or bias is None:
-            random.append((layer, f"no {linear}"))
+            random[layer] = f"no {linear}"
         elif not (weight.isfinite().all() and bias.isfinite().all()):
-            random.append((layer, f"{linear} is not finite"))
+            random[layer] = f"{linear} is not finite"
         elif weight.shape != (shape[0], shape[1:].numel()) or bias.shape != shape[:1]:
-            random.append((layer, f"{linear} is {tuple(weight.shape)}, {layer} {tuple(shape)}"))
+            random[layer] = f"{linear} is {tuple(weight.shape)}, {layer} {tuple(shape)}"
         else:  # (C_out, C_in * k * k) -> (C_out, C_in, k, k): torchvision flattens (C, 7, 7)
             state |= {f"{linear}.weight": weight.view(shape), f"{linear}.bias": bias}
-    renamed = {}
-    for name, value in state.items():
-        new_name = name.replace(_layer(name), ours.get(_layer(name), ""), 1)
-        renamed[new_name if new_name in own else name] = value
+    renamed = {rename(name, ours): value for name, value in state.items()}
     if not random:
         return renamed, ""
-    layers = " and ".join(layer for layer, _ in random)
-    reasons = ", ".join(why for _, why in random)
-    return renamed, f"{layers} start{'s' if len(random) == 1 else ''} at random ({reasons})"
+    start = f"{' and '.join(random)} start{'s' if len(random) == 1 else ''}"
+    return renamed, f"{start} at random ({', '.join(random.values())})"
 
 
-def _new_in_finer_stride(network: FCN, state: StateDict) -> tuple[list[str], list[str]]:
-    """What may be missing and what may be left over where a coarser FCN starts a finer one.
+def _new_in_finer_stride(network: FCN, state: StateDict) -> list[str]:
+    """What may be missing, and what may be left over, where a coarser FCN starts a finer one.
 
     From FCN-32s to FCN-16s these are the skip at pool4 with its upsampling and the last upsampling
     to the image, and the last upsampling of FCN-32s.
     """
     strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
     if len(strides) != 1 or strides[0] <= network.stride:
-        return [], []
+        return []
     new_pools = SKIPS[network.stride][len(SKIPS[strides[0]]) :]
     new_layers = [f"upsample.to_image_{network.stride}"]
     new_layers += [f"{part}{pool}" for pool in new_pools for part in ("skips.", "upsample.to_")]
-    may_miss = [n for n in network.state_dict() if _layer(n) in new_layers]
-    return may_miss, [n for n in state if n.startswith(f"upsample.to_image_{strides[0]}.")]
+    missing = [n for n in network.state_dict() if _layer(n) in new_layers]
+    return missing + [n for n in state if _layer(n) == f"upsample.to_image_{strides[0]}"]
 
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _renamed(name: str, layers: dict[str, str]) -> str:
-    layer, dot, kind = name.rpartition(".")
-    return f"{layers.get(layer, layer)}{dot}{kind}"
 
 
 def _listed(names: Sequence[str], most: int = 40) -> str:

@@ -28,6 +28,7 @@ from fcn.errors import ConfigError, WeightsError
 from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.published import main
+from fcn.vgg import MEAN, STD
 from fcn.weights import load_weights
 from predict import predict
 
@@ -147,7 +148,7 @@ def test_logits_equal_torchfcns(
                 state[f"score_{pool}.weight"] = state[f"score_{pool}.weight"] / scale
         theirs.load_state_dict(state, assign=True)
 
-        monkeypatch.setattr("fcn.weights.read_weights", lambda *_, state=state: state)
+        monkeypatch.setattr("fcn.weights.read_weights", lambda *_, state=state: (state, MEAN, STD))
         ours = FCN(21, stride, "vgg16", alignment="caffe", pool_scales=scales).eval()
         assert load_weights(ours, "fcn_from_caffe.pth") == []
         for size in sizes:

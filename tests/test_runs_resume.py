@@ -19,7 +19,7 @@ from fcn import files
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import ConfigError, Stopped
 from fcn.module import SegmentationModule
-from fcn.runs.folder import lock_run
+from fcn.runs.folder import lock_run, write_overrides
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import find_run, resumed_config
 from train import train
@@ -192,6 +192,7 @@ CALL = {"_target_": "os.mkdir", "_args_": ["hacked"]}
         {"callbacks": {"mine": CALL}},
         {"callbacks": {"mine": {"_target_": "evil.Module"}}},
         {"callbacks": {"mine": {"_target_": "torch.optim.Adam"}}},  # not a callback
+        {"callbacks": {"mine": {"_target_": "pytorch_lightning.callbacks.timer.os.mkdir"}}},
         {"scheduler": {"_target_": "torch.optim.Adam"}},
         {"logger": {"csv": {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": CALL}}},
     ],
@@ -201,7 +202,7 @@ def test_resumed_settings_that_call_code_are_refused(
 ) -> None:
     monkeypatch.chdir(run.parent)
     change_settings(run, change)
-    with pytest.raises(ConfigError, match=r"wants to call (os\.mkdir|evil\.|torch\.optim\.Adam)"):
+    with pytest.raises(ConfigError, match=r"wants to call (.*os\.mkdir|evil\.|torch\.optim\.Adam)"):
         resumed_config(run, [f"resume={run}"])
     assert not Path("hacked").exists()
 
@@ -217,19 +218,27 @@ def test_own_code_is_resumed_when_it_is_named(run: Path) -> None:
 def test_callbacks_loggers_and_optimizers_of_any_kind_are_resumed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A user's own class too, but its module is imported only if the run was started with it."""
     (run.parent / "callbacks_of_a_user.py").write_text(
         "from pytorch_lightning import Callback\nclass Mine(Callback): ...\n"
     )
     monkeypatch.syspath_prepend(run.parent)
+    mine = "callbacks_of_a_user.Mine"
     added = {
         "callbacks": {
-            "mine": {"_target_": "callbacks_of_a_user.Mine"},
+            "mine": {"_target_": mine},
             "lr": {"_target_": "pytorch_lightning.callbacks.LearningRateMonitor"},
         },
         "logger": {"csv": {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": "."}},
         "optimizer": {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-3},
     }
     change_settings(run, added)
+    with pytest.raises(ConfigError, match=rf"say so: callbacks\.mine\._target_={mine}$"):
+        resumed_config(run, [])
+    assert "callbacks_of_a_user" not in sys.modules
+    assert resumed_config(run, [f"callbacks.mine._target_={mine}"]).callbacks == added["callbacks"]
+    assert "callbacks_of_a_user" not in sys.modules
+    write_overrides(run, [f"+callbacks.mine._target_={mine}"])
     cfg = resumed_config(run, [])
     assert {name: cfg[name] for name in added} == added
 

@@ -562,4 +562,6 @@ def test_normalisation_of_the_features_weights(
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
     usual = torchvision.models.VGG16_Weights.IMAGENET1K_V1.transforms()
-    assert fold_normalization(state, usual.mean, usual.std) is state
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fold_normalization(network, usual.mean, usual.std)
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())

@@ -20,12 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn import files
 from fcn.cli import RENAMED
-from fcn.errors import ConfigError, WriteError
+from fcn.errors import ConfigError
 
 LOCK = ".lock"
 HOLDER = ".lock_holder"  # which process holds the lock; Windows does not let others read LOCK
-# Names under which commit 33324f3 and earlier wrote a file before it was whole.
-OLD_PARTS = (".*.csv.*", ".*.yaml.*", ".*.json.*", ".*.png", "panels/**/.*.png", "panels/.*.gif")
 
 
 class RunLockedError(ConfigError):
@@ -102,7 +100,7 @@ def lock_run(run: Path) -> Iterator[None]:
         with files.writing(holder):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         stack.callback(holder.unlink, missing_ok=True)
-        remove_parts(run)
+        files.remove_parts(run)
         yield
 
 
@@ -112,23 +110,7 @@ def is_training(run: Path) -> bool:
     This waits for up to `files.PATIENCE` seconds: for some seconds after a run was killed, its
     loader processes still hold the lock.
     """
-    if not (run / LOCK).exists():
-        return False
-    try:
-        with files.lock(run / LOCK, timeout=files.PATIENCE):
-            return False
-    except files.LockedError:
-        return True
-    except WriteError:  # Nobody can be training in a folder that cannot be written.
-        return False
-
-
-def remove_parts(run: Path) -> None:
-    """Remove the files that a killed process had not finished writing."""
-    files.remove_parts(run)
-    for pattern in OLD_PARTS:
-        for path in run.glob(pattern):
-            path.unlink(missing_ok=True)
+    return files.is_locked(run / LOCK, timeout=files.PATIENCE)
 
 
 def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -149,7 +131,7 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
 
 def write_overrides(run: Path, overrides: Sequence[str]) -> None:
     """Write overrides.yaml: what was given on the command line, as it was written there."""
-    files.write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    files.write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 
 
 def read_overrides(run: Path) -> list[str]:

@@ -81,13 +81,14 @@ def _launch(
         folder: for a new run.
         named: whether the user has chosen the folder.
     """
+    from fcn.datasets.download import HINT
     from fcn.runs.process import is_main_process
-    from fcn.runs.resume import find_run, is_finished, resumed_config
+    from fcn.runs.resume import find_run, resumed_config, status
 
     run = folder
     if cfg.resume == "auto":
         last = find_run(folder, overrides, named=named, main=is_main_process())
-        if last is not None and is_finished(last):
+        if last is not None and status(last) == "finished":
             print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
             return
         cfg.resume = None
@@ -108,15 +109,8 @@ def _launch(
             sys.exit(error.exit_code)
         raise
     except DataError as error:
-        error.args = (_with_hint(str(error), overrides),)
+        if HINT not in str(error):  # With that hint, there is no data that could be checked.
+            data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
+            hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
+            error.args = (f"{error}\n{hint}",)
         raise
-
-
-def _with_hint(message: str, overrides: list[str]) -> str:
-    """Name the command that lists everything that is wrong with the data, if there is any data."""
-    from fcn.datasets.download import HINT
-
-    if HINT in message:
-        return message
-    data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
-    return f"{message}\nTo see all that is wrong: python -m fcn.datasets.check {data}"

@@ -3,8 +3,8 @@
     cfg = resumed_config(Path("runs/fcn8s/2026-01-31_12-00-00"), ["trainer.max_steps=80000"])
 
 A run folder may come from somebody else. Its config.yaml names classes for Hydra to call, and only
-these are accepted: what conf/ names too, what is a callback, a logger or an optimizer in the place
-of one, and what is named again on the command line.
+these are accepted: what conf/ names too; callbacks, loggers and optimizers of Lightning and torch,
+or of the run's first command line, in the place of one; and what is named again now.
 """
 
 import json
@@ -20,7 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn.cli import CONF, RENAMED
 from fcn.errors import ConfigError
-from fcn.runs.folder import is_training, started_with
+from fcn.runs.folder import is_training, read_overrides, started_with
+
+# Whoever imports a module of these runs no code of a run folder.
+LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
@@ -44,16 +47,18 @@ def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) ->
     for run in sorted(new.parent.glob("*"), reverse=True):  # the newest first
         if not re.fullmatch(name, run.name) or not started_with(run, overrides):
             continue
-        if is_finished(run):
+        if status(run) == "finished":
             finished = finished or run
         elif any(run.glob("checkpoints/*.ckpt")) and not (main and is_training(run)):
             return run
     return finished
 
 
-def is_finished(run: Path) -> bool:
-    """Whether a run has reached the end that its settings gave it."""
-    return read_summary(run).get("status") == "finished"
+def status(run: Path) -> str:
+    """finished, stopped by a signal, crashed, or unfinished: it is running, or was killed."""
+    if (run / "error.txt").is_file():
+        return "crashed"
+    return read_summary(run).get("status", "unfinished")
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -82,11 +87,10 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     _convert_old_settings(cfg)
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
     given = [override for override in overrides if not override.startswith("resume=")]
-    changes = OverridesParser.create().parse_overrides(given)
-    for change in changes:
+    for change in OverridesParser.create().parse_overrides(given):
         _apply(change, cfg)
     OmegaConf.resolve(cfg)  # an interpolation could make a _target_ too
-    _check_targets(run, cfg, {(c.key_or_group, c.value()) for c in changes if _is_text(c)})
+    _check_targets(run, cfg, given)
     cfg.resume = str(run)
     return cfg
 
@@ -94,7 +98,7 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
 def _convert_old_settings(cfg: DictConfig) -> None:
     """Give settings of commit 33324f3 the form of today's conf/callbacks and conf/logger."""
     callbacks, logger = cfg.get("callbacks") or {}, cfg.get("logger") or {}
-    if any(f"callbacks.{name}" in RENAMED for name in callbacks):
+    if "half_life" in callbacks:
         cfg.callbacks = OmegaConf.load(CONF / "callbacks" / "default.yaml")
         if callbacks.get("average_decay") is not None:
             cfg.callbacks.ema = OmegaConf.load(CONF / "callbacks" / "ema.yaml").ema
@@ -125,38 +129,41 @@ def _apply(change: Override, cfg: DictConfig) -> None:
     OmegaConf.update(cfg, key, change.value(), force_add=new)
 
 
-def _is_text(change: Override) -> bool:
-    return isinstance(change.value(), str)
-
-
-def _check_targets(run: Path, cfg: DictConfig, named: set[tuple[str, Any]]) -> None:
+def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse settings that want to call what is not known.
 
     Args:
-        named: keys and values that the user has given.
+        overrides: what the user has given now.
 
     Raises:
         ConfigError: with the words that accept it, if it is the user's own code.
     """
     texts = [path.read_text(encoding="utf-8") for path in CONF.glob("**/*.yaml")]
     known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
+    now = {override.lstrip("+") for override in overrides}
+    first = {override.lstrip("+") for override in read_overrides(run)}
     for key, target in _targets(OmegaConf.to_container(cfg)):
-        if target not in known and (key, target) not in named and not _fits(key, target):
+        named = f"{key}={target}"
+        if target in known or named in now:
+            continue
+        # To see what kind of class it is, its module has to be imported.
+        trusted = target.startswith(LIBRARIES) or named in first
+        if not (trusted and _fits(key, target)):
             raise ConfigError(
                 f"resume={run}: its config.yaml wants to call {target}, which conf/ does not name. "
-                f"If that is code of yours, say so: {key}={target}"
+                f"If that is code of yours, say so: {named}"
             )
 
 
 def _targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """Each `_target_` in plain settings, which Hydra would import and call, and its key."""
-    if not isinstance(node, dict | list):
-        return
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        inner = f"{place}.{key}".lstrip(".")
-        if key == "_target_":
-            yield inner, str(value)
-        yield from _targets(value, inner)
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield f"{place}_target_", str(value)
+            yield from _targets(value, f"{place}{key}.")
 
 
 def _fits(key: str, target: str) -> bool:
@@ -165,15 +172,9 @@ def _fits(key: str, target: str) -> bool:
     from pytorch_lightning.loggers import Logger
     from torch.optim import Optimizer
 
-    kinds: dict[str, type] = {
-        r"callbacks\.[^.]+\._target_": Callback,
-        r"logger\.[^.]+\._target_": Logger,
-        r"optimizer\._target_": Optimizer,
-    }
-    kind = next((kind for place, kind in kinds.items() if re.fullmatch(place, key)), None)
-    if kind is None:
-        return False
+    kinds = {("callbacks", 3): Callback, ("logger", 3): Logger, ("optimizer", 2): Optimizer}
+    parts = key.split(".")  # such as callbacks, panels, _target_
     try:
-        return issubclass(get_class(target), kind)
-    except Exception:  # There is no such class, or its module cannot be imported.
+        return issubclass(get_class(target), kinds[parts[0], len(parts)])
+    except Exception:  # no such place, no such class, or its module cannot be imported
         return False

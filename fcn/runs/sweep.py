@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from fcn.runs.folder import (
     started_with,
     write_overrides,
 )
-from fcn.runs.resume import read_summary
+from fcn.runs.resume import read_summary, status
 from fcn.runs.versions import git_revision
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ Row = dict[str, Any]
 class ContinueSweep(Callback):
     """Hydra's callback in conf/train.yaml: a sweep that is started again goes on in its folder."""
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Choose the folder before Hydra starts the first job."""
         # Launchers such as submitit's start jobs in other processes, which must find this code.
         paths = [str(PROJECT), os.environ.get("PYTHONPATH")]
@@ -56,7 +57,7 @@ class ContinueSweep(Callback):
                 # A launcher composes the settings of each job again, from the overrides.
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Say what became of the jobs; the command fails if one of them has crashed."""
         from fcn.runs.process import is_main_process
 
@@ -86,12 +87,10 @@ def find_sweep(config: DictConfig) -> Path | None:
     """
     root = Path(config.hydra.sweep.dir).parent
     for path in sorted(root.glob("*/multirun.yaml"), reverse=True):
-        try:
-            same = _identity(OmegaConf.load(path)) == _identity(config)
-        except Exception:  # Hydra was killed while it wrote this file, or another program wrote it.
-            continue
-        if same:
-            return path.parent
+        # Hydra may have been killed while it wrote this file, or another program has written it.
+        with suppress(Exception):
+            if _identity(OmegaConf.load(path)) == _identity(config):
+                return path.parent
     return None
 
 
@@ -106,13 +105,6 @@ def find_job(sweep: Path, overrides: list[str]) -> Path | None:
     if several_processes():
         return None
     return next((run for run in _runs(sweep) if started_with(run, overrides)), None)
-
-
-def status(run: Path) -> str:
-    """finished, stopped by a signal, crashed, or unfinished: it is running, or was killed."""
-    if (run / "error.txt").is_file():
-        return "crashed"
-    return read_summary(run).get("status", "unfinished")
 
 
 def finished_before(run: Path) -> bool:
@@ -170,7 +162,7 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
 
 def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None:
     """Write error.txt: the reason in one line, and a traceback if it is not the user's to mend."""
-    if isinstance(error, Exception) and isinstance(error, (FCNError, *MENDABLE)):
+    if isinstance(error, (FCNError, *MENDABLE)):
         message, trace = short_message(error), ""
     else:
         message = f"{type(error).__name__}: {error}"
