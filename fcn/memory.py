@@ -259,10 +259,8 @@ def main(arguments: Sequence[str]) -> None:
     for overrides in rows:
         cfg, others = compose(overrides), tuple(o for o in overrides if "batch_size=" not in o)
         need = needs[others] = needs.get(others) or Need(cfg)
-        planned, (height, width) = (
-            peak(need.constant + cfg.data.batch_size * need.slope),
-            image_size(cfg.data),
-        )
+        planned = peak(need.constant + cfg.data.batch_size * need.slope)
+        height, width = image_size(cfg.data)
         most = [need.largest_batch(card * GB - RESERVE) for card in CARDS]
         cells = [f"{size / GB:.2f}" for size in (*planned, planned.total)]
         cells += [f"{'yes' if cfg.data.batch_size <= n else 'no'}, {n}" for n in most]
