@@ -142,7 +142,7 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the data if it is missing. Lightning calls this in one process only."""
-        self.make_dataset(split=self.val_split, root=self.root, download=self.download)
+        self.open(self.val_split, download=self.download)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits that a stage needs.
@@ -163,9 +163,9 @@ class SegmentationDataModule(pl.LightningDataModule):
         assert self.val_data is not None
         return f"{len(self.train_data)} images to train on, {len(self.val_data)} to validate on"
 
-    def open(self, split: str) -> SegmentationDataset:
+    def open(self, split: str, *, download: bool = False) -> SegmentationDataset:
         """One split as it is on disk, or its first `limit` images."""
-        data = self.make_dataset(split=split, root=self.root, download=False)
+        data = self.make_dataset(split=split, root=self.root, download=download)
         if self.limit is not None:
             del data.ids[self.limit :]
         return data

@@ -233,13 +233,12 @@ def test_unpack_interrupted(
     archive = write_tar(tmp_path / "a.tar")
     seen: list[str] = []
 
-    def stop(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-        seen.append(member.name)
+    def stop(name: str, *, plain: bool) -> None:
+        seen.append(name)
         if len(seen) == 2:
             raise kind("stop")
-        return member
 
-    monkeypatch.setattr(download, "_plain", stop)
+    monkeypatch.setattr(download, "_check_member", stop)
     with pytest.raises(DataError if kind is OSError else kind):
         unpack(archive, into=tmp_path, member_root="kit/tree")
     assert not (tmp_path / "kit").exists()

@@ -150,6 +150,22 @@ def test_bad_mask(own_voc: Path) -> None:
     assert "mode RGB" in fails(own_voc)
 
 
+def test_own_lists(real_voc_root: Path) -> None:
+    """Anybody with VOC2012 can repeat the scores that were measured on these parts of it."""
+    small, train, val = (
+        set(VOC2012(root=real_voc_root, split=f"mini_{part}").ids)
+        for part in ("train335", "train", "val")
+    )
+    assert (len(small), len(train), len(val)) == (335, 681, 175)
+    assert small < train
+    assert not train & val
+    for ids, split in ((train, "train"), (val, "val")):
+        assert ids <= set(VOC2012(root=real_voc_root, split=split).ids)
+        official = real_voc_root / "lists" / f"{split}.txt"
+        if official.is_file():
+            assert ids <= set(official.read_text(encoding="utf-8").split())
+
+
 def test_real_pairs(real_voc_root: Path) -> None:
     data = VOC2012(root=real_voc_root, split="val")
     labels: set[int] = set()

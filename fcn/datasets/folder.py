@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -24,9 +24,9 @@ from fcn.datasets import VOID, Labels, Sample
 from fcn.datasets.reading import (
     LABEL_MODES,
     UnknownLabelError,
+    check_split,
     is_picture,
     make_sample,
-    read_image,
     read_lines,
     read_picture,
     refuse_missing,
@@ -66,8 +66,8 @@ class Folder(Dataset[Sample]):
             image and its mask differ in size, or a mask holds an unknown label or colour.
     """
 
-    void: ClassVar[int] = VOID  # in the masks that this class returns; on disk it may differ
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "all")
+    void: int = VOID  # in the masks that this class returns; on disk it may differ
+    splits: tuple[str, ...] = ("train", "val", "all")
 
     @classmethod
     def labels(
@@ -135,8 +135,7 @@ class Folder(Dataset[Sample]):
         check_text("data.dataset.val", val, wanted="a text list of ids", optional=True)
         check_number("data.dataset.val_share", val_share, above=0, below=1)
         check_whole("data.dataset.seed", seed, 0, 2**63)
-        if split not in self.splits:
-            raise DataError(f"Folder has no split '{split}': choose from {', '.join(self.splits)}")
+        check_split("Folder", split, self.splits)
         base = Path(root or ".").expanduser()
         self._folders = [base / Path(folder).expanduser() for folder in (images, masks)]
         self._images, self._masks = map(_pictures, self._folders)
@@ -182,8 +181,8 @@ class Folder(Dataset[Sample]):
         problem = self._incomplete(name)
         if problem:
             raise DataError(problem)
-        path = self._masks[name]
-        return make_sample(name, read_image(self._images[name]), self._read_mask(path), path)
+        mask = self._masks[name]
+        return make_sample(name, self._images[name], mask, self._read_mask(mask))
 
     def _read_mask(self, path: Path) -> np.ndarray:
         """A mask (H, W) uint8 of labels and VOID, from a picture of labels or of colours.

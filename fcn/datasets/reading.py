@@ -1,9 +1,10 @@
 """What data sets on disk share: reading and checking lists of ids, photographs and masks.
 
     ids = read_ids(folder / "train.txt")
-    image = read_image(folder / f"{ids[0]}.jpg")            # (H, W, 3) uint8
-    mask = read_mask(folder / f"{ids[0]}.png", 21)          # (H, W) uint8
-    sample = make_sample(ids[0], image, mask, folder / f"{ids[0]}.png")
+    pairs = {name: (folder / f"{name}.jpg", folder / f"{name}.png") for name in ids}
+    check_pairs(pairs.values())
+    image, mask = pairs[ids[0]]
+    sample = make_sample(ids[0], image, mask, read_mask(mask, 21))
 
 Whatever is wrong with a file, the error is a DataError that begins with the file's path.
 """
@@ -31,6 +32,8 @@ KNOWN = "JPEG PNG WEBP TIFF BMP GIF PPM MPO JPEG2000 AVIF TGA"
 FORMATS = tuple(name for name in KNOWN.split() if name in Image.OPEN)
 # Pillow's modes of a picture of labels: palette, and grey with 8, 1, 16 and 32 bits.
 LABEL_MODES = ("P", "L", "1", "I;16", "I")
+
+Pair = tuple[Path, Path]  # the file of an image and the file of its mask
 
 _missing_allowed = ContextVar("missing_allowed", default=False)
 
@@ -77,6 +80,32 @@ def read_ids(path: Path, *, files: bool = False) -> list[str]:
         if not re.fullmatch(r"[\w.-]+", name) or ".." in name:
             raise DataError(f"{path}: '{name}' is no id: only letters, digits, '_', '-' and '.'")
     return ids
+
+
+def check_split(data: str, split: str, splits: Iterable[str]) -> None:
+    """Refuse a split that a data set does not have.
+
+    Args:
+        data: the data set's name, for the message.
+        split: the split.
+        splits: those that the data set has.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split not in splits:
+        raise DataError(f"{data} has no split '{split}': choose from {', '.join(splits)}")
+
+
+def check_pairs(pairs: Iterable[Pair]) -> None:
+    """Refuse missing files, as `check_exist` does, of images and their masks.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    images, masks = zip(*pairs, strict=True)
+    check_exist(images, what="images")
+    check_exist(masks, what="masks")
 
 
 def check_exist(paths: Iterable[Path], *, what: str) -> None:
@@ -212,26 +241,28 @@ def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Pat
     return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
 
 
-def make_sample(name: str, image: np.ndarray, mask: np.ndarray, path: Path) -> Sample:
-    """An image and its mask as one sample.
+def make_sample(name: str, image: Path, mask: Path, labels: np.ndarray) -> Sample:
+    """Read an image, and put it together with its labels.
 
     Args:
         name: the sample's id.
-        image: (H, W, 3) uint8.
-        mask: (H, W) uint8.
-        path: the file that the mask comes from, for the message.
+        image: the file of the image.
+        mask: the file that the labels come from, for the message.
+        labels: (H, W) uint8.
 
     Raises:
-        MismatchedSizeError: the two differ in height or width.
+        DataError: the image is missing or damaged.
+        MismatchedSizeError: image and labels differ in height or width.
     """
-    if mask.shape != image.shape[:2]:
-        (mh, mw), (h, w) = mask.shape, image.shape[:2]
+    pixels = read_image(image)  # (H, W, 3) uint8
+    if labels.shape != pixels.shape[:2]:
+        (mh, mw), (h, w) = labels.shape, pixels.shape[:2]
         raise MismatchedSizeError(
-            f"{path}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
+            f"{mask}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
         )
     return {
         # (H, W, 3) -> (3, H, W), as a view: resizing is fastest if the colours stay innermost.
-        "image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
-        "mask": tv_tensors.Mask(torch.from_numpy(mask)),
+        "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
+        "mask": tv_tensors.Mask(torch.from_numpy(labels)),
         "id": name,
     }

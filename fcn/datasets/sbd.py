@@ -12,16 +12,23 @@ voc2012.py.
 """
 
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from fcn.datasets import VOID, Sample
 from fcn.datasets.download import Archive
-from fcn.datasets.reading import check_exist, make_sample, read_ids, read_image, read_mask, to_mask
+from fcn.datasets.reading import (
+    Pair,
+    check_pairs,
+    check_split,
+    make_sample,
+    read_ids,
+    read_mask,
+    to_mask,
+)
 from fcn.datasets.voc2012 import ARCHIVE as VOC_ARCHIVE
-from fcn.datasets.voc2012 import VOC2012
+from fcn.datasets.voc2012 import VOC2012, list_path
 from fcn.errors import DataError, check_flag, reason
 
 FOLDER = "Research/Projects/CS/vision/grouping/semantic_contours"
@@ -61,10 +68,10 @@ class SBD(Dataset[Sample]):
             installed.
     """
 
-    classes: ClassVar[tuple[str, ...]] = VOC2012.classes
-    palette: ClassVar[tuple[tuple[int, int, int], ...]] = VOC2012.palette
-    void: ClassVar[int] = VOID
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "seg11valid")
+    classes: tuple[str, ...] = VOC2012.classes
+    palette: tuple[tuple[int, int, int], ...] = VOC2012.palette
+    void: int = VOID
+    splits: tuple[str, ...] = ("train", "val", "seg11valid")
 
     def __init__(
         self,
@@ -75,37 +82,33 @@ class SBD(Dataset[Sample]):
         with_voc: bool = False,
     ) -> None:
         check_flag("data.dataset.with_voc", with_voc)
-        if split not in self.splits:
-            raise DataError(f"SBD has no split '{split}': choose from {', '.join(self.splits)}")
+        check_split("SBD", split, self.splits)
         if download:
             VOC_ARCHIVE.find(root, download)
         if download or split == "train":
             folder = ARCHIVE.find(root, download)
-        self._files: dict[str, tuple[Path, Path]] = {}  # the image and the mask of each id
+        self.pairs: dict[str, Pair] = {}
         if split == "train":
-            lists = ("train", "val") if with_voc else ("train",)
-            for part in lists:
+            for part in ("train", "val") if with_voc else ("train",):
                 for name in read_ids(folder / f"{part}.txt"):
                     image, mask = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
-                    self._files[name] = image, mask
+                    self.pairs[name] = image, mask
         if split != "train" or with_voc:
-            voc = VOC2012(split=split if with_voc else "seg11valid", root=root)
-            self._files |= {name: (voc.image_path(name), voc.mask_path(name)) for name in voc.ids}
+            self.pairs |= VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
         if split == "train" and with_voc:
-            for name in read_ids(voc.folder / "ImageSets" / "Segmentation" / "val.txt"):
-                self._files.pop(name, None)  # this removes seg11valid too, which is a part of val
-        self.ids = sorted(self._files)
-        check_exist((image for image, _ in self._files.values()), what="images")
-        check_exist((mask for _, mask in self._files.values()), what="masks")
+            for name in read_ids(list_path(VOC_ARCHIVE.find(root, download), "val")):
+                self.pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
+        self.ids = sorted(self.pairs)
+        check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
-        image, path = self._files[name]
-        read = _read_mat if path.suffix == ".mat" else read_mask
-        return make_sample(name, read_image(image), read(path, len(self.classes)), path)
+        image, mask = self.pairs[name]
+        read = _read_mat if mask.suffix == ".mat" else read_mask
+        return make_sample(name, image, mask, read(mask, len(self.classes)))
 
 
 def _read_mat(path: Path, num_classes: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import colorsys
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from fcn.datasets import VOID, Sample
+from fcn.datasets.reading import check_split
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import DataError, check_whole
+from fcn.errors import check_whole
 
 Array = np.ndarray
 
@@ -113,10 +114,10 @@ class Shapes(Dataset[Sample]):
         DataError: the split is unknown.
     """
 
-    classes: ClassVar[tuple[str, ...]] = ("background", *OBJECTS)
-    palette: ClassVar[tuple[tuple[int, int, int], ...]] = voc_palette(len(classes))
-    void: ClassVar[int] = VOID
-    splits: ClassVar[tuple[str, ...]] = ("train", "val")
+    classes: tuple[str, ...] = ("background", *OBJECTS)
+    palette: tuple[tuple[int, int, int], ...] = voc_palette(len(classes))
+    void: int = VOID
+    splits: tuple[str, ...] = ("train", "val")
 
     def __init__(
         self,
@@ -133,13 +134,11 @@ class Shapes(Dataset[Sample]):
         check_whole("data.dataset.train_length", train_length, 1, 10**6)
         check_whole("data.dataset.val_length", val_length, 1, 10**6)
         check_whole("data.dataset.seed", seed, 0, 2**63)
-        if split not in self.splits:
-            raise DataError(f"Shapes has no split '{split}': choose from {', '.join(self.splits)}")
+        check_split("Shapes", split, self.splits)
         self.size, self.seed, self.stream = size, seed, self.splits.index(split)
         length = train_length if split == "train" else val_length
         self.ids = [f"{split}_{i:06d}" for i in range(length)]
-        ys, xs = np.mgrid[:size, :size].astype(np.float64)
-        self._ys, self._xs = ys, xs  # (S, S) each, where S is `size`
+        self._ys, self._xs = np.mgrid[:size, :size].astype(np.float64)  # (S, S) each; S is `size`
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fcn.datasets.reading import check_exist, is_picture, open_picture, read_ids
-from fcn.datasets.voc2012 import ARCHIVE, LISTS
+from fcn.datasets.voc2012 import ARCHIVE, list_path
 from fcn.errors import ConfigError, check_choice, check_text, reason, refuse
 from fcn.runs.folder import output_folder
 
@@ -134,10 +134,9 @@ def voc_photos(root: str | Path | None, split: str | None, comp: str, output: Pa
         refuse("split", split, "the name of a list")
     check_choice("comp", comp, ("comp5", "comp6"))
     folder = ARCHIVE.find(root, download=False)
-    lists = folder / "ImageSets" / "Segmentation"
     if split is None:
-        split = "test" if (lists / "test.txt").is_file() else "val"
-    ids = read_ids((LISTS if split == "seg11valid" else lists) / f"{split}.txt")
+        split = "test" if list_path(folder, "test").is_file() else "val"
+    ids = read_ids(list_path(folder, split))
     results = output / "results" / "VOC2012" / "Segmentation" / f"{comp}_{split}_cls"
     jobs = {folder / "JPEGImages" / f"{name}.jpg": results / name for name in ids}
     check_exist(jobs, what="images")
