@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from fcn.cli import short_messages
 from fcn.errors import ConfigError, WriteError, reason
 from fcn.figures.comparison import compare_runs
 from fcn.figures.curves import DRAWN, Columns, draw_curves, series
+from fcn.figures.legend import one_line
+from fcn.runs.folder import read_overrides
 from fcn.runs.metrics import read_numbers
 
 LONGEST_CHANGES = 80  # characters of a run's settings in the legend
@@ -119,9 +119,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
         tails = (run.parts[-n:] for n in range(1, len(run.parts) + 1))
         name = "/".join(next(tail for tail in tails if ends[tail] == 1))
         text = " ".join(f"{key}={change[key]}" for key in varied if key in change)
-        if len(text) > LONGEST_CHANGES:
-            text = f"{text[: LONGEST_CHANGES - 1]}…"
-        names.append(f"{name}  {text}".strip())
+        names.append(f"{name}  {one_line(text, LONGEST_CHANGES)}".strip())
     return names
 
 
@@ -131,93 +129,10 @@ def _changes(run: Path) -> dict[str, str]:
     A damaged or missing file is no error: a figure needs no more than metrics.csv.
     """
     try:
-        overrides = OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"), resolve=False)
+        overrides = read_overrides(run)
     except Exception:
         return {}
-    texts = [str(text) for text in overrides or () if "=" in str(text)]
-    return dict(text.split("=", 1) for text in texts if not text.startswith("hydra."))
-
-
-# shim: the names that other modules still import from here; all that follows goes.
-import math  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
-
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: E402
-
-from fcn.figures.legend import OUTLINE as FAINT  # noqa: E402, F401
-from fcn.figures.legend import TEXT_COLOUR as INK  # noqa: E402, F401
-from fcn.figures.legend import one_line  # noqa: E402, F401
-from fcn.figures.masks import VOID_COLOUR, Palette, colourise, overlay, to_pil  # noqa: E402, F401
-from fcn.figures.masks import resize_to_fit as fit  # noqa: E402
-from fcn.figures.panels import draw_panels  # noqa: E402
-from fcn.figures.panels import draw_sheet as sheet  # noqa: E402
-from fcn.metrics import segmentation_scores  # noqa: E402
-
-
-def image_iou(label: Tensor, prediction: Tensor, num_classes: int, void: int = 255) -> float:
-    """Mean IoU of one image (H, W), over the classes in label or prediction; NaN if all is void."""
-    confusion = multiclass_confusion_matrix(
-        prediction, label, num_classes, ignore_index=void, validate_args=False
-    )
-    return segmentation_scores(confusion)["miou"]
-
-
-def iou_text(iou: float) -> str:
-    """As captions have it."""
-    return "all void" if math.isnan(iou) else f"IoU {iou:.3f}"
-
-
-def panel(rows, *, class_names, palette, void=255, title="", width=240, ids=None):  # type: ignore
-    """As it was before fcn.figures.panels.draw_panels took captions."""
-    ious = [image_iou(label, found, len(class_names), void) for _, label, found in rows]
-    names = {"class_names": class_names, "palette": palette, "void": void, "ids": ids}
-    return draw_panels(rows, title=title, width=width, captions=list(map(iou_text, ious)), **names)
-
-
-def progress_frame(
-    label: Tensor,
-    prediction: Tensor,
-    *,
-    palette: Palette,
-    void: int = 255,
-    title: str = "",
-    captions: tuple[str, str] = ("", ""),
-    width: int = 240,
-) -> Image.Image:
-    """label | prediction, each (H, W), in one palette for all frames, as a GIF wants it: mode P."""
-    masks = [
-        colourise(fit(mask, width, width * 3 // 2), palette, void) for mask in (label, prediction)
-    ]
-    cells = list(zip(masks, captions, strict=True))
-    picture = sheet([cells], headings=("label", "prediction"), title=title, width=width)
-    greys = [(k, k, k) for k in (255, 220, 180, 140, 100, 65, 30)]  # of text
-    colours = Image.new("P", (1, 1))
-    colours.putpalette([c for colour in [VOID_COLOUR, *greys, *palette][:256] for c in colour])
-    return picture.quantize(palette=colours, dither=Image.Dither.NONE)
-
-
-def animate(frames: Sequence[Path], path: Path, most: int = 40) -> None:
-    """A GIF of at most `most` frames, evenly chosen, the last among them; it rests there."""
-    chosen = sorted({round(i) for i in np.linspace(0, len(frames) - 1, most)})
-    pictures = [Image.open(frames[i]) for i in chosen]
-    times = [250] * (len(chosen) - 1) + [2000]  # milliseconds
-    with whole(path) as part:
-        pictures[0].save(part, save_all=True, append_images=pictures[1:], duration=times, loop=0)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write, so that the file is whole or not there, whenever the process is killed."""
-    part = path.with_name(f".{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    return dict(o.split("=", 1) for o in overrides if "=" in o and not o.startswith("hydra."))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Sheets of image | label | prediction | errors: what is where, and what is written on them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from test_figures_masks import NAMES, PALETTE, colours_in
 from torch import Tensor
 
@@ -20,28 +23,35 @@ def row(height: int, width: int, label: int, prediction: int) -> tuple[Tensor, T
     return image, masks[0], masks[1]
 
 
+def panels(rows: Sequence[tuple[Tensor, Tensor, Tensor]], **options: Any) -> Image.Image:
+    """Without texts, if no others are given."""
+    blank = [""] * len(rows)
+    defaults = {"class_names": NAMES, "palette": PALETTE, "title": "", "ids": blank}
+    return draw_panels(rows, **defaults | {"captions": blank} | options)
+
+
 def test_every_picture_is_in_its_place() -> None:
     rows = [row(30, 60, 1, 2), row(80, 40, 255, 0), row(1, 1, 2, 2)]
-    picture = draw_panels(rows, class_names=NAMES, palette=PALETTE, title="step 5", width=100)
+    picture = panels(rows, title="step 5")
     pixels = np.asarray(picture).astype(int)
-    heights = 50 + 150 + 100  # at width 100, shapes kept; the second is limited to height 150
-    assert 400 < picture.width < 460
+    heights = 120 + 360 + 240  # at width 240, shapes kept; the second is limited to height 360
+    assert 960 < picture.width < 1020
     assert heights < picture.height < heights + 250
-    tall = 75 * 150
+    tall = 180 * 360
     for colour, area in (
-        (IMAGE, 100 * 50 + tall + 100 * 100),  # every image
-        (PALETTE[1], 100 * 50),  # the first label
-        (PALETTE[2], 100 * (50 + 100 + 100)),  # a prediction, and both of the last row
-        (WRONG, 100 * 50),
+        (IMAGE, 240 * 120 + tall + 240 * 240),  # every image
+        (PALETTE[1], 240 * 120),  # the first label
+        (PALETTE[2], 240 * (120 + 240 + 240)),  # a prediction, and both of the last row
+        (WRONG, 240 * 120),
         (IGNORED, tall),
-        (CORRECT, 100 * 100),
+        (CORRECT, 240 * 240),
     ):
         found = (pixels == colour).all(-1).sum()
         assert area <= found <= area + 300, colour  # and its swatch in the legend
     for colour, column in ((IMAGE, 0), (PALETTE[1], 1), (WRONG, 3)):
         xs = np.nonzero((pixels == colour).all(-1).sum(0) > 40)[0]  # higher than a swatch
-        assert xs.max() - xs.min() == 99
-        assert 110 * column < xs.min() < 110 * column + 50
+        assert xs.max() - xs.min() == 239
+        assert 250 * column < xs.min() < 250 * column + 50
 
 
 def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +67,7 @@ def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ["one", "two\n" + "w" * 500, "three"]
     captions = ["IoU 0.375", "IoU 0.000", "all void"]
     title = "step 7, val mIoU 0.1"
-    draw_panels(rows, class_names=NAMES, palette=PALETTE, ids=ids, captions=captions, title=title)
+    panels(rows, ids=ids, captions=captions, title=title)
     assert {title, "image", "label", "prediction", "one", "three", *captions} <= set(texts)
     assert {"25.0 % wrong", "100.0 % wrong", "0.0 % wrong"} <= set(texts)
     assert {"background", "aeroplane", "potted plant", "void"} <= set(texts)
@@ -67,7 +77,7 @@ def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_legend_names_the_classes_that_occur() -> None:
-    picture = draw_panels([row(20, 20, 0, 1)], class_names=NAMES, palette=PALETTE)
+    picture = panels([row(20, 20, 0, 1)])
     assert {PALETTE[1], VOID_COLOUR} <= colours_in(picture)
     assert PALETTE[2] not in colours_in(picture)
 
@@ -76,14 +86,14 @@ def test_all_classes() -> None:
     k = len(VOC2012.classes)
     label = torch.arange(k, dtype=torch.uint8).repeat(4, 1)
     rows = [(torch.zeros(3, 4, k, dtype=torch.uint8), label, torch.full_like(label, 3))]
-    full = draw_panels(rows, class_names=VOC2012.classes, palette=VOC2012.palette)
+    full = panels(rows, class_names=VOC2012.classes, palette=VOC2012.palette)
     assert set(VOC2012.palette) <= colours_in(full)
-    few = draw_panels([row(4, k, 1, 1)], class_names=NAMES, palette=PALETTE)
+    few = panels([row(4, k, 1, 1)])
     assert few.width == full.width
     assert full.height > few.height + 40  # the legend takes more lines
 
 
 def test_void_is_not_a_class() -> None:
     rows = [row(20, 20, 20, 1)]
-    picture = draw_panels(rows, class_names=NAMES, palette=PALETTE, void=20)
+    picture = panels(rows, void=20)
     assert VOID_COLOUR in colours_in(picture)

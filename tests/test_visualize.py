@@ -1,6 +1,5 @@
 """The command that draws runs: which runs it finds, what it calls them, and its errors."""
 
-import math
 import runpy
 import sys
 from pathlib import Path
@@ -8,19 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_figures_curves import Columns, catch_figures, columns_of
 
 from fcn import visualize
-from fcn.visualize import image_iou, main, run_names
-
-
-def test_iou_of_one_image() -> None:
-    label = torch.tensor([[1, 1, 2, 255]], dtype=torch.uint8)
-    prediction = torch.tensor([[1, 2, 2, 0]], dtype=torch.uint8)
-    assert image_iou(label, prediction, 21) == pytest.approx(1 / 2)  # 1: 1/2, 2: 1/2, no 0
-    assert math.isnan(image_iou(torch.full((2, 2), 255), torch.zeros(2, 2, dtype=torch.uint8), 21))
+from fcn.visualize import main, run_names
 
 
 def write_run(run: Path, columns: Columns, *overrides: str) -> Path:

@@ -17,9 +17,6 @@ from scipy.ndimage import distance_transform_edt
 from fcn.metrics import segmentation_scores
 
 WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # of the bands, in pixels
-# For a pixel at distance 0, 1, ..., 40 from the nearest pixel at a boundary: the index in WIDTHS of
-# the narrowest band that reaches it.
-NARROWEST = np.searchsorted(WIDTHS, np.arange(1, WIDTHS[-1] + 2)).astype(np.int32)
 
 
 def band_confusions(
@@ -47,11 +44,9 @@ def band_confusions(
     edge[:-1] |= down
     edge[:, 1:] |= across
     edge[:, :-1] |= across
-    if edge.any():
-        distance = np.ceil(distance_transform_edt(~edge)).astype(np.int32)
-        band = NARROWEST[np.minimum(distance, WIDTHS[-1])]  # (H, W)
-    else:
-        band = np.full(mask.shape, len(WIDTHS), np.int32)
+    distance = distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, np.inf)
+    # The index in WIDTHS of the narrowest band that reaches a pixel; one more beyond all bands.
+    band = np.searchsorted(WIDTHS, distance + 1)  # (H, W)
     cell = (band * classes + mask) * classes + prediction  # (H, W), an index into the flat counts
     counts = np.bincount(cell[mask != void], minlength=(len(WIDTHS) + 1) * classes**2)
     return counts.reshape(-1, classes, classes)

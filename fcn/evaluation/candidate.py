@@ -23,6 +23,8 @@ from fcn.errors import ConfigError, check_choice, check_text
 from fcn.module import SegmentationModule
 from fcn.precision import PRECISIONS, cast_weights
 
+Wrap = Callable[[nn.Module], nn.Module]  # gives a module that takes and returns what a network does
+
 
 @dataclass
 class Candidate:
@@ -42,11 +44,7 @@ class Candidate:
 
 
 def open_candidate(
-    path: Path,
-    *,
-    accelerator: str = "auto",
-    precision: str | None = None,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    path: Path, *, accelerator: str, precision: str | None = None, wrap: Wrap | None = None
 ) -> Candidate:
     """Read a checkpoint and make it ready to be scored.
 
@@ -54,8 +52,7 @@ def open_candidate(
         path: of the checkpoint.
         accelerator: "auto", "cpu", "gpu", "mps" or another of Lightning's.
         precision: None: as the run was trained.
-        wrap: gives a module that takes and returns what the network does, such as
-            `fcn.inference.tta.TestTime`; None: the network as it is.
+        wrap: what to put around the network, such as `fcn.inference.tta.TestTime`; None: nothing.
 
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.

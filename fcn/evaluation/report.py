@@ -143,20 +143,16 @@ def _figure(
 
 
 def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
-    """The table of classes: `columns` with their kind, and in `classes` a row for each class."""
+    """The table of classes: names of columns that show bars, and a row for each class."""
     confusion = results[-1].confusion.double().cpu().numpy()  # (K, K)
     correct, labelled = confusion.diagonal(), confusion.sum(1)  # (K,)
-    ious = [np.array(list(result.metrics["iou"].values()), np.float64) for result in results]
+    ious = [list(result.metrics["iou"].values()) for result in results]
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN
         accuracy, precision = correct / labelled, correct / confusion.sum(0)
         share = labelled / labelled.sum()
+    bars = {"IoU": ious[0], "accuracy": accuracy, "precision": precision}
     if len(results) > 1:
-        a, b = ious
-        columns = [("IoU, A", "bar", a), ("IoU, B", "bar", b), ("B − A", "change", b - a)]
-    else:
-        columns = [("IoU", "bar", ious[0]), ("accuracy", "bar", accuracy)]
-        columns.append(("precision", "bar", precision))
-    columns.append(("of all pixels", "plain", share))
+        bars = {"IoU, A": ious[0], "IoU, B": ious[1]}
 
     taken = confusion / np.maximum(labelled, 1)[:, None]  # (K, K): shares of each label
     np.fill_diagonal(taken, 0)
@@ -165,13 +161,14 @@ def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
         {
             "name": name,
             "colour": palette[k],
-            "cells": [(kind, values[k]) for _, kind, values in columns],
+            "bars": [values[k] for values in bars.values()],
+            "share": share[k],
             "taken_for": names[taken[k].argmax()],
             "taken_share": taken[k].max(),
         }
         for k, name in enumerate(names)
     ]
-    return {"columns": [name for name, _, _ in columns], "classes": rows}
+    return {"bars": list(bars), "classes": rows}
 
 
 def _boundary_curve(results: Mapping[str, Result]) -> dict[str, Any] | None:

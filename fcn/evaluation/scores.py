@@ -6,7 +6,6 @@ images.rows[0]        # ("2007_000033", 0.91, 0.55): id, pixel accuracy, mean Io
 """
 
 import zlib
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -42,12 +41,7 @@ class ImageScores(Callback):
         self._pool = ThreadPoolExecutor(1)
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Any],
-        *_: Any,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Hand the images of a batch to the thread, once it has scored those before."""
         self._wait()

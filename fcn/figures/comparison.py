@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from fcn.figures.curves import Columns, save_figure, series, thinned
+from fcn.figures.legend import one_line
 
 SCORE = "best/val/miou"  # the column of sweep.csv that a sweep is judged by
 LONGEST_LABEL = 20  # characters of a value below an axis
@@ -51,8 +52,7 @@ def compare_runs(runs: Mapping[str, Columns], path: Path) -> None:
     losses.set(yscale="log", title="smoothed loss (cross-entropy)")
     losses.yaxis.set_major_formatter(PlainLogFormatter())
     losses.yaxis.set_minor_formatter(PlainLogFormatter())
-    scores.set(xlabel="optimizer step", title="validation mean IoU")
-    scores.set_ylim(bottom=0)
+    scores.set(xlabel="optimizer step", title="validation mean IoU", ylim=(0, None))
     figure.legend(lines, labels, loc="outside lower center", frameon=False)
     save_figure(figure, path)
 
@@ -96,31 +96,22 @@ def _draw_setting(axes: Axes, runs: Sequence[tuple[str, float]]) -> None:
     values = list(dict.fromkeys(value for value, _ in runs))  # each once, in order
     numbers = _as_numbers(values)
     # Values that are no numbers, such as names of models, stand side by side.
-    places = numbers or [float(place) for place in range(len(values))]
+    places = numbers or range(len(values))
     at = np.array([places[values.index(value)] for value, _ in runs])  # (runs,)
     scores = np.array([score for _, score in runs])  # (runs,)
-    xs = sorted(set(places))
-    medians = [float(np.median(scores[at == x])) for x in xs]
+    xs = np.unique(at)
+    medians = [np.median(scores[at == x]) for x in xs]
     axes.plot(xs, medians, color="C2", lw=1.6, zorder=1)
     axes.scatter(at, scores, s=18, color="C2", alpha=0.6, lw=0, zorder=2)
     if numbers and min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
         axes.set_xscale("log")
     if len(values) <= 6 or not numbers:
-        _label_values(axes, places, values)
-
-
-def _label_values(axes: Axes, places: Sequence[float], values: Sequence[str]) -> None:
-    """Write each value below its place on the axis, slanted where there would be no room."""
-    labels = [f"{v[: LONGEST_LABEL - 1]}…" if len(v) > LONGEST_LABEL else v for v in values]
-    slanted = sum(map(len, labels)) > 30
-    axes.set_xticks(
-        places,
-        [_literal(label) for label in labels],
-        rotation=30 if slanted else 0,
-        ha="right" if slanted else "center",
-        rotation_mode="anchor",
-    )
-    axes.minorticks_off()
+        labels = [one_line(value, LONGEST_LABEL) for value in values]
+        style: dict[str, Any] = {}
+        if sum(map(len, labels)) > 30:  # there is no room for them side by side
+            style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(places, [_literal(label) for label in labels], **style)
+        axes.minorticks_off()
 
 
 def _as_numbers(texts: Sequence[str]) -> list[float] | None:

@@ -42,8 +42,7 @@ def draw_curves(columns: Columns, path: Path) -> None:
 
     rates.plot(*thinned(*series(columns, "train/lr")), color="C1", lw=1.4)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    rates.set_ylim(bottom=0)
-    rates.set(title="learning rate")
+    rates.set(title="learning rate", ylim=(0, None))
 
     _draw_scores(scores, columns)
     scores.set(xlabel="optimizer step")
@@ -70,8 +69,7 @@ def _draw_losses(axes: Axes, columns: Columns) -> None:
     # loss explodes would press the rest of the curve flat.
     tops = [np.quantile(values, 0.99) for _, values in (raw, smooth) if len(values)]
     positive = [value for value in (*tops, *validation[1]) if value > 0]
-    axes.set_ylim(0, 1.05 * max(positive, default=1.0))
-    axes.set(title="loss (cross-entropy)")
+    axes.set(title="loss (cross-entropy)", ylim=(0, 1.05 * max(positive, default=1.0)))
     axes.legend(loc="upper right", frameon=False)
 
 
@@ -91,8 +89,7 @@ def _draw_scores(axes: Axes, columns: Columns) -> None:
                 ha="center",
                 color=colour,
             )
-    axes.set(ylim=(0, 1.08), title="validation scores")
-    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.set(ylim=(0, 1.08), yticks=np.arange(0, 1.01, 0.2), title="validation scores")
     axes.legend(loc="upper left", frameon=False)
 
 

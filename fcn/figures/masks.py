@@ -62,12 +62,11 @@ def error_map(label: Tensor, prediction: Tensor, void: int = VOID) -> Tensor:
     """Where a prediction is wrong: correct pixels light, wrong ones red, ignored ones grey.
 
     Args:
-        label, prediction: (H, W), class indices.
+        label, prediction: (H, W), class indices, in RAM.
 
     Returns:
         (3, H, W) uint8.
     """
-    label, prediction = label.cpu(), prediction.cpu()
     kind = torch.where(label == void, 2, (label != prediction).long())  # index into the colours
     colours = torch.tensor((CORRECT, WRONG, IGNORED), dtype=torch.uint8)
     return colours[kind].permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
@@ -75,10 +74,8 @@ def error_map(label: Tensor, prediction: Tensor, void: int = VOID) -> Tensor:
 
 def labels_in(*masks: Tensor) -> list[int]:
     """The labels that occur in any of the masks, in ascending order; void is one of them."""
-    found: set[int] = set()
-    for mask in masks:
-        found.update(mask.flatten().bincount().nonzero().flatten().tolist())
-    return sorted(found)
+    labels = torch.cat([mask.flatten() for mask in masks])  # (pixels of all masks,)
+    return labels.bincount().nonzero().flatten().tolist()
 
 
 def resize_to_fit(picture: Tensor, width: int, height: int) -> Tensor:

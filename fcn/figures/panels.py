@@ -11,68 +11,51 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fcn.figures.legend import (
-    FONT_SIZE,
-    TEXT_COLOUR,
-    Entry,
-    draw_legend,
-    legend_entries,
-    one_line,
-)
-from fcn.figures.masks import (
-    VOID,
-    Palette,
-    colourise,
-    error_map,
-    labels_in,
-    resize_to_fit,
-    to_pil,
-)
+from fcn.figures import masks
+from fcn.figures.legend import FONT_SIZE, TEXT_COLOUR, Entry, draw_legend, legend_entries, one_line
 
 Cell = tuple[Tensor, str]  # a picture (3, h, w) uint8, and the line of text below it
 
 GAP, LINE = 10, 22  # pixels between pictures, and the height of a line of text
 TITLE_SIZE = 15  # pixels
+WIDTH = 240  # of a column, in pixels
 
 
 def draw_panels(
     rows: Sequence[tuple[Tensor, Tensor, Tensor]],
     *,
     class_names: Sequence[str],
-    palette: Palette,
-    void: int = VOID,
-    title: str = "",
-    width: int = 240,
-    ids: Sequence[str] | None = None,
-    captions: Sequence[str] | None = None,
+    palette: masks.Palette,
+    void: int = masks.VOID,
+    title: str,
+    ids: Sequence[str],
+    captions: Sequence[str],
 ) -> Image.Image:
     """A row of image | label | prediction | errors for each image, above a legend.
 
-    The legend holds the classes that occur in these labels and predictions.
+    The legend holds the classes that occur in these labels and predictions. Images keep their
+    shape; a tall one is limited to a height of 1.5 times the width of its column.
 
     Args:
         rows: (image (3, H, W) uint8, label (H, W), prediction (H, W)), of any sizes.
-        width: of a column, in pixels. Images keep their shape; a tall one is limited to a height of
-            1.5 widths.
         ids: a text below each image, such as its name.
         captions: a text below each prediction, such as its score.
     """
-    none = [""] * len(rows)
     cells: list[list[Cell]] = []
     found: set[int] = {void}  # the errors are always explained, and they show void
-    for row, name, caption in zip(rows, ids or none, captions or none, strict=True):
+    for row, name, caption in zip(rows, ids, captions, strict=True):
         _, label, prediction = row
         judged = label != void
         wrong = int(((label != prediction) & judged).sum())
         share = wrong / max(1, int(judged.sum()))
-        found.update(labels_in(label, prediction))
-        image, label, prediction = (resize_to_fit(x, width, width * 3 // 2) for x in row)
+        found.update(masks.labels_in(label, prediction))
+        image, label, prediction = (masks.resize_to_fit(x, WIDTH, WIDTH * 3 // 2) for x in row)
         cells.append(
             [
                 (image, name),
-                (colourise(label, palette, void), ""),
-                (colourise(prediction, palette, void), caption),
-                (error_map(label, prediction, void), f"{100 * share:.1f} % wrong"),
+                (masks.colourise(label, palette, void), ""),
+                (masks.colourise(prediction, palette, void), caption),
+                (masks.error_map(label, prediction, void), f"{100 * share:.1f} % wrong"),
             ]
         )
     return draw_sheet(
@@ -80,7 +63,6 @@ def draw_panels(
         headings=("image", "label", "prediction", "errors: red; void: grey"),
         legend=legend_entries(found, class_names, palette, void),
         title=title,
-        width=width,
     )
 
 
@@ -88,9 +70,9 @@ def draw_sheet(
     rows: Sequence[Sequence[Cell]],
     *,
     headings: Sequence[str],
-    legend: Sequence[Entry] = (),
+    legend: Sequence[Entry],
     title: str = "",
-    width: int = 240,
+    width: int = WIDTH,
 ) -> Image.Image:
     """Pictures in rows and columns with a text below each, and a legend below them all.
 
@@ -114,7 +96,7 @@ def draw_sheet(
     top += LINE
     for row, height in zip(rows, heights, strict=True):
         for left, (picture, text) in zip(lefts, row, strict=True):
-            sheet.paste(to_pil(picture), (left, top))
+            sheet.paste(masks.to_pil(picture), (left, top))
             place = left, top + picture.shape[1] + 3
             draw.text(place, _cut(text, font, width), TEXT_COLOUR, font)
         top += height
