@@ -18,7 +18,7 @@ from fcn.checkpoint import best_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.training.panels import Panels
+from fcn.training.panels import Panels, _score
 
 IDS = ["2007_000033", "../odd/\n\udcff\0 name " + "x" * 300]
 
@@ -76,6 +76,13 @@ def test_nothing_is_written(
     panels = Panels(images=trainer.pop("images", 2))
     validate(panels, module, 5, default_root_dir=tmp_path, **trainer)
     assert not list(tmp_path.iterdir())
+
+
+def test_iou_of_one_image(module: SegmentationModule) -> None:
+    image, label = torch.zeros(3, 1, 4), torch.tensor([[1, 1, 2, 255]])
+    prediction = torch.tensor([[1, 2, 2, 0]])
+    assert _score(image, label, prediction, module) == "IoU 0.500"  # 1: 1/2, 2: 1/2, no 0
+    assert _score(image, torch.full((1, 4), 255), prediction, module) == "all void"
 
 
 def wandb_records(run: Path) -> Iterator[Any]:
