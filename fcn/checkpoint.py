@@ -24,7 +24,6 @@ reads BGR from 0 to 255.
 """
 
 import json
-import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -125,13 +124,16 @@ def read_tensors(path: Path) -> StateDict:
     content = _load(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
+    if not is_state_dict(content) or not content:
         raise WeightsError(f"{path} holds no state dict (a table of tensors by name)")
     return {name.removeprefix("network."): value for name, value in content.items()}
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether this is a table of tensors by name."""
+    if not isinstance(content, dict):
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
 def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, list[str]]:
@@ -164,11 +166,9 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
 def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
     """The optimizer step at which a checkpoint was made, if a run can go on from it."""
     checkpoint = read_checkpoint(path)
-    missing = {"optimizer_states", "callbacks", "loops"} - set(checkpoint)
+    missing = ", ".join(sorted({"optimizer_states", "callbacks", "loops"} - set(checkpoint)))
     if missing:
-        raise WeightsError(
-            f"{path} is no checkpoint to go on from: no {', '.join(sorted(missing))}"
-        )
+        raise WeightsError(f"{path} is no checkpoint to go on from: no {missing}")
     shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
     if shapes != {name: value.shape for name, value in weights.items()}:
         raise WeightsError(f"{path} holds another network than this run's")
@@ -182,10 +182,9 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
         WeightsError: weights and settings are not of one FCN.
     """
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
-    tables = isinstance(state, Mapping) and isinstance(settings, Mapping)
-    if not tables or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state_dict(state) or not isinstance(settings, dict):
         raise WeightsError(f"{path} is no checkpoint of this codebase")
-    claimed = sum(math.prod(t.shape) * t.element_size() for t in state.values())
+    claimed = tensor_bytes(state)
     conv6, score = (state.get(f"network.{name}.weight") for name in ("conv6", "score"))
     if conv6 is None or score is None or conv6.ndim != 4 or score.ndim != 4:
         raise WeightsError(f"{path} holds no weights of an FCN")

@@ -40,12 +40,9 @@ RENAMED = {
     "callbacks.average_decay": "callbacks.ema.decay",
     "callbacks.checkpoint_every_n_steps": "callbacks.last_checkpoint.every_n_steps",
     "callbacks.panel_images": "callbacks.panels.images",
-    "logger.project": "logger.wandb.project",
-    "logger.name": "logger.wandb.name",
-    "logger.group": "logger.wandb.group",
-    "logger.tags": "logger.wandb.tags",
-    "logger.notes": "logger.wandb.notes",
-    "logger.id": "logger.wandb.id",
+} | {
+    f"logger.{name}": f"logger.wandb.{name}"
+    for name in ("project", "name", "group", "tags", "notes", "id")
 }
 
 

@@ -85,18 +85,16 @@ def _launch(
     from fcn.runs.process import is_main_process
     from fcn.runs.resume import find_run, resumed_config, status
 
-    run = folder
     if cfg.resume == "auto":
+        cfg.resume = None
         last = find_run(folder, overrides, named=named, main=is_main_process())
         if last is not None and status(last) == "finished":
             print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
             return
-        cfg.resume = None
         if last is not None:
-            run, overrides = last, []
-            cfg = resumed_config(run, overrides)
-    elif cfg.resume:
-        run = Path(cfg.resume)
+            cfg.resume, overrides = str(last), []
+    run = Path(cfg.resume) if cfg.resume else folder
+    if cfg.resume:
         cfg = resumed_config(run, overrides)
     try:
         train(cfg, run, overrides)

@@ -86,11 +86,10 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"resume={run}: its config.yaml does not hold the settings of a run")
     _convert_old_settings(cfg)
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
-    given = [override for override in overrides if not override.startswith("resume=")]
-    for change in OverridesParser.create().parse_overrides(given):
+    for change in OverridesParser.create().parse_overrides(list(overrides)):
         _apply(change, cfg)
     OmegaConf.resolve(cfg)  # an interpolation could make a _target_ too
-    _check_targets(run, cfg, given)
+    _check_targets(run, cfg, overrides)
     cfg.resume = str(run)
     return cfg
 
