@@ -12,6 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint, write_checkpoint
 from fcn.errors import TrainingError, check_whole
+from fcn.training.clock import is_whole_step
 from fcn.training.loader_failure import LoaderFailure
 from fcn.training.preemption import Preemption
 
@@ -45,24 +46,17 @@ class LastCheckpoint(Checkpoint):
                 f"one has {first}). Name the run: resume=RUN_FOLDER"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._validate_if_due(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._validate_if_due(trainer)  # where no step was left, training has not started
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if not is_whole_step(trainer):
             return  # gradients are under way, and no checkpoint holds them
-        interval = trainer.val_check_batch
-        due = trainer.should_stop or (interval is not None and (batch_idx + 1) % interval == 0)
+        interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
+        due = trainer.should_stop or trainer.global_step % interval == 0
         self.validation_due = bool(due and trainer.enable_validation)
         stopping = any(
             callback.pending
@@ -73,7 +67,7 @@ class LastCheckpoint(Checkpoint):
             path = last_checkpoint(Path(trainer.default_root_dir))
             trainer.save_checkpoint(path, weights_only=False)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         self.validation_due = False  # best.ckpt, which is made at its end, has it behind it
 
     def _validate_if_due(self, trainer: pl.Trainer) -> None:

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from fcn.checkpoint import last_checkpoint
+from fcn.training.clock import is_whole_step
 
 
 class LoaderFailure(Callback):
@@ -30,7 +31,7 @@ class LoaderFailure(Callback):
         self.between_steps = False  # nothing has happened since an optimizer step
         self.handlers: dict[int, Any] = {}  # that were there before
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *_: Any, **__: Any) -> None:
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() != threading.main_thread():
             return
         handler = signal.getsignal(signal.SIGCHLD)
@@ -38,7 +39,7 @@ class LoaderFailure(Callback):
             own = partial(self._on_signal, handler)
             self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, own)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         while self.handlers:  # Lightning calls this after an exception, too
             signal.signal(*self.handlers.popitem())
 
@@ -48,25 +49,15 @@ class LoaderFailure(Callback):
         except RuntimeError as error:
             self.error = error
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         # One of several processes cannot save alone: to save, they meet.
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self.between_steps = whole_step and trainer.world_size == 1
+        self.between_steps = is_whole_step(trainer) and trainer.world_size == 1
         self.pending = self.between_steps and self.error is not None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._raise_if_died()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         self._raise_if_died()  # last.ckpt is there, and knows that validation is due
 
     def _raise_if_died(self) -> None:

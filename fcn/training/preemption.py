@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from fcn.errors import Stopped
+from fcn.training.clock import is_whole_step
 
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
@@ -36,13 +37,13 @@ class Preemption(Callback):
         """Whether the run stops after this step."""
         return self.agreed is not None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *_: Any, **__: Any) -> None:
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.handlers[number] = signal.signal(number, self._on_signal)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         while self.handlers:  # Lightning calls this after an exception, too
             signal.signal(*self.handlers.popitem())
 
@@ -51,19 +52,12 @@ class Preemption(Callback):
             raise KeyboardInterrupt  # Ctrl-C twice: at once
         self.received = signal.Signals(number)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Agree with the other processes, which get a signal at another step, or none.
 
         They ask each other where losses are logged, since that waits for the devices anyway.
         """
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not is_whole_step(trainer):
             return
         if trainer.world_size == 1:
             self.agreed = self.received
@@ -72,22 +66,13 @@ class Preemption(Callback):
             number = trainer.strategy.reduce(number, reduce_op="max")
             self.agreed = signal.Signals(int(number)) if number else None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._stop_if_agreed(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._stop_if_agreed(trainer)
 
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if trainer.world_size == 1:
             self.agreed = self.received
         self._stop_if_agreed(trainer)
