@@ -37,15 +37,17 @@ def export(cfg: DictConfig) -> Path:
         fcn.errors.FCNError: settings or checkpoint are wrong, packages are missing, or the file
             disagrees with the network; there is no file then.
     """
-    from fcn.checkpoint import find_checkpoint, read_checkpoint
-    from fcn.inference.export import export_path, export_program, export_safetensors
+    from fcn.checkpoint import find_checkpoint, read_checkpoint, write_safetensors
+    from fcn.inference.export import export_path, export_program
+    from fcn.inference.photos import create_folder
     from fcn.module import SegmentationModule
 
     ckpt = find_checkpoint(cfg.ckpt)
     path = export_path(cfg.output, ckpt, cfg.format)
     module = SegmentationModule.load_from_checkpoint(ckpt)
     if cfg.format == "safetensors":
-        export_safetensors(module, read_checkpoint(ckpt), path)
+        create_folder(path.parent)
+        write_safetensors(read_checkpoint(ckpt), module.state_dict(), path)
         says = "takes the place of a checkpoint"
     else:
         difference, equal = export_program(module, path, argmax=cfg.argmax)

@@ -166,8 +166,7 @@ class SegmentationDataModule(pl.LightningDataModule):
     def open(self, split: str, *, download: bool = False) -> SegmentationDataset:
         """One split as it is on disk, or its first `limit` images."""
         data = self.make_dataset(split=split, root=self.root, download=download)
-        if self.limit is not None:
-            del data.ids[self.limit :]
+        data.ids = data.ids[: self.limit]
         return data
 
     def train_dataloader(self) -> DataLoader:
@@ -291,8 +290,7 @@ def random_generator(*key: int) -> np.random.Generator:
 
 def default_workers() -> int:
     """The number of loader processes where none is asked for: one less than cores, at most 8."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     return min(8, cores - 1)

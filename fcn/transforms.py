@@ -128,11 +128,10 @@ class RandomScaleCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Cut, resize and pad an image (3, H, W) or a mask (H, W)."""
-        is_mask = isinstance(inpt, tv_tensors.Mask)
         part = inpt.as_subclass(Tensor)[..., *params["box"]]  # (3 | -, H, W) -> (3 | -, h, w)
         if part.shape[-2:] != params["size"]:
             # (3 | -, h, w) -> (3 | -, kept H, kept W)
-            if is_mask:
+            if isinstance(inpt, tv_tensors.Mask):
                 # NEAREST_EXACT takes the pixel below the centre, as bilinear interpolation does.
                 # Plain nearest, torchvision's default for masks, would shift the labels against
                 # the image.

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Labels, Sample
+from fcn.datasets import VOID, Labels, Sample, reading
 from fcn.datasets.download import Archive
-from fcn.datasets.reading import check_pairs, check_split, make_sample, read_mask
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import DataError, check_flag
 
@@ -88,7 +87,7 @@ class ADE20K(Dataset[Sample]):
         other: bool = False,
     ) -> None:
         self.classes, self.palette = self.labels(other=other)
-        check_split("ADE20K", split, self.splits)
+        reading.check_split("ADE20K", split, self.splits)
         self.other = other
         folder = ARCHIVE.find(root, download)
         images = folder / "images" / FOLDERS[split]
@@ -97,7 +96,7 @@ class ADE20K(Dataset[Sample]):
         if not self.ids:
             raise DataError(f"{images}: no .jpg here")
         self.pairs = {name: (images / f"{name}.jpg", masks / f"{name}.png") for name in self.ids}
-        check_pairs(self.pairs.values())
+        reading.check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,7 +104,7 @@ class ADE20K(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        labels = read_mask(mask, 151, void=None)
+        labels = reading.read_mask(mask, 151, void=None)
         if not self.other:
             labels = labels - 1  # uint8: 0 wraps around to 255, which is VOID
-        return make_sample(name, image, mask, labels)
+        return reading.make_sample(name, image, mask, labels)

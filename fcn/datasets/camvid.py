@@ -14,8 +14,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Sample
-from fcn.datasets.reading import check_pairs, check_split, make_sample, read_ids, read_mask
+from fcn.datasets import VOID, Sample, reading
 from fcn.errors import DataError
 
 # The colour of each class, as in SegNet's own pictures.
@@ -58,7 +57,7 @@ class CamVid(Dataset[Sample]):
     def __init__(
         self, *, split: str = "train", root: str | Path | None = None, download: bool = False
     ) -> None:
-        check_split("CamVid", split, self.splits)
+        reading.check_split("CamVid", split, self.splits)
         if root is None:
             raise DataError("CamVid needs data.root: the folder that holds CamVid/")
         folder = Path(root).expanduser() / "CamVid"
@@ -69,9 +68,9 @@ class CamVid(Dataset[Sample]):
                 "the clone."
             )
         images, masks = folder / split, folder / f"{split}annot"
-        self.ids = read_ids(folder / f"{split}.txt", files=True)
+        self.ids = reading.read_ids(folder / f"{split}.txt", files=True)
         self.pairs = {name: (images / f"{name}.png", masks / f"{name}.png") for name in self.ids}
-        check_pairs(self.pairs.values())
+        reading.check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,4 +78,5 @@ class CamVid(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        return make_sample(name, image, mask, read_mask(mask, len(self.classes), void=11))
+        labels = reading.read_mask(mask, len(self.classes), void=11)
+        return reading.make_sample(name, image, mask, labels)

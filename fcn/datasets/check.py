@@ -13,17 +13,15 @@ or by its content: two files are one image if their pixels are equal once decode
 """
 
 import hashlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from fcn import cli
 from fcn.datasets import Sample, SegmentationDataset
@@ -79,17 +77,16 @@ class Survey:
         self.images = np.zeros(256, np.int64)
         self.contents: dict[bytes, str] = {}
         # Threads are enough, since Pillow releases Python's lock while it decodes.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(self._read, range(len(data)))
-            for index, facts in enumerate(tqdm(found, split, len(data), leave=False, disable=None)):
-                if isinstance(facts, DataError):
-                    self.errors.append(facts)
-                    continue
-                self.good.append(index)
-                self.sizes[facts.size] += 1
-                self.pixels += facts.pixels
-                self.images += facts.pixels > 0
-                self.contents.setdefault(facts.content, data.ids[index])
+        found = thread_map(self._read, range(len(data)), desc=split, leave=False, disable=None)
+        for index, facts in enumerate(found):
+            if isinstance(facts, DataError):
+                self.errors.append(facts)
+                continue
+            self.good.append(index)
+            self.sizes[facts.size] += 1
+            self.pixels += facts.pixels
+            self.images += facts.pixels > 0
+            self.contents.setdefault(facts.content, data.ids[index])
 
     def _read(self, index: int) -> Facts | DataError:
         try:

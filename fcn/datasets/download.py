@@ -178,11 +178,9 @@ def _append(response: HTTPResponse, part: Path, start: int) -> None:
     """Write what a mirror sends to `part`, which holds the first `start` bytes already."""
     length = response.headers.get("Content-Length", "")
     total = start + int(length) if length.isdigit() else None
-    progress = tqdm(
-        desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
-    )
+    bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None)
     size, begun = start, time.monotonic()
-    with part.open("ab" if start else "wb") as file, progress:
+    with part.open("ab" if start else "wb") as file, bar:
         while True:
             waited = time.monotonic() - begun
             if waited > TIMEOUT and size - start < SLOWEST * waited:
@@ -195,7 +193,7 @@ def _append(response: HTTPResponse, part: Path, start: int) -> None:
                 break
             file.write(chunk)
             size += len(chunk)
-            progress.update(len(chunk))
+            bar.update(len(chunk))
     if total is not None and size < total:
         raise _MirrorError(f"connection closed after {size:,} of {total:,} bytes")
 

@@ -20,18 +20,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Labels, Sample
-from fcn.datasets.reading import (
-    LABEL_MODES,
-    UnknownLabelError,
-    check_split,
-    is_picture,
-    make_sample,
-    read_lines,
-    read_picture,
-    refuse_missing,
-    to_mask,
-)
+from fcn.datasets import VOID, Labels, Sample, reading
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
 
@@ -135,7 +124,7 @@ class Folder(Dataset[Sample]):
         check_text("data.dataset.val", val, wanted="a text list of ids", optional=True)
         check_number("data.dataset.val_share", val_share, above=0, below=1)
         check_whole("data.dataset.seed", seed, 0, 2**63)
-        check_split("Folder", split, self.splits)
+        reading.check_split("Folder", split, self.splits)
         base = Path(root or ".").expanduser()
         self._folders = [base / Path(folder).expanduser() for folder in (images, masks)]
         self._images, self._masks = map(_pictures, self._folders)
@@ -160,7 +149,7 @@ class Folder(Dataset[Sample]):
             raise DataError(f"{self._folders[0]}: no pairs are left for the split '{split}'")
         incomplete = [problem for problem in map(self._incomplete, self.ids) if problem]
         if incomplete:
-            refuse_missing(
+            reading.refuse_missing(
                 f"{len(incomplete)} of {len(self.ids)} pairs incomplete: "
                 f"{'; '.join(incomplete[:3])}"
             )
@@ -182,7 +171,7 @@ class Folder(Dataset[Sample]):
         if problem:
             raise DataError(problem)
         mask = self._masks[name]
-        return make_sample(name, self._images[name], mask, self._read_mask(mask))
+        return reading.make_sample(name, self._images[name], mask, self._read_mask(mask))
 
     def _read_mask(self, path: Path) -> np.ndarray:
         """A mask (H, W) uint8 of labels and VOID, from a picture of labels or of colours.
@@ -190,11 +179,11 @@ class Folder(Dataset[Sample]):
         Raises:
             DataError: it is damaged, or holds unknown labels or colours.
         """
-        picture = read_picture(path, "mask")
-        if not self._colours and picture.mode not in LABEL_MODES:
+        picture = reading.read_picture(path, "mask")
+        if not self._colours and picture.mode not in reading.LABEL_MODES:
             raise DataError(f"{path}: a mask of mode {picture.mode} needs data.dataset.palette")
-        if not self._colours or (picture.mode in LABEL_MODES[1:] and not self._grey):
-            return to_mask(np.array(picture), len(self.classes), void=self._void, path=path)
+        if not self._colours or (picture.mode in reading.LABEL_MODES[1:] and not self._grey):
+            return reading.to_mask(np.array(picture), len(self.classes), void=self._void, path=path)
         pixels = np.array(picture.convert("RGB"), np.int32)  # (H, W, 3)
         colours = _number(*np.moveaxis(pixels, 2, 0))  # (H, W, 3) -> (H, W)
         known = np.array(sorted(self._colours), np.int32)  # (number of colours,)
@@ -204,7 +193,8 @@ class Folder(Dataset[Sample]):
             found = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:3])
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             hint = "; null if the mask holds labels" if picture.mode == "P" else ""
-            raise UnknownLabelError(f"{path}: not in data.dataset.palette{hint}: {found}{more}")
+            message = f"{path}: not in data.dataset.palette{hint}: {found}{more}"
+            raise reading.UnknownLabelError(message)
         labels = np.array([self._colours[c] for c in known.tolist()], np.uint8)
         return labels[place]  # (H, W)
 
@@ -237,7 +227,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if is_picture(path) and not path.name.startswith("."):
+        if reading.is_picture(path) and not path.name.startswith("."):
             if path.stem in files:
                 raise DataError(f"{path}: {files[path.stem].name} has the same stem; keep one")
             files[path.stem] = path
@@ -248,8 +238,8 @@ def _pictures(folder: Path) -> dict[str, Path]:
 
 def _read_list(base: Path, file: str) -> list[str]:
     """The ids in a text list; a line may also hold the name of a picture."""
-    lines = read_lines(base / Path(file).expanduser())
-    return [PurePath(line).stem if is_picture(PurePath(line)) else line for line in lines]
+    lines = reading.read_lines(base / Path(file).expanduser())
+    return [PurePath(line).stem if reading.is_picture(PurePath(line)) else line for line in lines]
 
 
 def _draw(names: Sequence[str], share: float, seed: int) -> list[str]:

@@ -16,19 +16,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Sample
+from fcn.datasets import VOID, Sample, reading, voc2012
 from fcn.datasets.download import Archive
-from fcn.datasets.reading import (
-    Pair,
-    check_pairs,
-    check_split,
-    make_sample,
-    read_ids,
-    read_mask,
-    to_mask,
-)
-from fcn.datasets.voc2012 import ARCHIVE as VOC_ARCHIVE
-from fcn.datasets.voc2012 import VOC2012, list_path
+from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import DataError, check_flag, reason
 
 FOLDER = "Research/Projects/CS/vision/grouping/semantic_contours"
@@ -82,24 +72,25 @@ class SBD(Dataset[Sample]):
         with_voc: bool = False,
     ) -> None:
         check_flag("data.dataset.with_voc", with_voc)
-        check_split("SBD", split, self.splits)
+        reading.check_split("SBD", split, self.splits)
         if download:
-            VOC_ARCHIVE.find(root, download)
+            voc2012.ARCHIVE.find(root, download)
         if download or split == "train":
             folder = ARCHIVE.find(root, download)
-        self.pairs: dict[str, Pair] = {}
+        self.pairs: dict[str, reading.Pair] = {}
         if split == "train":
             for part in ("train", "val") if with_voc else ("train",):
-                for name in read_ids(folder / f"{part}.txt"):
+                for name in reading.read_ids(folder / f"{part}.txt"):
                     image, mask = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
                     self.pairs[name] = image, mask
         if split != "train" or with_voc:
             self.pairs |= VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
         if split == "train" and with_voc:
-            for name in read_ids(list_path(VOC_ARCHIVE.find(root, download), "val")):
+            voc = voc2012.ARCHIVE.find(root, download)
+            for name in reading.read_ids(voc2012.list_path(voc, "val")):
                 self.pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
         self.ids = sorted(self.pairs)
-        check_pairs(self.pairs.values())
+        reading.check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,8 +98,8 @@ class SBD(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        read = _read_mat if mask.suffix == ".mat" else read_mask
-        return make_sample(name, image, mask, read(mask, len(self.classes)))
+        read = _read_mat if mask.suffix == ".mat" else reading.read_mask
+        return reading.make_sample(name, image, mask, read(mask, len(self.classes)))
 
 
 def _read_mat(path: Path, num_classes: int) -> np.ndarray:
@@ -127,4 +118,4 @@ def _read_mat(path: Path, num_classes: int) -> np.ndarray:
             raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
     except Exception as e:  # a damaged file raises errors of nearly any type
         raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
-    return to_mask(labels, num_classes, void=VOID, path=path)
+    return reading.to_mask(labels, num_classes, void=VOID, path=path)

@@ -22,8 +22,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fcn.datasets import VOID, Sample
-from fcn.datasets.reading import check_split
+from fcn.datasets import VOID, Sample, reading
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import check_whole
 
@@ -134,7 +133,7 @@ class Shapes(Dataset[Sample]):
         check_whole("data.dataset.train_length", train_length, 1, 10**6)
         check_whole("data.dataset.val_length", val_length, 1, 10**6)
         check_whole("data.dataset.seed", seed, 0, 2**63)
-        check_split("Shapes", split, self.splits)
+        reading.check_split("Shapes", split, self.splits)
         self.size, self.seed, self.stream = size, seed, self.splits.index(split)
         length = train_length if split == "train" else val_length
         self.ids = [f"{split}_{i:06d}" for i in range(length)]

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Sample
+from fcn.datasets import VOID, Sample, reading
 from fcn.datasets.download import Archive
-from fcn.datasets.reading import check_pairs, check_split, make_sample, read_ids, read_mask
 
 FILE = "VOCtrainval_11-May-2012.tar"
 ARCHIVE = Archive(
@@ -95,12 +94,12 @@ class VOC2012(Dataset[Sample]):
     def __init__(
         self, *, split: str = "train", root: str | Path | None = None, download: bool = False
     ) -> None:
-        check_split("VOC2012", split, self.splits)
+        reading.check_split("VOC2012", split, self.splits)
         folder = ARCHIVE.find(root, download)
         images, masks = folder / "JPEGImages", folder / "SegmentationClass"
-        self.ids = read_ids(list_path(folder, split))
+        self.ids = reading.read_ids(list_path(folder, split))
         self.pairs = {name: (images / f"{name}.jpg", masks / f"{name}.png") for name in self.ids}
-        check_pairs(self.pairs.values())
+        reading.check_pairs(self.pairs.values())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,4 +107,5 @@ class VOC2012(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        return make_sample(name, image, mask, read_mask(mask, len(self.classes)))
+        labels = reading.read_mask(mask, len(self.classes))
+        return reading.make_sample(name, image, mask, labels)

@@ -2,7 +2,6 @@
 
     path = export_path(None, Path("runs/.../checkpoints/best.ckpt"), "onnx")
     agreement = export_program(module, path, argmax=True)     # .onnx, or torch.export's .pt2
-    export_safetensors(module, checkpoint, path)              # weights and settings, no program
 
 A program takes uint8 RGB (N, 3, H, W) of any N, H and W, and gives scores (N, K, H, W) and, with
 argmax, the mask (N, H, W) uint8. It is run on images of several odd sizes before it gets its name.
@@ -10,7 +9,6 @@ argmax, the mask (N, H, W) uint8. It is run on images of several odd sizes befor
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,6 @@ from torch.export import Dim
 from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
-from fcn.checkpoint import write_safetensors
 from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import METADATA, Program, need_packages, open_session
@@ -80,23 +77,6 @@ def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
     if path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={format} ends with {ending}")
     return path
-
-
-def export_safetensors(
-    module: SegmentationModule, checkpoint: Mapping[str, Any], path: Path
-) -> None:
-    """Write the weights and settings of a checkpoint; there can be no code in such a file.
-
-    Args:
-        module: the checkpoint's, which shows that its weights fit its settings.
-        checkpoint: as `fcn.checkpoint.read_checkpoint` gives it.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-        WriteError: the file cannot be written.
-    """
-    create_folder(path.parent)
-    write_safetensors(checkpoint, module.state_dict(), path)
 
 
 def export_program(module: SegmentationModule, path: Path, *, argmax: bool = False) -> Agreement:

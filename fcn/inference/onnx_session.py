@@ -8,7 +8,7 @@ It needs onnxruntime: pip install -r requirements/export.txt
 
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -65,9 +65,5 @@ def need_packages(*names: str) -> None:
         ConfigError: a package is not installed.
     """
     for name in names:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise ConfigError(
-                f"{name} is not installed: pip install -r requirements/export.txt"
-            ) from error
+        if find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed: pip install -r requirements/export.txt")

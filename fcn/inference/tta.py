@@ -85,7 +85,7 @@ class TestTime(nn.Module):
         if not self.flip and self.scales == (1,):
             return self.network(image)
         size = image.shape[-2:]
-        total: Tensor | float = 0.0
+        total = torch.zeros(())  # of the probabilities (N, K, H, W) of all views
         for scale in self.scales:
             # Resizing uint8 is fastest where the colours of a pixel lie side by side in memory.
             view = image.contiguous(memory_format=torch.channels_last)
@@ -96,7 +96,6 @@ class TestTime(nn.Module):
             if self.flip:
                 mirrored = self.network(view.flip(-1)).flip(-1)  # logits, turned back
                 total = total + _probabilities(mirrored, size)
-        assert isinstance(total, Tensor)
         views = len(self.scales) * (2 if self.flip else 1)
         return (total / views).clamp(min=1e-30).log()  # the logarithm of 0 would be -inf
 
