@@ -69,28 +69,23 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, Columns]:
     """
     runs: dict[Path, Columns] = {}
     for folder in folders:
-        found = _runs_in(folder)
+        is_run = (folder / "metrics.csv").is_file()
+        jobs = [path.parent for path in folder.glob("*/metrics.csv")]
+        # Job 2 of a sweep comes before job 10.
+        found = [folder] if is_run else sorted(jobs, key=lambda job: (len(job.name), job.name))
         if not found:
             raise ConfigError(f"{folder}: no run folder (it has no metrics.csv)")
         for run in found:
             columns = _read(run)
             if columns is not None:
                 runs[run.resolve()] = columns
-            elif run == folder:
+            elif is_run:
                 raise ConfigError(f"{run / 'metrics.csv'}: nothing to draw in it yet")
             else:
                 print(f"left out: {run} has nothing to draw yet", file=sys.stderr)
     if not runs:
         raise ConfigError(f"{folders[0]}: none of its runs has anything to draw yet")
     return runs
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself, if it is a run; else the runs below it, job 2 before job 10."""
-    if (folder / "metrics.csv").is_file():
-        return [folder]
-    jobs = [path.parent for path in folder.glob("*/metrics.csv")]
-    return sorted(jobs, key=lambda path: (len(path.name), path.name))
 
 
 def _read(run: Path) -> Columns | None:

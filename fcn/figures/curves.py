@@ -17,11 +17,8 @@ from fcn.files import atomic_write
 
 Columns = Mapping[str, np.ndarray]
 
-# Columns that `draw_curves` shows. A run that has none of these has nothing to draw.
-DRAWN = (
-    *("train/loss_smooth", "train/loss", "train/loss_std", "train/lr"),
-    *("val/loss", "val/miou", "val/pixel_acc"),
-)
+# Columns that give a curve of their own. A run that has none of these has nothing to draw.
+DRAWN = ("train/loss_smooth", "train/loss", "train/lr", "val/loss", "val/miou", "val/pixel_acc")
 # More points than a line can show: only the extremes of each stretch are drawn.
 MOST_POINTS = 2000
 
