@@ -54,7 +54,7 @@ def _run(work: Callable[[], Any], log: Path, folder: Path, environment: dict[str
     os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
     code = 1
     try:
         work()

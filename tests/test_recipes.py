@@ -20,7 +20,7 @@ def test_recipes_are_valid_and_say_how_to_run_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = compose_config("train", f"experiment={name}", "model.weights=null")
-    monkeypatch.setattr(FCN, "reset_parameters", lambda self: None)
+    monkeypatch.setattr(FCN, "reset_parameters", lambda self: None)  # which costs most
     check(cfg)
     assert cfg.name == name
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")

@@ -241,6 +241,7 @@ def scripted_scores(monkeypatch: pytest.MonkeyPatch, mious: list[float]) -> None
     )
 
 
+@pytest.mark.slow
 def test_best_checkpoint_also_of_a_moved_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +281,9 @@ def interrupt_when(
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "number", [SIGNALS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[1:])]
+)
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

@@ -83,6 +83,7 @@ def as_before(run: Path) -> None:
     OmegaConf.save(cfg, run / "config.yaml")
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

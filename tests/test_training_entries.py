@@ -86,11 +86,14 @@ LONG = ("trainer.max_steps=100", "trainer.val_check_interval=1", "trainer.log_ev
     "options",
     [
         ["callbacks=early_stopping"],
-        [
-            "+callbacks.early_stopping._target_=pytorch_lightning.callbacks.EarlyStopping",
-            "+callbacks.early_stopping.monitor=val/miou",
-            "+callbacks.early_stopping.mode=max",
-        ],
+        pytest.param(
+            [
+                "+callbacks.early_stopping._target_=pytorch_lightning.callbacks.EarlyStopping",
+                "+callbacks.early_stopping.monitor=val/miou",
+                "+callbacks.early_stopping.mode=max",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_early_stopping(
@@ -105,6 +108,7 @@ def test_early_stopping(
     assert validated(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_early_stopping_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes on counting, and the validation that was due is counted once."""
     run, start = tmp_path / "run", fcn.module.SegmentationModule.on_validation_epoch_start
@@ -124,6 +128,7 @@ def test_early_stopping_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert validated(run) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_own_callback(tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["+callbacks.own._target_=mine.Own", "+callbacks.own.start=5"]
     train_tiny(run, *options)

@@ -100,7 +100,7 @@ def test_wrong_key(tmp_path: Path, service: Service) -> None:
     assert service.modes == ["offline"]
 
 
-@pytest.mark.parametrize("fails_after", [0, 5])
+@pytest.mark.parametrize("fails_after", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_service_that_dies(tmp_path: Path, service: Service, fails_after: int) -> None:
     service.fails_after = fails_after
     warned(tmp_path / "run", "Connection lost")
@@ -132,6 +132,7 @@ def test_nothing_helps(tmp_path: Path, service: Service) -> None:
         TolerantWandbLogger(save_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_run_begins_with(
     tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_what_a_run_begins_with(
     assert service.runs[1].id == "from_agent"
 
 
+@pytest.mark.slow
 def test_id_is_kept(tmp_path: Path, service: Service) -> None:
     run = tmp_path / "run"
     train_tiny(run, "logger=wandb", "trainer.max_steps=1")
