@@ -4,14 +4,8 @@ import logging
 import sys
 import warnings
 
-import psutil
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None  # type: ignore[assignment]
 
 
 def is_main_process() -> bool:
@@ -34,6 +28,8 @@ def memory_size(device: torch.device) -> int:
     """Bytes of a GPU's own memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
     return psutil.virtual_memory().total
 
 
@@ -44,7 +40,18 @@ def peak_memory() -> int | None:
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    if resource is None:
-        return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows counts it here
+    try:
+        import resource  # Linux and macOS
+    except ImportError:
+        return _peak_on_windows()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak_on_windows() -> int | None:
+    """The largest working set of this process, where psutil knows it."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)
