@@ -278,8 +278,10 @@ class FakeProcess:
 def test_wandb_sweep(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
     engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
+    import wandb
     from wandb.wandb_agent import Agent
 
+    wandb.teardown()  # a service that another test has started knows nothing of this environment
     text = (PROJECT / "conf" / "wandb_sweep.yaml").read_text()
     sweep = yaml.safe_load(text)
     assert engine.schema_violations_from_proposed_config(sweep) == []
@@ -308,6 +310,7 @@ def test_wandb_sweep(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPat
     assert config.logger.wandb.id == "therun"  # also when it is resumed without the agent
     for key, value in arguments.items():
         assert OmegaConf.select(config, key) == value["value"]
+    wandb.teardown()  # W&B's service writes its file by then
     (offline,) = (run / "wandb").glob("offline-run-*-therun")
     assert b"thesweep" in next(offline.glob("*.wandb")).read_bytes()
 
