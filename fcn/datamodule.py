@@ -32,7 +32,7 @@ class SegmentationDataModule(pl.LightningDataModule):
     Args:
         dataset: opens a split, given `split`, `root` and `download`: a data set's class such as
             `fcn.datasets.voc2012.VOC2012`, or a `functools.partial` of one.
-        root: the folder that holds the data, or receives it.
+        root: the folder that holds the data, or receives the download.
         download: whether to fetch the data if it is missing.
         train_split, val_split: names of splits of the data set.
         batch_size: images in a training batch of each process (device). "auto" is accepted as a
@@ -42,7 +42,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         num_workers: loader processes; None: one less than there are cores, at most 8.
         limit: use only the first so many images of each split; None: all.
         crop_size, scale, flip, jitter: see `fcn.transforms.train_transform`.
-        seed: of the order of the images and of their augmentation.
+        seed: fixes the order of the images and their augmentation.
 
     Raises:
         ConfigError: an argument cannot work. The message begins with "name=value".

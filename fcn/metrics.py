@@ -31,8 +31,8 @@ def segmentation_scores(confusion: Tensor) -> Scores:
     over the classes that are in the labels.
 
     Args:
-        confusion: (K, K) pixel counts; rows are labels, columns are predictions. Void pixels are
-            not in it.
+        confusion: (K, K) pixel counts; rows are labels, columns are predictions. Void pixels must
+            not be in it.
     """
     n = confusion.cpu().to(torch.float64)  # Apple's GPUs have no float64
     correct = n.diag()  # (K, K) -> (K,): n_ii

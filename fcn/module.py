@@ -1,7 +1,10 @@
 """The LightningModule: an FCN with its loss, metrics, optimizer groups and schedule.
 
-module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
-logits = module(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+    module = SegmentationModule.load_from_checkpoint("runs/.../checkpoints/best.ckpt")
+    logits = module(image)  # (N, 3, H, W) uint8 -> (N, K, H, W)
+
+train.py builds it from conf/model, conf/optimizer and conf/scheduler. Loss and scores are those of
+Long, Shelhamer, Darrell (CVPR 2015), except that the loss is a mean over pixels, not a sum.
 """
 
 import math
@@ -36,10 +39,12 @@ class SegmentationModule(pl.LightningModule):
         palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
         void: the label of pixels that are ignored in the loss and in every score.
         weights: pretrained weights to begin with, as `fcn.weights.load_weights` takes them.
-        optimizer: makes the optimizer from parameter groups; its keyword `lr` is the base rate.
-        scheduler: makes a schedule from (optimizer, total_steps, time_used), or None.
-        head_lr_multiplier: a factor on the learning rate of those layers of head and decoder that
-            have no pretrained values.
+        optimizer: a `functools.partial` that makes the optimizer from parameter groups. Its
+            keyword `lr` is the base rate. It is needed for training only.
+        scheduler: makes a schedule from (optimizer, total_steps, time_used), such as
+            `fcn.schedules.poly`. None keeps the rate constant.
+        head_lr_multiplier: a factor on the learning rate of those layers of head and decoder for
+            which no pretrained weights were loaded.
         bias_lr_multiplier: a factor on the learning rate of biases, 2 in the paper. Biases have no
             weight decay.
         network: further arguments of `fcn.network.FCN`.
@@ -85,15 +90,15 @@ class SegmentationModule(pl.LightningModule):
         self.bias_lr_multiplier = bias_lr_multiplier
 
         self.network = FCN(num_classes, **network)
-        # The layers of head and decoder without loaded values: `head_lr_multiplier` is for them.
+        # The layers of head and decoder that were not loaded; `head_lr_multiplier` applies to them.
         self.fresh_layers = head_layers(self.network)
         if weights is not None:
             self.load_pretrained(weights)
-        # The data set has checked its labels, so that torchmetrics need not do it again.
+        # Data sets check their labels when they read a mask, so torchmetrics need not do it again.
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=void, validate_args=False
         )
-        # Of each validation batch, the sum of the loss over its pixels.
+        # For each validation batch, the sum of the loss over its pixels.
         self.val_losses = CatMetric(nan_strategy="disable")
         self.scores: Scores | None = None  # of the last validation
         self.val_loss = math.nan
@@ -131,9 +136,10 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W).
 
-        DDP averages the gradients of its processes, whose batches may differ in void pixels. So
-        each divides by the number of pixels in all processes, divided by the number of processes.
-        The average is then the gradient of one mean over all pixels.
+        With DDP, every process computes the gradient of its own batch, and DDP averages these. The
+        batches differ in how many pixels are not void. So each process divides its sum of losses by
+        the mean number of such pixels in a process; the average is then the gradient of the mean
+        over the pixels of all batches.
         """
         mask = batch["mask"]
         pixels, processes = (mask != self.void).sum(), 1
@@ -145,7 +151,8 @@ class SegmentationModule(pl.LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Score one batch. Callbacks get `prediction`, class indices (N, H, W) uint8."""
         mask = batch["mask"]
-        # Not the compiled network: images of a validation differ in size, and each would compile.
+        # `forward` skips torch.compile (trainer.compile=true): the images of a validation differ in
+        # size, and the network would be compiled again for each size.
         logits = self.network.forward(batch["image"])
         prediction = logits.max(1).indices  # (N, K, H, W) -> (N, H, W); argmax takes twice as long
         self.confusion.update(prediction, mask)
@@ -174,10 +181,14 @@ class SegmentationModule(pl.LightningModule):
             logger.log_metrics(named, step=self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Up to four parameter groups: loaded or fresh layers, weights or biases.
+        """The optimizer with up to four parameter groups, and the schedule.
 
-        Each has its learning rate, and keeps its multiplier as `lr_multiplier`. The metric
-        `train/lr` is the rate without it.
+        The groups are weights and biases, of layers that were loaded and of layers that were not.
+        Each has its own learning rate: the base rate times a factor, which the group keeps as
+        `lr_multiplier`. The metric `train/lr` is the rate without this factor.
+
+        Raises:
+            ValueError: the module was built without an optimizer.
         """
         if self.make_optimizer is None:
             raise ValueError("SegmentationModule(optimizer=...) is needed for training")
@@ -200,7 +211,7 @@ class SegmentationModule(pl.LightningModule):
             return optimizer
         scheduler = self.make_scheduler(
             optimizer,
-            total_steps=self.trainer.estimated_stepping_batches,  # inf if only max_time ends it
+            total_steps=self.trainer.estimated_stepping_batches,  # inf if only time is limited
             time_used=self.time_used,
         )
         return {
@@ -223,7 +234,11 @@ class SegmentationModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, which refuses fused optimizers even where that is not needed."""
+        """Clip gradients as Lightning does, but with fused optimizers too.
+
+        Lightning refuses these for every precision, although only 16-mixed is a problem: there, a
+        fused optimizer itself divides the gradients by the loss scale, after they were clipped.
+        """
         if gradient_clip_val:
             clip = self.trainer.precision_plugin.clip_grad_by_norm
             if gradient_clip_algorithm == "value":
@@ -231,7 +246,10 @@ class SegmentationModule(pl.LightningModule):
             clip(optimizer, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the file stand alone: it holds the weights, so that none are fetched to open it."""
+        """Make a checkpoint usable on its own.
+
+        It holds all weights. So `weights` is stored as None, and to open it nothing is downloaded.
+        """
         checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"], weights=None)
         checkpoint["fresh_layers"] = self.fresh_layers
         checkpoint["normalization"] = {
@@ -246,13 +264,14 @@ class SegmentationModule(pl.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, **changes: Any
     ) -> Self:
-        """The module of a .ckpt or .safetensors, or of a published net, on the CPU.
+        """Build the module of a .ckpt or .safetensors, or of a published net, on the CPU.
 
-        No code that the file may hold is run. (Lightning's own method imports and calls what a
-        file's settings name; before version 2.6.6 that may be any function.)
+        No code that the file may hold is run. This replaces Lightning's own method, which imports
+        and calls what the settings in a file name; before version 2.6.6 that may be any function.
 
         Args:
-            changes: arguments that replace the checkpoint's.
+            checkpoint_path: the file.
+            changes: arguments of `SegmentationModule` that replace those in the checkpoint.
 
         Raises:
             WeightsError: the file is missing, broken, not ours, or hostile.

@@ -36,20 +36,25 @@ class FCN(nn.Module):
         pooling: "max" as in VGG, or "avg" as in the tutorial this work starts from.
         fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
             scores to the pools' own channels, adds the pools themselves and predicts last.
-        pool_scales: factors on (pool5, pool4, pool3) before the head and the skips read them. The
-            paper's at-once training uses (1, 0.01, 0.0001), because an ImageNet VGG's pools grow
-            towards the image, and the largest would learn fastest.
-        learn_upsampling: False keeps every upsampling as it starts: bilinear, or as loaded.
-        learn_last_upsampling: False keeps the last one, to the image, as in the paper.
+        pool_scales: factors on (pool5, pool4, pool3), applied before the head and the skips read
+            them. The authors' "at once" training, which adds both skips from the first step, uses
+            (1, 0.01, 0.0001): in an ImageNet VGG, the values of a pool are larger the nearer it is
+            to the image, and without the factors the skip from pool3 would learn fastest.
+        learn_upsampling: False leaves every upsampling layer untrained. It keeps its first values,
+            which are bilinear interpolation, or those that were loaded.
+        learn_last_upsampling: False leaves only the last of them, which goes to the size of the
+            image, untrained, as in the paper.
         freeze_stages: how many VGG stages, counted from the image, are not trained.
         checkpoint_stages: how many VGG stages, counted from the image, keep no activations. They
             are computed again in the backward pass (Chen et al. 2016).
-        channels_last: whether the VGG's activations are (N, H, W, C) in memory. Tensor cores want
-            that, and on CPUs a training step takes a tenth less time.
-        alignment: "centered": every map covers the image, padded to whole cells of 32 pixels,
-            exactly. "caffe": as in the authors' own nets, for their weights: 100 zeros around the
-            image, none around conv6 (which is 7x7 then) and in upsampling, pools that round up,
-            and crops that lay the maps on each other. Its images are normalised with Caffe's mean.
+        channels_last: whether the VGG's activations are stored as (N, H, W, C). Tensor cores are
+            faster on this layout, and on CPUs a training step takes a tenth less time.
+        alignment: how the maps of different strides are laid over each other. "centered": the
+            image is padded to a multiple of 32 pixels, and every map covers it exactly. "caffe":
+            as the authors' own nets do it, and only for their weights. The image is padded with 100
+            zeros on each side; conv6 (which must be 7x7) and the upsampling layers have no padding;
+            pools round odd sizes up; and maps are cropped until they fit over each other. Images
+            are normalised with Caffe's mean.
 
     Raises:
         ValueError: an argument is out of its range. The message begins with "name=value".
@@ -77,7 +82,7 @@ class FCN(nn.Module):
         channels_last: bool = False,
         alignment: str = "centered",
     ) -> None:
-        _check_arguments(locals())  # so far these are the arguments
+        _check_arguments(locals())  # no other local variable exists yet
         super().__init__()
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
         self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
@@ -122,11 +127,12 @@ class FCN(nn.Module):
             self.upsample[f"to_image_{stride}"].requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Random VGG and head, scores at zero, upsampling bilinear.
+        """Give every layer its first values: VGG and head random, scores zero, upsampling bilinear.
 
-        He et al. 2015, and where a VGG convolution keeps its channels, the identity plus half of
-        that, after DiracNets (Zagoruyko and Komodakis 2017): without it 19 layers that have
-        neither batch norm nor loaded values stay on a plateau for hundreds of steps.
+        Random weights are those of He et al. 2015. A VGG convolution with as many output as input
+        channels gets half of these values plus the identity, as in DiracNets (Zagoruyko and
+        Komodakis 2017). Otherwise the loss of a VGG-19 without batch norm and without pretrained
+        weights stays where it is for hundreds of steps.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -141,7 +147,8 @@ class FCN(nn.Module):
                 module.weight.data.mul_(0.5).add_(identity)
         scores = ["score", *(f"skips.{pool}" for pool in self.skips)]
         if self.fusion == "feature" and len(self.skips) > 0:
-            scores = [f"upsample.to_image_{self.stride}"]  # what gives scores; `score` is a feature
+            # Here the last layer computes the class scores, and `score` only a map of K features.
+            scores = [f"upsample.to_image_{self.stride}"]
         for layer in scores:
             nn.init.zeros_(self.get_parameter(f"{layer}.weight"))
 
@@ -172,7 +179,8 @@ class FCN(nn.Module):
                 x = stage(x)
             pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
 
-        # Back from channels_last to (N, C, H, W), or conv6 would copy its 103 M weights each time.
+        # The layout goes back from channels_last to the default one. Otherwise conv6 would convert
+        # its 103 M weights to channels_last in every step.
         x = (self.pool_scales["pool5"] * x).contiguous()
         x = self.dropout(F.relu(self.conv6(x)))  # (N, head_width, H'/32, W'/32)
         x = self.dropout(F.relu(self.conv7(x)))
@@ -182,11 +190,13 @@ class FCN(nn.Module):
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
             features = _crop(pools[pool], self.offsets[pool], x.shape[-2:])
             x = x + skip(self.pool_scales[pool] * features)
-        x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W')
+        x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); at least H and W if "caffe"
         return _crop(x, self.offsets["image"], (height, width))
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Images (N, 3, H, W), uint8 or float in [0, 1], to ImageNet's zero mean and unit variance.
+        """Images (N, 3, H, W), uint8 or float in [0, 1] -> minus mean, divided by deviation.
+
+        Both are torchvision's for ImageNet. With alignment="caffe" the mean is Caffe's.
 
         Raises:
             ValueError: the images are of another type.
@@ -199,7 +209,7 @@ class FCN(nn.Module):
 
 
 def head_layers(network: FCN) -> list[str]:
-    """Names of the layers of head and decoder, which are all that come after the VGG stages."""
+    """The names of all layers with weights after the VGG stages: those of head and decoder."""
     return [
         name
         for name, module in network.named_modules()
@@ -208,9 +218,13 @@ def head_layers(network: FCN) -> list[str]:
 
 
 def init_upsampling_(layer: nn.ConvTranspose2d) -> None:
-    """Start as bilinear interpolation of each channel, or of random mixtures of channels.
+    """Set a layer to bilinear interpolation of each channel by its own stride.
 
-    Mixtures are needed where the layer also changes the number of channels (fusion="feature").
+    With fusion="feature" a layer also changes the number of channels. Each output channel is then
+    the interpolation of a random mixture of the input channels.
+
+    Args:
+        layer: has a kernel of twice its stride s. It is changed in place.
     """
     size, factor = layer.kernel_size[0], layer.stride[0]
     position = torch.arange(size, dtype=torch.float64)
@@ -227,11 +241,12 @@ def init_upsampling_(layer: nn.ConvTranspose2d) -> None:
 
 
 def crop_offsets(network: FCN) -> dict[str, int]:
-    """How many rows and columns to crop from each pool, and from the last map: all 0 if "centered".
+    """How many rows and columns to crop at the top left of each pool, and of the last map.
 
-    As Caffe's coord_map.py, this follows the centre of each map's first pixel, in pixels of the
-    image. A kernel of size k with padding p moves it by (k - 1) / 2 - p pixels of its input, and a
-    transposed one moves it back by that many pixels of its output.
+    With alignment="centered" all are 0. Like Caffe's coord_map.py, this computes where in the image
+    the centre of each map's first pixel lies. A convolution with a kernel of size k and padding p
+    moves that point by (k - 1) / 2 - p pixels of its input; a transposed convolution moves it back
+    by that many pixels of its output.
 
     Returns:
         For example {"pool4": 5, "pool3": 9, "image": 31}, in pixels of those maps.
@@ -245,18 +260,23 @@ def crop_offsets(network: FCN) -> dict[str, int]:
         step //= layer.stride[0]
         at -= step * ((layer.kernel_size[0] - 1) / 2 - int(layer.padding[0]))
         other = name.split("_")[1]  # to_pool4, to_pool3, to_image_8
-        offsets[other] = int(abs(at - first[other]) / step)  # of the map that begins earlier
+        # The map that is cropped is the one that begins further up and to the left.
+        offsets[other] = int(abs(at - first[other]) / step)
     return offsets
 
 
 def _crop(x: Tensor, offset: int, size: tuple[int, int] | torch.Size) -> Tensor:
+    """A window of height and width `size`, `offset` pixels from the top and from the left of x."""
     return x[..., offset : offset + size[0], offset : offset + size[1]]
 
 
 def _upsampling(channels: int, after: int, factor: int, caffe: bool) -> nn.ConvTranspose2d:
-    """Upsampling by exactly `factor`, s, centred: kernel 2s, stride s, padding s/2 (Caffe's: 0)."""
+    """Upsampling by a factor s: a kernel of 2s, a stride of s, a padding of s/2, or 0 for Caffe.
+
+    With s/2 the output is exactly s times as large as the input, and centred on it.
+    """
     padding = 0 if caffe else factor // 2
-    bias = channels != after  # scores got their bias from the layer before
+    bias = channels != after  # with as many channels, the layer before has added a bias already
     return nn.ConvTranspose2d(channels, after, 2 * factor, factor, padding, bias=bias)
 
 

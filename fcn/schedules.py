@@ -52,7 +52,10 @@ def cosine(
     warmup_steps: int = 0,
     final: float = 0.0,
 ) -> LambdaLR:
-    """Half a cosine from 1 to `final`, a factor from 0 to 1 (Loshchilov and Hutter 2017)."""
+    """Half a cosine, from the full rate down to `final` times it (Loshchilov and Hutter 2017).
+
+    `final` is from 0 to 1.
+    """
     check_number("final", final, 0, 1)
 
     def decay(progress: float) -> float:

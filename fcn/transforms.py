@@ -22,13 +22,13 @@ from fcn.datasets import VOID, Sample
 from fcn.errors import check_number, is_number, refuse
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: about 0 once the network has normalised it
-MAX_SIZE = 2**14  # an image of that height and width takes 1 GB; more is taken for a slip
+MAX_SIZE = 2**14  # an image of that height and width takes 1 GB; more must be a typing error
 
 Transform = Callable[[Sample], Sample]
 
 
 class Batch(TypedDict):
-    """Samples of one size: what a step of training or evaluation takes."""
+    """N samples, padded to one size, for one step of training or evaluation."""
 
     image: Tensor  # (N, 3, H, W) uint8, RGB
     mask: Tensor  # (N, H, W) uint8
@@ -75,10 +75,10 @@ def eval_transform() -> Transform:
 class RandomScaleCrop(v2.Transform):
     """Scales by a random factor, then crops at a random place.
 
-    The crop is chosen in the scaled image, but only the part of the original that lies below it is
+    The crop is chosen in the scaled image, but only the part of the original that it covers is
     resized, which saves time. That part is rounded to whole pixels, so that the factor may differ
-    slightly. A scaled image that is smaller than the crop is placed at the top left; the rest is
-    filled with FILL in the image and VOID in the mask.
+    slightly. A scaled image that is smaller than the crop is placed at its top left, and what is
+    left of the crop is filled with FILL in the image and VOID in the mask.
 
     Args:
         crop_size, scale: as for `train_transform`.

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# What torchvision's VGGs are used to: RGB in [0, 1], minus MEAN, divided by STD.
+# torchvision's VGGs were trained on RGB images in [0, 1], minus MEAN, divided by STD.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The mean pixel of the authors' Caffe nets, in RGB order and divided by 255.
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
@@ -20,14 +20,15 @@ CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
 def backbones() -> list[str]:
     """Names of the VGGs without batch norm that torchvision knows, such as "vgg16" and "vgg19".
 
-    A VGG that you have registered with torchvision under a name of its own is among them.
+    A VGG of your own is among them if you have registered it (`torchvision.models.register_model`)
+    under a name that begins with "vgg".
     """
     names = torchvision.models.list_models(include="vgg*", exclude="*_bn")
     return sorted(names, key=lambda name: (len(name), name))
 
 
 def vgg_stages(backbone: str, pooling: str = "max", *, ceil_mode: bool = False) -> nn.ModuleList:
-    """The five stages of a torchvision VGG's `features`, with random weights.
+    """The five stages of a torchvision VGG's `features`.
 
     Args:
         backbone: one of `backbones()`.
@@ -36,10 +37,11 @@ def vgg_stages(backbone: str, pooling: str = "max", *, ceil_mode: bool = False) 
 
     Returns:
         Five `nn.Sequential` of convolutions and ReLUs, each ending with its pool. Stage n takes
-        (N, C, H, W) to (N, C', H/2, W/2).
+        (N, C, H, W) to (N, C', H/2, W/2). Their weights are not initialised: `FCN` does that.
     """
     pool = nn.AvgPool2d if pooling == "avg" else RecomputedMaxPool2d
-    # On the meta device nothing is computed: the classifier's 123 M random values take a second.
+    # On the meta device nothing is computed. Elsewhere, random values for the classifier's 123 M
+    # weights, which are not used, would take a second.
     with torch.device("meta"):
         features = torchvision.models.get_model(backbone, weights=None).features
     stages, stage = nn.ModuleList(), nn.Sequential()
@@ -64,9 +66,9 @@ def stage_widths(stages: nn.ModuleList) -> list[int]:
 class RecomputedMaxPool2d(nn.MaxPool2d):
     """Max-pooling that keeps no indices for the backward pass.
 
-    torch's own keeps the index of each maximum, 8 bytes each: a quarter of all activations of a
-    VGG. The backward pass of this one looks for the maxima again, in the input that the ReLU
-    before it keeps anyway.
+    torch's own keeps the index of each maximum, in 8 bytes. That is a quarter of the memory that
+    a VGG's activations take. Here the backward pass looks for the maxima again, in the input,
+    which the ReLU before the pool keeps anyway. The gradients are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""Pretrained values for an FCN: ImageNet VGGs, and FCNs of the same or a coarser stride, ours or
-the authors' own Caffe nets.
+"""Loading pretrained weights into an FCN.
+
+They may come from a VGG that was trained on ImageNet, from an FCN of this project with the same or
+a coarser stride, or from one of the authors' own Caffe nets (Long et al., CVPR 2015).
+`python train.py model.weights=...` takes the same sources.
 
     load_weights(network, "IMAGENET1K_V1")                          # torchvision's; downloaded
-    load_weights(network, "vgg19.safetensors")                      # a file with its names
+    load_weights(network, "vgg19.safetensors")                      # names as torchvision's
     load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
     load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
@@ -41,11 +44,14 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     """Load `source` into `network`.
 
     Args:
-        source: the name of a torchvision weight set for this VGG, or the path of a .pth or
-            .safetensors file with torchvision's names or torchfcn's, or of a checkpoint of ours.
+        network: is changed in place.
+        source: the name of a torchvision weight set for this VGG; or the path of a .pth or
+            .safetensors file whose layers are named as in torchvision or torchfcn; or the path of
+            a checkpoint of this project.
 
     Returns:
-        The layers of head and decoder that keep their fresh start.
+        The names of the layers of head and decoder that were not loaded, and so keep their first
+        values (`FCN.reset_parameters`).
 
     Raises:
         WeightsError: nothing is found at `source`, or what is there does not fit; nothing has
@@ -86,9 +92,9 @@ def _refuse_what_does_not_fit(
 
     Args:
         state: what was read, under our names.
-        optional: names that may be in the network alone, or in `state` alone. But a layer must not
-            be there in parts.
-        theirs: our layers with the names that the file has for them, for the message.
+        optional: tensors that need not be in both the network and `state`. Still, a layer may not
+            be loaded in part, such as its weight without its bias.
+        theirs: for each of our layers, its name in the file, for the message.
 
     Raises:
         WeightsError: there is such a tensor.
@@ -117,7 +123,7 @@ def _refuse_what_does_not_fit(
 
 
 def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
-    """The file, or the torchvision weight set, that `source` means. Nothing is read yet.
+    """The file or the torchvision weight set that `source` stands for. Nothing is read yet.
 
     Raises:
         ConfigError: `source` is neither a path nor a text.
@@ -183,12 +189,14 @@ def read_weights(
 
 @torch.no_grad()
 def fold_normalization(network: FCN, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Let a VGG that was trained with (mean, std) see the same images in our normalisation.
+    """Adapt a VGG that was trained on images normalised with (mean, std) to this network's own.
 
-    For this its first convolution changes. torchvision's `VGG16_Weights.IMAGENET1K_FEATURES` has
-    another normalisation than all the rest, and a network with alignment="caffe" has another mean.
-    The result is equal inside the image. At its border it differs a little, because the zeros
-    around an image stand for the mean, and the two means are almost one grey level apart.
+    The first convolution is changed so that it computes from images in our normalisation what it
+    would compute from images in the other one. torchvision's `VGG16_Weights.IMAGENET1K_FEATURES`
+    needs this, because it was trained with another normalisation than torchvision's other VGGs; so
+    does a network with alignment="caffe", which has another mean. Inside the image the results are
+    equal. At the border they differ a little: the zeros that pad a normalised image stand for the
+    mean, and the two means differ by almost one grey level (of 255).
     """
     weight = network.get_parameter("stages.0.0.weight")  # (C, 3, 3, 3)
     bias = network.get_parameter("stages.0.0.bias")  # (C,)
@@ -198,7 +206,7 @@ def fold_normalization(network: FCN, mean: Sequence[float], std: Sequence[float]
 
 
 def torchvision_layers(network: FCN) -> dict[str, str]:
-    """Our layers that torchvision's VGG has too, with its names.
+    """For each layer that torchvision's VGG has too, its name there.
 
     torchvision numbers the layers of all stages in one row: stages.1.0 is features.5 in VGG-19.
     """
@@ -215,12 +223,13 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
     Its third, for the 1000 classes of ImageNet, is left out.
 
     Returns:
-        The tensors, and a warning that names those of conv6 and conv7 that start at random: their
-        linear layer is absent, not finite (torchvision's `*_FEATURES`) or of another width.
+        The tensors, and a warning if conv6 or conv7 starts at random, because its linear layer is
+        missing, holds NaN (as in torchvision's `*_FEATURES`) or has another width. The warning is
+        empty if both are loaded.
     """
     ours = {theirs: layer for layer, theirs in torchvision_layers(network).items()}
     state = {n: v for n, v in state.items() if _layer(n) != "classifier.6"}
-    random: dict[str, str] = {}  # why layers start at random
+    random: dict[str, str] = {}  # for each layer that starts at random, why it does
     for linear, layer in (("classifier.0", "conv6"), ("classifier.3", "conv7")):
         weight, bias = state.pop(f"{linear}.weight", None), state.pop(f"{linear}.bias", None)
         shape = network.get_parameter(f"{layer}.weight").shape  # (C_out, C_in, k, k)
@@ -240,10 +249,11 @@ def from_torchvision(network: FCN, state: StateDict) -> tuple[StateDict, str]:
 
 
 def _new_in_finer_stride(network: FCN, state: StateDict) -> list[str]:
-    """What may be missing, and what may be left over, where a coarser FCN starts a finer one.
+    """The tensors that need not match when `state` is of a coarser FCN than the network.
 
-    From FCN-32s to FCN-16s these are the skip at pool4 with its upsampling and the last upsampling
-    to the image, and the last upsampling of FCN-32s.
+    When FCN-32s starts FCN-16s, the layers that are missing in the file are the skip at pool4, the
+    upsampling to pool4 and the upsampling from there to the image. The layer that is left over is
+    FCN-32s's upsampling to the image. There are none if `state` is not of a coarser FCN.
     """
     strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
     if len(strides) != 1 or strides[0] <= network.stride:
@@ -256,9 +266,11 @@ def _new_in_finer_stride(network: FCN, state: StateDict) -> list[str]:
 
 
 def _layer(name: str) -> str:
+    """The layer of a tensor: "conv6" for "conv6.weight"."""
     return name.rpartition(".")[0]
 
 
 def _listed(names: Sequence[str], most: int = 40) -> str:
+    """The first `most` names in one line, and how many there are beyond these."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
