@@ -4,10 +4,12 @@
     python train.py model=fcn8s data.batch_size=2      PASCAL VOC2012 and ImageNet weights
     python train.py -m model=fcn32s,fcn16s,fcn8s optimizer.lr=1e-3,1e-4     a sweep
     python train.py resume=runs/fcn8s/2026-01-31_12-00-00                   goes on with a run
-    python train.py model=fcn8s resume=auto     goes on with the last run of this command, if any
+    python train.py model=fcn8s resume=auto     goes on with the last run of this command, or
+                                                starts one; does nothing if that has finished
 
-`--help` lists the groups of settings, `--cfg job` every setting. Results: fcn/runs/folder.py.
-torch and Lightning are imported where they are needed, so that these two answer at once.
+`--help` lists the groups of settings, and `--cfg job` lists every setting. What a run leaves in its
+folder is described in fcn/runs/folder.py. torch and Lightning, which take seconds to import, are
+imported only where they are needed, so that `--help` and `--cfg job` answer at once.
 """
 
 from contextlib import ExitStack
@@ -68,7 +70,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         datamodule, module = build_data_and_module(cfg)
         settle_length(cfg, datamodule, module)
         checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
-        if cfg.trainer.get("compile"):  # settings of old runs do not have it
+        if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
         if is_main_process() and not cfg.resume:
             run = stack.enter_context(new_run(run))
@@ -95,7 +97,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, SegmentationModule]":
     """The data module with open splits and the module with its weights.
 
-    What can be refused is refused before anything is downloaded.
+    Everything that can be checked without the data is checked before anything is downloaded.
+
+    Raises:
+        FCNError: a setting cannot work, or the data or the weights cannot be had.
     """
     from fcn.training.settings import dummy_parameters
     from fcn.weights import find_weights
@@ -106,7 +111,7 @@ def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, Seg
     names, palette = list(datamodule.classes), [list(colour) for colour in datamodule.palette]
     makers = {name: cli.build(cfg, name) for name in ("optimizer", "scheduler")}
     module = cli.build(cfg, "model", weights=None, class_names=names, palette=palette, **makers)
-    weights = None if cfg.resume else cfg.model.weights  # a checkpoint has all values
+    weights = None if cfg.resume else cfg.model.weights  # the run's checkpoint has all weights
     if weights is not None:
         find_weights(cfg.model.backbone, weights)
     datamodule.prepare_data()
@@ -126,7 +131,7 @@ def build_trainer(
     loggers = build_loggers(cfg, run, step) if is_main_process() else []
     arguments = trainer_arguments(plain(cfg), run, callbacks, loggers)
     settings = OmegaConf.create({"trainer": cfg.trainer})
-    settings.trainer.pop("compile", None)  # which is not Lightning's
+    settings.trainer.pop("compile", None)  # `train` above applies it; Lightning does not know it
     trainer = cli.build(settings, "trainer", **arguments)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         refuse_sweep_over_devices(trainer)

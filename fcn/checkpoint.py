@@ -18,9 +18,9 @@ A checkpoint is a dict with at least these entries:
     precision         such as "bf16-mixed"
     global_step       the number of optimizer steps that were taken
 
-The authors' Caffe nets, as torchfcn (github.com/wkentaro/pytorch-fcn) has converted them, are read
-as if they were checkpoints of ours. Their layers have other names, and their first convolution
-reads BGR from 0 to 255.
+The authors' Caffe nets (Long et al., CVPR 2015), as torchfcn (github.com/wkentaro/pytorch-fcn) has
+converted them, are read as if they were checkpoints of ours. Their layers have other names, and
+their first convolution expects BGR from 0 to 255.
 """
 
 import json
@@ -80,7 +80,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """The best checkpoint of a run folder; any other path is that of a checkpoint itself.
 
     Raises:
-        ConfigError: this is no path.
+        ConfigError: `path` is neither a path nor a text.
     """
     if not isinstance(path, Path):
         check_text("ckpt", path, wanted="a checkpoint, or a run folder")
@@ -137,17 +137,17 @@ def is_state_dict(content: Any) -> bool:
 
 
 def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, list[str]]:
-    """The newest checkpoint of a run that is whole and holds its network.
+    """The newest checkpoint of a run that is undamaged and holds the run's network.
 
     Args:
         run: the run folder.
         weights: what the network needs, by name; only their shapes matter.
 
     Returns:
-        Its path, and what is wrong with each file that was passed over.
+        Its path, and for each checkpoint that cannot be used a message that says why.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such checkpoint. The message says what is wrong with each file.
     """
     steps: dict[Path, int] = {}
     wrong: list[str] = []
@@ -156,7 +156,7 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
             steps[path] = _resumable_step(path, weights)
         except WeightsError as error:
             wrong.append(str(error))
-    # Of two of the same step prefer last.ckpt: only it knows whether a validation is still due.
+    # On a tie prefer last.ckpt: only it knows whether a validation is still due.
     newest = max(steps, key=lambda path: (steps[path], path == last_checkpoint(run)), default=None)
     if newest is None:
         raise ConfigError(f"resume={run}: " + ("; ".join(wrong) or "there is no checkpoint in it"))
@@ -164,7 +164,11 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
 
 
 def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
-    """The optimizer step at which a checkpoint was made, if a run can go on from it."""
+    """The optimizer step at which a checkpoint was made, if a run can go on from it.
+
+    Raises:
+        WeightsError: it is damaged, lacks the state of training, or holds another network.
+    """
     checkpoint = read_checkpoint(path)
     missing = ", ".join(sorted({"optimizer_states", "callbacks", "loops"} - set(checkpoint)))
     if missing:
@@ -176,10 +180,11 @@ def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
 
 
 def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a small file whose settings ask for a huge network, before that is built.
+    """Refuse a small file whose settings ask for a huge network, before that network is built.
 
     Raises:
-        WeightsError: weights and settings are not of one FCN.
+        WeightsError: the file holds no FCN, or its weights are not of the size that its settings
+            or its length allow.
     """
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     if not is_state_dict(state) or not isinstance(settings, dict):
@@ -282,8 +287,9 @@ def published_checkpoint(
 
     Args:
         state: the tensors of its file, under the names they have there.
-        pool_scales: `AT_ONCE` for the FCN-8s that was trained at once. Its file looks just like
-            that of the FCN-8s trained in stages: python -m fcn.published tells them apart.
+        pool_scales: `AT_ONCE` for the FCN-8s that was trained at once. Nothing in its file shows
+            that it is not the FCN-8s trained in stages, so the user has to say it:
+            `python -m fcn.published FILE --at-once`.
     """
     dataset = {"class": "fcn.datasets.voc2012.VOC2012"}
     return {
@@ -310,7 +316,7 @@ def from_caffe(state: StateDict) -> StateDict:
     renamed = {rename(name, CAFFE_LAYERS): value for name, value in state.items()}
     first = renamed["stages.0.0.weight"]
     if first.shape[1:2] == (3,):  # (C, 3, 3, 3); what has another shape will be refused anyway
-        # Theirs takes BGR from 0 to 255, ours takes RGB from 0 to 1, divided by STD.
+        # Theirs expects BGR from 0 to 255; ours expects RGB from 0 to 1, divided by STD.
         renamed["stages.0.0.weight"] = first.flip(1) * (255 * torch.tensor(STD).view(3, 1, 1))
     return renamed
 
@@ -358,7 +364,10 @@ def _check_checksums(path: Path, time: int, size: int) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """Why in a few words: torch's own advice for an unsafe file is long, and dangerous."""
+    """Why a file could not be read, in a few words.
+
+    torch's own message about an unsafe file is long, and advises to load it all the same.
+    """
     if isinstance(error, pickle.UnpicklingError):
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:

@@ -190,7 +190,7 @@ class FCN(nn.Module):
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
             features = _crop(pools[pool], self.offsets[pool], x.shape[-2:])
             x = x + skip(self.pool_scales[pool] * features)
-        x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); at least H and W if "caffe"
+        x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); "caffe": at least H, W
         return _crop(x, self.offsets["image"], (height, width))
 
     def normalize(self, image: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What surrounds a training step: the trainer's arguments, callbacks and loggers, one in a file.
 
-    callbacks: conf/callbacks/*.yaml names them by import path; fcn.cli.build makes them
-    loggers:   conf/logger/*.yaml does the same; fcn.training.metrics_csv is in every run
-
-Callbacks that a run cannot be right without (`Clock`, `RunRecord`, `DropoutSeeds`, `Preemption`,
-`LoaderFailure`) are added by train.py. The run folder is `trainer.default_root_dir`.
+train.py builds the callbacks that conf/callbacks/*.yaml names by their import paths, and the
+loggers of conf/logger/*.yaml, with `fcn.cli.build_each`. Every run also has the logger of
+metrics_csv.py, and the callbacks without which it could not be stopped, resumed or evaluated
+correctly: `Clock`, `RunRecord`, `DropoutSeeds`, `Preemption` and `LoaderFailure`. trainer.py adds
+these. A callback finds the run folder in `trainer.default_root_dir`.
 """

@@ -1,7 +1,8 @@
 """data.batch_size=auto: the largest batch whose training step fits on the GPU, found by trying.
 
-Lightning's tuner takes real steps on noise of the largest size that training can meet: a batch that
-fits there fits always. `python -m fcn.memory` predicts the same in seconds, without a GPU.
+Lightning's tuner takes real steps on images of noise, as large as the largest that training can
+meet, so that a batch that fits here always fits. `python -m fcn.memory` predicts the same number in
+seconds, without a GPU.
 """
 
 import logging
@@ -47,15 +48,16 @@ class NoiseModule(pl.LightningDataModule):
 def largest_batch(
     module: SegmentationModule, size: tuple[int, int], *, most: int, **trainer: Any
 ) -> int:
-    """How many images a training step can have. The module is as before afterwards.
+    """The largest number of images in a batch whose training step fits into memory.
 
     Args:
+        module: takes the steps. Afterwards its weights are what they were before.
         size: height and width of the largest images, in pixels.
-        most: try no more images than these.
-        trainer: those of the Trainer's arguments that decide about memory, such as precision.
+        most: the largest number to try.
+        trainer: the arguments of Lightning's Trainer that memory depends on, such as precision.
     """
     logging.getLogger("pytorch_lightning.tuner").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:  # for the weights to go back to
+    with tempfile.TemporaryDirectory() as folder:  # the tuner keeps the weights here
         quiet = pl.Trainer(
             default_root_dir=folder,
             max_epochs=-1,

@@ -1,6 +1,6 @@
-"""What a run keeps: its last and its best checkpoint, each whole whenever the process is killed.
+"""The checkpoints of a run, last.ckpt and best.ckpt. A kill at any moment leaves neither damaged.
 
-callbacks.last_checkpoint.every_n_steps=500
+python train.py callbacks.last_checkpoint.every_n_steps=500
 """
 
 from pathlib import Path
@@ -18,13 +18,18 @@ from fcn.training.preemption import Preemption
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves last.ckpt: every so many steps, before each validation, at the end, before a stop.
+    """Saves last.ckpt regularly, before each validation, at the end, and before a run is stopped.
 
-    Every checkpoint is made after a whole optimizer step. One that is made just before a validation
-    remembers that it is due: a run that is killed in its validation does it when it is resumed.
+    A checkpoint is only made when an optimizer step is complete. One that is made just before a
+    validation records that the validation is due. If the run is killed while it validates, it
+    therefore does that validation first when it is resumed.
 
     Args:
         every_n_steps: optimizer steps from one checkpoint to the next.
+
+    Raises:
+        ConfigError: `every_n_steps` is not a whole number from 1 up.
+        TrainingError: the processes of a distributed run would go on from different checkpoints.
     """
 
     def __init__(self, *, every_n_steps: int = 500) -> None:
@@ -50,11 +55,12 @@ class LastCheckpoint(Checkpoint):
         self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._validate_if_due(trainer)  # where no step was left, training has not started
+        # If the resumed run had no steps left, `on_train_start` was not called.
+        self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if not is_whole_step(trainer):
-            return  # gradients are under way, and no checkpoint holds them
+            return  # a checkpoint cannot hold gradients that are still being accumulated
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
         due = trainer.should_stop or trainer.global_step % interval == 0
         self.validation_due = bool(due and trainer.enable_validation)
@@ -68,13 +74,14 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False)
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self.validation_due = False  # best.ckpt, which is made at its end, has it behind it
+        # best.ckpt is made at the end of this validation, which is then no longer due.
+        self.validation_due = False
 
     def _validate_if_due(self, trainer: pl.Trainer) -> None:
         """Do the validation that was due when the run was killed.
 
-        Lightning 2.6 leaves it out when a run is resumed, and has no call for a validation within
-        `fit`. These are the lines of its training loop
+        Lightning 2.6 leaves that validation out when a run is resumed, and has no public way to
+        validate within `fit`. The lines below are those of its training loop
         (pytorch_lightning/loops/training_epoch_loop.py, on_advance_end).
         """
         if self.validation_due:
@@ -86,7 +93,11 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves best.ckpt: the one with the highest val/miou, also after the run folder has moved."""
+    """Saves best.ckpt, the checkpoint with the highest val/miou.
+
+    Lightning's own callback keeps absolute paths in a checkpoint. This one takes its paths from the
+    run folder, so that a run can be resumed after its folder has been moved.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -101,8 +112,12 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the score, but no path: Lightning deletes what a checkpoint names as the best."""
-        scores = list(state_dict["best_k_models"].values())  # one, or none yet
+        """Take the best score from a checkpoint, but no path.
+
+        Lightning deletes the file that was the best so far when there is a better one. A checkpoint
+        from somebody else could name any file as the best.
+        """
+        scores = list(state_dict["best_k_models"].values())  # one, or none before a validation
         paths = [f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"] if scores else []
         best = "".join(paths)
         own = {"dirpath": self.dirpath, "best_k_models": dict(zip(paths, scores, strict=True))}
@@ -113,7 +128,8 @@ class BestCheckpoint(ModelCheckpoint):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint so that a kill leaves either the new one or the one before it.
 
-    Lightning's own goes through memory and the system's temporary folder, often another disk.
+    Lightning's own class first makes a copy in memory, and may use the system's temporary folder,
+    which is often on another disk.
 
     Raises:
         WriteError: there is no room, no folder, or no permission.

@@ -1,4 +1,7 @@
-"""When a run ends: after `trainer.max_steps` or `trainer.max_time`, whichever comes first."""
+"""When a run ends: after `trainer.max_steps` or `trainer.max_time`, whichever comes first.
+
+python train.py trainer.max_steps=-1 trainer.max_time=00:01:30:00      # an hour and a half
+"""
 
 from typing import Any
 
@@ -7,29 +10,32 @@ from pytorch_lightning.callbacks import Timer
 
 
 class Clock(Timer):
-    """Lightning's timer, which also counts the seconds of a run without a time limit.
+    """Lightning's timer, which here also counts the seconds of a run without a time limit.
 
-    A run ends after a whole optimizer step, since no checkpoint holds accumulated gradients, and
-    with a validation.
+    A run ends when an optimizer step is complete, since no checkpoint holds accumulated gradients,
+    and then validates once more.
 
     Args:
-        max_time: DD:HH:MM:SS, or a table of hours, minutes and so on; None: no limit.
+        max_time: a text DD:HH:MM:SS, or a dict such as {"hours": 1, "minutes": 30}. None: no limit.
     """
 
-    state_key = "Timer"  # of runs that had Lightning's own timer
+    state_key = "Timer"  # so that checkpoints from before this class, with Lightning's timer, work
 
     def __init__(self, max_time: str | dict[str, int] | None) -> None:
         super().__init__(duration=max_time)
 
     @property
     def seconds(self) -> float:
-        """Of training and validation, before and since the run was resumed."""
+        """Seconds that training and validation have taken, those before a resume included."""
         return self.time_elapsed()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on from the seconds that runs of earlier versions kept elsewhere."""
+        """Take the seconds from where checkpoints of earlier versions have them.
+
+        Lightning calls `load_state_dict` after this, with the seconds of today's checkpoints.
+        """
         seconds = checkpoint["callbacks"].get("LastCheckpoint", {}).get("seconds", 0)
         self.load_state_dict({"time_elapsed": {"train": seconds}})
 

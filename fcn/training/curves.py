@@ -1,4 +1,7 @@
-"""curves.png: losses, rate and scores of the run, drawn anew after every validation."""
+"""curves.png: losses, learning rate and scores of the run, drawn again after every validation.
+
+python train.py callbacks.curves=null      # without this picture
+"""
 
 import gc
 from pathlib import Path
@@ -19,6 +22,7 @@ class Curves(Callback):
             run = Path(trainer.default_root_dir)
             with optional_file(run / "curves.png"):
                 draw_curves(read_numbers(run / "metrics.csv"), run / "curves.png")
-            # A figure is a cycle of references to several MB, which Python frees late by itself.
-            # This is fast, since train.py has frozen all objects that were there before training.
+            # The objects of a figure, several MB, refer to each other in a circle. Left to itself,
+            # Python frees them late. Collecting them takes no time, because fcn/training/fit.py has
+            # excluded all objects that existed before training.
             gc.collect()

@@ -11,11 +11,15 @@ from fcn.errors import check_number
 
 
 class AveragedWeights(WeightAveraging):
-    """Validates the average of the weights, and keeps it in checkpoints.
+    """Validates the average of the weights instead of the weights, and stores it in checkpoints.
 
     Args:
-        decay: share of the average that a step leaves as it is. After n steps it is at most
-            (1 + n) / (10 + n), so that a short run, too, forgets its start.
+        decay: after each step, average = decay * average + (1 - decay) * weights. Early in a run a
+            smaller factor is used, (1 + n) / (10 + n) after n steps, so that the first, random
+            weights do not stay in the average of a short run.
+
+    Raises:
+        ConfigError: `decay` is not a number of at least 0 and below 1.
     """
 
     def __init__(self, *, decay: float) -> None:
@@ -25,5 +29,5 @@ class AveragedWeights(WeightAveraging):
             kept = torch.as_tensor((1 + number) / (10 + number)).clamp(max=decay)
             return current.lerp(average, kept.to(average))
 
-        # Buffers are no learned values: they are constants, and the counts of the validation.
+        # Buffers are not learned: they hold constants and the pixel counts of the validation.
         super().__init__(avg_fn=mix, use_buffers=False)

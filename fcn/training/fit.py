@@ -1,6 +1,6 @@
-"""The training itself: Lightning's `fit`, what its errors mean to a user, and the summary.
+"""The training itself: Lightning's `fit`, what its errors mean to a user, and summary.json.
 
-summary = fit(trainer, module, datamodule, checkpoint, advice)
+summary = fit(trainer, module, datamodule, checkpoint, advice)      # as train.py calls it
 """
 
 import gc
@@ -30,23 +30,27 @@ def fit(
     checkpoint: Path | None,
     advice: Callable[[int], str],
 ) -> dict[str, Any]:
-    """Train to the end, and leave a summary.
+    """Train to the end, and write summary.json into the run folder.
 
     Args:
-        checkpoint: to go on from.
-        advice: says which settings need less memory, given the device's size in bytes.
+        trainer, module, datamodule: ready for training.
+        checkpoint: the checkpoint to go on from; None: start from the module's weights.
+        advice: given the bytes of the device's memory, returns a text about settings that need
+            less. It is called if memory runs out.
 
     Returns:
-        What summary.json holds; empty in other processes than the first.
+        What summary.json holds. In a distributed run, only the first process gets it; in the
+        others it is empty.
 
     Raises:
-        Stopped: by a signal. There is a summary, and the run can be resumed.
+        Stopped: a signal has ended the run. summary.json is written, and the run can be resumed.
         TrainingError: the loss has diverged, memory ran out, or a loader process has died.
         WriteError: a file could not be written.
     """
     status, exit_code = "finished", 0
-    # Python's garbage collector need not look again at what is there already. Otherwise it waits
-    # until there is a quarter more of everything, and figures of several MB pile up meanwhile.
+    # Exclude all objects that exist by now from garbage collection. Otherwise Python would collect
+    # only after the number of all objects has grown by a quarter, and figures of several MB each
+    # would pile up until then.
     gc.freeze()
     gc.collect()
     try:
@@ -73,24 +77,25 @@ def fit(
 
 
 def _go_on(trainer: pl.Trainer) -> str:
+    """The command that resumes this run, for the end of a message."""
     return f"go on with: python train.py resume={trainer.default_root_dir}"
 
 
 def _explained(
     error: BaseException, trainer: pl.Trainer, advice: Callable[[int], str]
 ) -> Exception | None:
-    """What an error means to a user, and what to do; None if there is nothing to add."""
+    """An error that says what has happened and what to do; None if there is nothing to add."""
     if isinstance(error, WriteError):
         if not last_checkpoint(Path(trainer.default_root_dir)).is_file():
             return None
-        return WriteError(f"{error}\nThe checkpoint before it is whole; {_go_on(trainer)}")
+        return WriteError(f"{error}\nThe checkpoint before it is undamaged; {_go_on(trainer)}")
     if ran_out_of_memory(error):
         device = trainer.strategy.root_device
         return TrainingError(f"{device} ran out of memory: {advice(memory_size(device))}")
     if loader_died(error):
         return TrainingError(
             f"a process that loads data ended: {error}. The system kills one when memory is "
-            f"short: data.num_workers=1 needs less, 0 none. To {_go_on(trainer)} data.num_workers=0"
+            f"short: data.num_workers=1 needs less, 0 none. Then {_go_on(trainer)} data.num_workers=0"
         )
     return None
 
@@ -103,6 +108,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
+    """Write summary.json. `status` is "finished", or "stopped" by a signal."""
     run = Path(trainer.default_root_dir)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     (clock,) = (callback for callback in callbacks if isinstance(callback, Clock))
@@ -117,10 +123,16 @@ def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, module: SegmentationModule) -> tuple[Path, int]:
-    """The checkpoint that a run goes on from, and its step. Broken ones are named and passed over.
+    """The newest usable checkpoint of a run, and its optimizer step.
+
+    A line on the screen names the checkpoints that are damaged or of another network.
+
+    Args:
+        run: the run folder.
+        module: has the network that the checkpoint must fit.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no usable checkpoint.
     """
     path, wrong = newest_checkpoint(run, module.state_dict())
     step = read_checkpoint(path)["global_step"]

@@ -1,4 +1,7 @@
-"""A process that loads data has died: the steps so far are saved before the run ends."""
+"""What happens when a process that loads data dies: the steps so far are saved, then the run ends.
+
+fcn/training/trainer.py adds this callback to every run.
+"""
 
 import signal
 import threading
@@ -18,24 +21,26 @@ from fcn.training.clock import is_whole_step
 class LoaderFailure(Callback):
     """Finishes and saves the current step when a loader process dies, then raises torch's error.
 
-    torch raises its error from a signal handler, in the middle of a step. Windows has no such
-    signal; there, as for a death between two steps, the next batch does not come.
+    When a loader process dies, torch raises an error from its handler of the signal SIGCHLD, in
+    the middle of a step. The handler here keeps that error until the step is saved. Windows has no
+    SIGCHLD. There, and if the process dies between two steps, Lightning fails when it asks for the
+    next batch, and `on_exception` saves the steps that were complete.
 
     Raises:
-        RuntimeError: torch's own; `loader_died` recognises it.
+        RuntimeError: torch's own error, which `loader_died` recognises.
     """
 
     def __init__(self) -> None:
-        self.error: RuntimeError | None = None
-        self.pending = False  # whether the run stops after this step, which is to be saved
-        self.between_steps = False  # nothing has happened since an optimizer step
-        self.handlers: dict[int, Any] = {}  # that were there before
+        self.error: RuntimeError | None = None  # raised by torch, and kept until the step is saved
+        self.pending = False  # whether the run ends after this step, so LastCheckpoint must save it
+        self.between_steps = False  # whether the last optimizer step is complete, and no batch came
+        self.handlers: dict[int, Any] = {}  # the signal handlers before ours, to be set again
 
     def on_train_start(self, *_: Any, **__: Any) -> None:
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() != threading.main_thread():
             return
         handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler):  # torch has set it for the sake of its loader processes
+        if callable(handler):  # torch has set it, to notice the death of loader processes
             own = partial(self._on_signal, handler)
             self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, own)
 
@@ -50,7 +55,7 @@ class LoaderFailure(Callback):
             self.error = error
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        # One of several processes cannot save alone: to save, they meet.
+        # Saving needs all processes of a distributed run, and the others do not know of the death.
         self.between_steps = is_whole_step(trainer) and trainer.world_size == 1
         self.pending = self.between_steps and self.error is not None
 
@@ -58,7 +63,7 @@ class LoaderFailure(Callback):
         self._raise_if_died()
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._raise_if_died()  # last.ckpt is there, and knows that validation is due
+        self._raise_if_died()  # last.ckpt was saved just before, and records that this is due
 
     def _raise_if_died(self) -> None:
         self.between_steps = False
@@ -68,7 +73,7 @@ class LoaderFailure(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Keep the steps that were made before a batch did not come."""
+        """Save the steps that were complete when the next batch could not be loaded."""
         if self.between_steps and loader_died(exception):
             trainer.save_checkpoint(
                 last_checkpoint(Path(trainer.default_root_dir)), weights_only=False
@@ -76,5 +81,5 @@ class LoaderFailure(Callback):
 
 
 def loader_died(error: BaseException) -> bool:
-    """Whether a process that loads data has ended, as one does that the system kills for memory."""
+    """Whether an error says that a loader process has died, for example for lack of memory."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

@@ -1,6 +1,6 @@
-"""A row of statistics for each optimizer step, which makes a jagged loss readable.
+"""Statistics of the loss for each optimizer step, which make a noisy loss readable.
 
-callbacks.loss_statistics.half_life=50 callbacks.loss_statistics.window=100
+python train.py callbacks.loss_statistics.half_life=50 callbacks.loss_statistics.window=100
 """
 
 import math
@@ -22,8 +22,9 @@ from fcn.errors import TrainingError, check_number, check_whole
 class LossStatistics(Callback):
     """Logs the loss of each optimizer step, and what smooths it.
 
-    A batch of one to three images gives a loss that jumps by its own size, so people read
-    `train/loss_smooth`. Logged for each optimizer step: `train/loss` (the mean over the
+    With one to three images in a batch, the loss of a step may be twice or half that of the step
+    before. So people read `train/loss_smooth`. Logged for each optimizer step: `train/loss` (the
+    mean over the
     accumulated batches), `train/loss_smooth`, `train/loss_mean` and `train/loss_std` (over a window
     of steps), `train/grad_norm` (before clipping), `train/lr` (without multipliers) and
     `train/images_per_second`.
@@ -37,24 +38,27 @@ class LossStatistics(Callback):
         window: steps that the mean and the standard deviation are taken over.
 
     Raises:
-        TrainingError: at the first loss or gradient that is NaN or Inf.
+        ConfigError: an argument is out of its range.
+        TrainingError: a loss, or the norm of the gradients, is NaN or Inf. It is raised when that
+            step is read. In 16-mixed only the loss is checked.
     """
 
     def __init__(self, *, half_life: float = 50, window: int = 100) -> None:
         check_number("half_life", half_life, above=0)
         check_whole("window", window, 1)
         self.decay = 0.5 ** (1 / half_life)
-        self.total, self.weight = 0.0, 0.0  # of the exponential mean
+        self.total, self.weight = 0.0, 0.0  # their quotient is the exponential mean
         self.window: deque[float] = deque(maxlen=window)
-        self.batch_losses: list[Tensor] = []  # of the accumulated batches of this step
+        self.batch_losses: list[Tensor] = []  # one for each accumulated batch of this step
         self.unread: list[tuple[int, float, Tensor, Tensor]] = []  # step, lr, loss, gradient norm
-        self.images, self.since = 0, 0.0
+        self.images, self.since = 0, 0.0  # images since that time, in seconds, for the speed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        # A checkpoint has the statistics of all its steps, and none is made of a diverged network.
+        # Reading all steps first completes the statistics, and raises an error if the loss has
+        # diverged. So no checkpoint is made of a diverged network.
         self.read()
         return {"total": self.total, "weight": self.weight, "window": list(self.window)}
 
@@ -110,8 +114,9 @@ class LossStatistics(Callback):
             return
         trainer, unread, self.unread = self.trainer, self.unread, []
         numbers = torch.stack([torch.stack((loss, norm)).float() for _, _, loss, norm in unread])
-        numbers = trainer.strategy.reduce(numbers, reduce_op="mean")  # each process has its part
-        # In 16-mixed, gradients of Inf are expected: so the loss scaler finds out what is too much.
+        numbers = trainer.strategy.reduce(numbers, reduce_op="mean")  # over the processes
+        # In 16-mixed, the loss is multiplied by a scale that grows until gradients become Inf. The
+        # optimizer leaves out such a step, and the scale is reduced. This is no error.
         fp16 = trainer.precision == "16-mixed"
         now = time.perf_counter()
         speed = self.images / (now - self.since)
@@ -138,7 +143,7 @@ class LossStatistics(Callback):
 
 
 def _diverged(trainer: pl.Trainer, step: int, loss: float, norm: float) -> str:
-    """What happened, which checkpoint is still good, and what to try."""
+    """The message about a diverged loss: the step, the last good checkpoint, and what to try."""
     run = Path(trainer.default_root_dir)
     checkpoints = (last_checkpoint(run), best_checkpoint(run))
     good = next((str(path) for path in checkpoints if path.exists()), "none was made yet")

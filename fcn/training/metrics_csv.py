@@ -1,7 +1,7 @@
 """The logger that writes metrics.csv: one row for each optimizer step that logged something.
 
-Lightning's CSVLogger starts a file anew when a run is resumed; this one goes on with it. To read
-the file: fcn/runs/metrics.py.
+Lightning's CSVLogger overwrites the file when a run is resumed; this one continues it. train.py
+adds this logger to every run, and fcn/runs/metrics.py reads the file.
 """
 
 import csv
@@ -19,7 +19,7 @@ from fcn.runs.metrics import Row, read_rows
 
 
 class MetricsCSV(Logger):
-    """Writes a CSV file row by row; the values of one step share a row.
+    """Writes a CSV file row by row. All values that are logged at one step share a row.
 
     Args:
         path: the file. Rows that are there already are kept up to `resume_step`.
@@ -29,7 +29,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        # The last row may grow: the scores of a validation come after the losses of its step.
+        # The last row is kept, because the scores of a validation are added to the row of its step.
         self.columns, self.last = ["step"], Row()
         if resume_step == 0 or not self.path.exists():
             self._rewrite([])
@@ -66,7 +66,7 @@ class MetricsCSV(Logger):
             self._rewrite(chain(rows, [self.last]))
             return
         self.last = {"step": str(step)} | values
-        # Opened to be changed, not to be created: if the run folder is gone, that is an error.
+        # The mode r+ does not create a file: if the run folder was deleted, that is an error.
         with writing(self.path), self.path.open("r+", newline="", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)

@@ -1,4 +1,8 @@
-"""Files that a run can do without, such as pictures."""
+"""Files that a run can do without, such as pictures.
+
+with optional_file(run / "curves.png"):
+    draw_curves(columns, run / "curves.png")
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -10,9 +14,9 @@ from fcn.errors import WriteError, reason
 
 @contextmanager
 def optional_file(path: Path) -> Iterator[None]:
-    """Warn instead of failing where a picture cannot be written: the run is worth more.
+    """Warn instead of failing where a picture cannot be written, so that training goes on.
 
-    Python shows a warning once, so that a full disk is not reported at every validation.
+    Python shows the same warning only once, so a full disk is not reported at every validation.
     """
     try:
         yield

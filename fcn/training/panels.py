@@ -1,6 +1,7 @@
 """Pictures of what the network predicts, at each validation.
 
-callbacks.panels.images=6      callbacks.panels=null does without them
+python train.py callbacks.panels.images=12
+python train.py callbacks.panels=null           # without these pictures
 """
 
 import math
@@ -32,10 +33,14 @@ class Panels(Callback):
     `panels/step_<step>.png` has a row for each: image | label | prediction | errors. W&B gets
     `val/panels`: the images with both masks as overlays.
 
-    Of several processes, the first one draws what it sees, which begins with the split's first.
+    In a distributed run, the first process draws. Its part of the validation split begins with the
+    first image of the split.
 
     Args:
-        images: how many; 0: none.
+        images: how many images to draw; 0: none.
+
+    Raises:
+        ConfigError: `images` is not a whole number from 0 up.
     """
 
     def __init__(self, *, images: int = 6) -> None:
@@ -45,7 +50,7 @@ class Panels(Callback):
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # image, label, prediction
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the pictures of steps that a resumed run takes again."""
+        """Remove the pictures of steps after the checkpoint that a resumed run goes on from."""
         for path in Path(trainer.default_root_dir).glob("panels/*.png"):
             step = re.fullmatch(r"step_(\d+)", path.stem)
             if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
@@ -97,7 +102,7 @@ class Panels(Callback):
             captions=scores,
         )
         folder = Path(trainer.default_root_dir) / "panels"
-        folder.mkdir(exist_ok=True)  # but never the run folder, which somebody may have removed
+        folder.mkdir(exist_ok=True)  # this fails if somebody has removed the run folder, as it must
         with atomic_write(folder / f"step_{trainer.global_step:07d}.png") as part:
             picture.save(part, "png")
 

@@ -1,4 +1,7 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice) end a run so that it can be resumed."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice) end a run so that it can be resumed.
+
+fcn/training/trainer.py adds this callback to every run.
+"""
 
 import signal
 import threading
@@ -17,20 +20,22 @@ SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasat
 
 
 class Preemption(Callback):
-    """Ends the run after the current optimizer step, or at once in a validation.
+    """Ends the run after the current optimizer step, or during a validation before the next batch.
 
-    `LastCheckpoint` saves the step when it sees that a stop is `pending`. The exception follows at
-    the beginning of whatever comes next. Before a validation begins there always is a checkpoint,
-    which knows that the validation is due.
+    `LastCheckpoint` sees that a stop is `pending` and saves the step. The exception is raised when
+    the next batch or the next validation begins. A validation can be interrupted at any batch,
+    because last.ckpt was saved just before it and records that the validation is due. A second
+    Ctrl-C ends the run at once, without saving.
 
     Raises:
-        Stopped: a signal has come, and last.ckpt holds the run.
+        Stopped: a signal has come, and last.ckpt holds the state of the run.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None  # by this process
-        self.agreed: signal.Signals | None = None  # known to all processes
-        self.handlers: dict[signal.Signals, Any] = {}  # that were there before
+        self.received: signal.Signals | None = None  # the signal that this process has got
+        self.agreed: signal.Signals | None = None  # the signal that all processes have agreed on
+        self.handlers: dict[signal.Signals, Any] = {}  # the handlers before ours, to be set again
 
     @property
     def pending(self) -> bool:
@@ -49,13 +54,14 @@ class Preemption(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # Ctrl-C twice: at once
+            raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        """Agree with the other processes, which get a signal at another step, or none.
+        """Agree with the other processes on whether to stop after this step.
 
-        They ask each other where losses are logged, since that waits for the devices anyway.
+        They may have got the signal at another step, or not at all. They ask each other only at
+        steps where losses are logged, since reading these makes them wait for each other anyway.
         """
         if not is_whole_step(trainer):
             return

@@ -1,4 +1,7 @@
-"""The progress bar: `trainer.enable_progress_bar=false` does without it."""
+"""The progress bar on the terminal.
+
+python train.py trainer.enable_progress_bar=false      # without it
+"""
 
 import math
 from typing import Any
@@ -20,11 +23,15 @@ class ProgressBar(RichProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
-        # Lightning would count epochs here. A run is one epoch, and there is no public way to say.
+        # Lightning would show the number of the epoch here, but a run is one endless epoch. There
+        # is no public way to change this text.
         return f"{'Training':{len(self.validation_description)}}"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Numbers that are known already: Lightning's would wait for the device at every step."""
+        """The smoothed loss and the last mean IoU, both of which Python has already read.
+
+        Lightning's own method would wait for the device at every step.
+        """
         metrics: dict[str, Any] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LossStatistics):

@@ -1,4 +1,7 @@
-"""What a checkpoint says about the run that made it, so that it can be used on its own."""
+"""What a checkpoint says about the run that made it, so that it can be used on its own.
+
+fcn/training/trainer.py adds this callback to every run.
+"""
 
 from typing import Any
 
@@ -13,7 +16,8 @@ class RunRecord(Callback):
     """Puts settings, versions and precision into each checkpoint.
 
     Args:
-        config: the resolved configuration. Checkpoints get it without import paths to call.
+        config: the resolved configuration. In a checkpoint, its `_target_` entries are replaced by
+            plain names, so that nothing in the file can be called.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -24,4 +28,4 @@ class RunRecord(Callback):
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["versions"] = versions()
-        checkpoint["precision"] = str(trainer.precision)  # evaluation computes as validation did
+        checkpoint["precision"] = str(trainer.precision)  # evaluate.py computes in the same one

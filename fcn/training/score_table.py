@@ -1,4 +1,7 @@
-"""Scores on the terminal: a line at each validation, and the table of classes at the end."""
+"""Scores on the terminal: a line at each validation, and the table of classes at the end.
+
+evaluate.py prints the same table. `callbacks.score_table=null` trains without it.
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,7 @@
-"""Random numbers of dropout, so that a resumed run draws those that it would have drawn."""
+"""The random numbers of dropout, which are the same in a resumed and in an uninterrupted run.
+
+fcn/training/trainer.py adds this callback to every run.
+"""
 
 from typing import Any
 
@@ -12,7 +15,11 @@ from fcn.datamodule import random_generator
 class DropoutSeeds(Callback):
     """Seeds torch before each batch with a function of (seed, batch, process).
 
-    So no checkpoint needs the state of a generator, and processes drop different units.
+    A checkpoint therefore need not hold the state of a random generator, and the processes of a
+    distributed run drop different units.
+
+    Args:
+        seed: the run's seed.
     """
 
     def __init__(self, seed: int) -> None:

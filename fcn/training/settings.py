@@ -1,6 +1,9 @@
-"""Settings of a training run that no constructor of ours refuses, or not soon enough.
+"""Checks of those settings that no constructor of this project checks, or not soon enough.
 
-Everything else is checked by what is built from it: the data module, the network, the callbacks.
+    check_settings(config)      # train.py and python -m fcn.memory call it first
+
+All other settings are checked by the constructors that get them: those of the data module, of the
+network and of the callbacks.
 """
 
 import re
@@ -50,12 +53,19 @@ def check_settings(config: Settings) -> None:
 
 
 def dummy_parameters() -> list[nn.Parameter]:
-    """What an optimizer can be built of, only to see whether it accepts its settings."""
+    """A parameter to build an optimizer for, only to see whether it accepts its settings."""
     return [nn.Parameter(torch.zeros(1))]
 
 
 def check_optimizer(settings: Settings) -> None:
-    """Refuse values that torch accepts and that lead nowhere, such as a rate of 0 or Inf."""
+    """Refuse values that torch accepts although no network learns with them, such as lr=0 or Inf.
+
+    Args:
+        settings: of conf/optimizer.
+
+    Raises:
+        ConfigError: the message begins with the setting and its value.
+    """
     check_number("optimizer.lr", settings.get("lr"), above=0)
     if "momentum" in settings:
         check_number("optimizer.momentum", settings["momentum"], 0, below=1)
@@ -72,7 +82,11 @@ def check_optimizer(settings: Settings) -> None:
 
 
 def check_trainer(settings: Settings) -> None:
-    """Refuse settings of conf/trainer that Lightning would refuse too late, or not at all."""
+    """Refuse settings of conf/trainer that Lightning would refuse too late, or not at all.
+
+    Raises:
+        ConfigError: the message begins with the setting and its value.
+    """
     for name in ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         check_whole(f"trainer.{name}", settings.get(name), 1)
     max_steps, max_time = settings.get("max_steps"), settings.get("max_time")
@@ -105,8 +119,8 @@ def check_trainer(settings: Settings) -> None:
 
 
 def _is_duration(value: Any) -> bool:
-    """Whether this is a time above zero as Lightning takes one, or None."""
-    if isinstance(value, dict):  # of hours, minutes, ...
+    """Whether this is a time above zero in a form that Lightning accepts, or None."""
+    if isinstance(value, dict):  # such as {"hours": 1}
         return any(value.values())
     if not isinstance(value, str):
         return value is None
@@ -121,7 +135,7 @@ def _check_devices(value: Any) -> None:
 
 
 def _check_strategy(value: Any) -> None:
-    """A strategy is Lightning's name of one, or what conf/trainer/ddp.yaml has."""
+    """Refuse what is neither the name of a strategy of Lightning's nor a table as in ddp.yaml."""
     if not isinstance(value, Mapping):
         check_text("trainer.strategy", value, wanted="the name of a strategy, or a table")
         return

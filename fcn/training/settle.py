@@ -1,7 +1,10 @@
-"""Settings that only the machine and the data can decide: precision, batch size, length.
+"""Settings that depend on the machine and the data: precision, batch size, number of steps.
 
-`config` is what conf/train.yaml composes to, resolved. It is changed in place, so that the run's
-config.yaml and its checkpoints have the values that it was trained with.
+    settle_precision(cfg)                          # as train.py calls them
+    settle_length(cfg, datamodule, module)
+
+`config` is what conf/train.yaml composes to, resolved. It is changed in place: where it says "auto"
+it gets the value that is used, so that the run's config.yaml and its checkpoints hold that value.
 """
 
 import math
@@ -18,7 +21,7 @@ from fcn.module import SegmentationModule
 from fcn.precision import best_precision, keep_freed_memory
 from fcn.training.batch_size import largest_batch
 
-LARGEST_IMAGE = 500  # pixels, of VOC2012
+LARGEST_IMAGE = 500  # pixels, the longest side of VOC2012's images
 
 
 def settle_precision(config: Any) -> None:
@@ -79,7 +82,7 @@ def _find_batch_size(
 
 
 def _devices(trainer: Mapping[str, Any]) -> tuple[int, torch.device]:
-    """How many processes these settings lead to, and the device of this one."""
+    """How many processes train with these settings, and the device of this process."""
     names = ("accelerator", "devices", "num_nodes")
     given = {name: trainer[name] for name in names if name in trainer}
     stand_in = pl.Trainer(**given, barebones=True)

@@ -1,6 +1,7 @@
 """From conf/trainer, which counts optimizer steps, to the arguments of Lightning's Trainer.
 
-trainer = fcn.cli.build(cfg, "trainer", **trainer_arguments(config["trainer"], run), ...)
+arguments = trainer_arguments(config, run, callbacks, loggers)
+trainer = fcn.cli.build(cfg, "trainer", **arguments)      # as train.py does
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,23 +27,25 @@ Settings = Mapping[str, Any]
 def trainer_arguments(
     config: Settings, run: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger]
 ) -> dict[str, Any]:
-    """Arguments of the Trainer that are not those of conf/trainer, or that replace them.
+    """Arguments of Lightning's Trainer that are missing in conf/trainer, or replace what it says.
 
-    Our loaders never end, so that Lightning sees a single epoch. It counts batches in it.
+    The training loader never ends, so Lightning sees a single epoch. It counts the batches of it,
+    where conf/trainer counts optimizer steps.
 
     Args:
         config: what conf/train.yaml composes to, resolved.
         run: the run folder.
-        callbacks: of conf/callbacks.
+        callbacks: those of conf/callbacks.
+        loggers: all of the run.
     """
     trainer = config["trainer"]
     return {
         "max_epochs": -1,
-        "max_time": None,  # fcn.training.clock ends the run
+        "max_time": None,  # the callback Clock ends the run in Lightning's place
         "check_val_every_n_epoch": None,
         "val_check_interval": trainer["val_check_interval"] * trainer["accumulate_grad_batches"],
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # our loaders share themselves out between processes
+        "use_distributed_sampler": False,  # the data module gives each process its own images
         "profiler": make_profiler(trainer.get("profiler"), run),
         "plugins": [AtomicCheckpointIO()],
         "default_root_dir": run,
@@ -52,10 +55,10 @@ def trainer_arguments(
 
 
 def add_required(callbacks: Sequence[Callback], config: Settings) -> list[Callback]:
-    """The callbacks of a run: those of conf/callbacks, and those that it cannot be right without.
+    """The callbacks of a run: those of conf/callbacks, and those that every run needs.
 
     Args:
-        callbacks: of conf/callbacks.
+        callbacks: those of conf/callbacks.
         config: the resolved configuration.
     """
     trainer = config["trainer"]
@@ -87,10 +90,13 @@ def make_profiler(name: str | None, run: Path) -> profilers.Profiler | None:
 
 
 def refuse_sweep_over_devices(trainer: pl.Trainer) -> None:
-    """Refuse a sweep whose jobs would start processes of their own.
+    """Refuse a sweep over several devices, if Lightning would start the processes for them.
+
+    Lightning starts these processes with the command of the first one, so that each of them would
+    begin the whole sweep.
 
     Raises:
-        ConfigError: Lightning would start them with the same command: each would begin the sweep.
+        ConfigError: the trainer would start such processes.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
     if environment and not environment.creates_processes_externally:

@@ -1,8 +1,8 @@
-"""Weights & Biases that cannot stop a run: started, and left alone as soon as it fails.
+"""The logger for Weights & Biases. When W&B fails, training goes on without it.
 
     python train.py logger=wandb logger.wandb.project=fcn logger.wandb.tags=[a,b]
 
-What W&B cannot upload stays in the run folder, for `wandb sync`.
+What W&B cannot upload stays in the run folder, and `wandb sync` uploads it later.
 """
 
 import os
@@ -23,14 +23,14 @@ STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives 
 
 
 class TolerantWandbLogger(WandbLogger):
-    """Online if there is a key that the server accepts, else offline. WANDB_MODE is obeyed.
+    """Logs online if there is a key that the server accepts, else offline. WANDB_MODE is obeyed.
 
-    When W&B fails for the first time there is one warning; training goes on without it.
+    The first failure of W&B causes one warning. After a failed `log_metrics` nothing more is sent.
 
     Args:
         save_dir: the run folder.
         project, name, group, tags, notes: what W&B's dashboards show.
-        id: of the W&B run; the same id continues it.
+        id: the id of the W&B run. A run that is resumed has the same id, and so continues it.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class TolerantWandbLogger(WandbLogger):
         id: str | None = None,
     ) -> None:
         self.run_folder, self.failed, self.warned = Path(save_dir), False, False
-        # W&B's service would write to ~/.cache. A sweep has one service, so its first run has them.
+        # W&B's service would write to ~/.cache. All runs of a sweep share one service, which writes
+        # to the folder of the first of them.
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.run_folder.absolute() / "wandb/cache"))
         os.environ.setdefault("WANDB_DATA_DIR", str(self.run_folder.absolute() / "wandb/data"))
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # seconds for the last uploads
@@ -68,8 +69,8 @@ class TolerantWandbLogger(WandbLogger):
         super().__init__(save_dir=save_dir, project=project, name=name, experiment=experiment)
 
     def _start(self, options: dict[str, Any]) -> Any:
-        """A new W&B run, which is offline if it cannot be online."""
-        mode = None  # as WANDB_MODE says
+        """Start a W&B run, offline if it cannot be online."""
+        mode = None  # W&B then reads WANDB_MODE
         if not os.environ.get("WANDB_MODE"):
             try:
                 if not wandb.login(prompt=False):
@@ -104,7 +105,7 @@ class TolerantWandbLogger(WandbLogger):
         self._attempt(lambda: self.experiment.finish(exit_code=exit_code))
 
     def _attempt(self, call: Callable[[], Any]) -> bool:
-        """Whether a call of W&B worked. Its service may have died, or the disk is full."""
+        """Call W&B, and return whether that worked. Its service may be dead, or the disk full."""
         try:
             call()
         except Exception as error:
@@ -113,7 +114,7 @@ class TolerantWandbLogger(WandbLogger):
         return True
 
     def _warn(self, error: Exception) -> None:
-        """Warn once for each run: W&B has failed, training has not."""
+        """Warn that W&B has failed, once for each run."""
         if self.warned:
             return
         self.warned = True

@@ -1,4 +1,7 @@
-"""What W&B gets at the end of a run: the IoU of each class, and the confusion matrix."""
+"""What W&B gets at the end of a run: the IoU of each class, and the confusion matrix.
+
+A run without W&B's logger ignores this callback (`callbacks.wandb_scores`).
+"""
 
 import math
 
@@ -10,9 +13,10 @@ from fcn.module import SegmentationModule
 
 
 class WandbScores(Callback):
-    """Logs the last validation: `iou_by_class`, a bar chart, and `confusion_matrix`.
+    """Logs two charts of the last validation: `iou_by_class` and `confusion_matrix`.
 
-    The latter is a table of pixels with a row for each label and a column for each prediction.
+    The first is a bar chart. The second is a table of pixel counts, with a row for each label and a
+    column for each prediction.
     """
 
     def __init__(self) -> None:
@@ -21,7 +25,7 @@ class WandbScores(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
         if not trainer.sanity_checking:
-            # torchmetrics has kept what the module has just computed, of all processes.
+            # torchmetrics keeps the sum over all processes, which the module has just computed.
             self.step, self.confusion = trainer.global_step, pl_module.confusion.compute().tolist()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
