@@ -1,4 +1,4 @@
-"""The frame that the four scripts and the commands share: short errors, and paths of any spelling.
+"""What the four scripts and the commands share: short error messages, paths with any characters.
 
     if __name__ == "__main__":
         cli.run(main)                     # in train.py, evaluate.py, predict.py and export.py
@@ -27,11 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fcn.errors import ConfigError, FCNError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# Errors of Hydra and OmegaConf, which a user can mend on the command line.
+# Errors of Hydra and OmegaConf, which a user can correct on the command line.
 MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
 PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
-# A value that Hydra takes as it is: neither a number nor a truth value, nor any of its grammar.
+# A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
+# character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
@@ -66,7 +67,7 @@ def short_messages() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, and not at the end of Python, an error of it can be caught
+            sys.stdout.flush()  # here an error can still be caught; when Python exits, it cannot
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
@@ -84,7 +85,7 @@ def short_messages() -> Iterator[None]:
 def _reader_has_gone() -> bool:
     """Whether nobody reads our output any more, as after `python train.py --help | head -1`.
 
-    Python would complain about that once more at its end, so the rest of the output goes nowhere.
+    If so, further output is thrown away, or Python would report the error again when it exits.
     """
     try:
         print(flush=True)  # writing is the one way to find out on every system
@@ -95,7 +96,7 @@ def _reader_has_gone() -> bool:
 
 
 def short_message(error: BaseException) -> str:
-    """What our own error says, if one is the cause, or the part of Hydra's message that matters."""
+    """The message of our own error if one is the cause, else the useful part of Hydra's."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FCNError):
         cause = cause.__cause__
@@ -116,7 +117,7 @@ def quoted(argument: str) -> str:
 
 
 def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
-    """The configuration that a script would compose of these arguments.
+    """The configuration that a script would compose from these arguments.
 
     Args:
         overrides: as on the command line.
@@ -130,8 +131,9 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     """Call the `_target_` of one part of the configuration.
 
     Args:
-        key: of the part, such as "data" or "callbacks.panels".
-        more: further arguments.
+        cfg: the configuration.
+        key: the part, such as "data" or "callbacks.panels".
+        more: further arguments of the call.
 
     Raises:
         ConfigError: the target refuses a value. The message names the key in full.
@@ -150,7 +152,15 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
 
 
 def build_each(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
-    """Call the `_target_` of each entry of a group such as "callbacks"; one that is null has none.
+    """Call the `_target_` of each entry of a group such as "callbacks". Null entries are left out.
+
+    Args:
+        cfg: the configuration.
+        group: the group.
+        kind: the class that each result must be an instance of.
+
+    Returns:
+        For the name of each entry, what its `_target_` has made.
 
     Raises:
         ConfigError: an entry has no `_target_`, refuses a value, or makes something else than a
@@ -166,7 +176,7 @@ def build_each(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
 
 
 def raise_named(key: str, error: BaseException) -> NoReturn:
-    """Raise what a constructor has refused, with the part of the configuration in front.
+    """Raise a constructor's error again, with the part of the configuration before its message.
 
     `batch_size=0: must be ...` becomes `data.batch_size=0: must be ...`.
 
@@ -188,7 +198,7 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
 
 
 def _of_hydra(error: BaseException) -> str:
-    """The two lines that matter of a message of Hydra's or OmegaConf's."""
+    """The one or two useful lines of a message of Hydra's or OmegaConf's."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__).strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

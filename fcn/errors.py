@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from signal import Signals
 from typing import Any
 
-LARGEST = 2**31 - 1  # no setting is larger; torch and Lightning count in 32 bits here and there
+LARGEST = 2**31 - 1  # the largest setting; torch and Lightning count in 32 bits in some places
 
 
 class FCNError(Exception):
     """An error that the user can mend: shown as its message, without a traceback."""
 
     def __str__(self) -> str:
-        # A loader's worker process hands an error on as the text of its traceback. Of that, keep
-        # only the message at its end.
+        # An error in a loader process reaches the main process as the text of a traceback. Only the
+        # message at the end of that text is shown.
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         return super().__str__().rpartition(name)[2].strip()
 
 
 class DataError(FCNError):
-    """Data on disk, or a download, is not what it must be; the message names the file and why."""
+    """Data on disk, or a download, is missing or wrong; the message names the file and why."""
 
 
 class WeightsError(FCNError):
@@ -56,7 +56,7 @@ class Stopped(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong in the fewest words, for the end of a message that says where."""
+    """What went wrong, in the fewest words, for the end of a message that says where it did."""
     cause = getattr(error, "reason", None)  # urllib's URLError wraps the real error in this
     if isinstance(cause, BaseException):
         return reason(cause)
@@ -121,7 +121,7 @@ def check_text(name: str, value: Any, *, wanted: str = "a text", optional: bool 
 
 
 def refuse(name: str, value: Any, wanted: str) -> None:
-    """Refuse a value in the words of all these checks.
+    """Refuse a value, with a message in the form that all these checks use.
 
     Raises:
         ConfigError: always.
@@ -133,7 +133,7 @@ def is_number(value: Any) -> bool:
     """Whether this is a finite int or float, and not True or False."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) <= sys.float_info.max  # NaN is not; an int of 400 digits has no float
+    return abs(value) <= sys.float_info.max  # false for NaN; works for an int too large for a float
 
 
 def _check(name: str, value: Any, right: bool, wanted: str, optional: bool) -> None:

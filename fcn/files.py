@@ -49,7 +49,8 @@ def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
         WriteError: there is no room, no folder, or no permission.
         RuntimeError: nothing was written to the hidden path, which is a mistake of the caller.
     """
-    # Only the beginning of a long name: a file system allows 255 bytes, and these come on top.
+    # Of a long name only the beginning is used. A file system allows 255 bytes for a name, and the
+    # random characters and the suffix are added to it.
     part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
     with writing(path, size):
         try:
@@ -57,7 +58,7 @@ def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
             if not part.exists():
                 raise RuntimeError(f"{path} was not written: there is no {part}")
             with part.open("rb+") as file:
-                os.fsync(file.fileno())  # a power cut must not leave an empty file under the name
+                os.fsync(file.fileno())  # or a power cut could leave an empty file of this name
             os.replace(part, path)
         except BaseException:
             with suppress(OSError):
@@ -83,6 +84,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
+    """The same plain values, with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -103,7 +105,11 @@ def remove_parts(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
-    """Say which file cannot be written, why, and how much room there is.
+    """Turn an error of writing into one that names the file, the reason and the room on the disk.
+
+    Args:
+        path: the file or folder that is being written.
+        size: the bytes that it needs, if that is known.
 
     Raises:
         WriteError: in place of any OSError.
@@ -145,16 +151,16 @@ def lock(path: Path, *, timeout: float = PATIENCE) -> Iterator[None]:
     try:
         yield
     finally:
-        # The file is removed while the lock is held. A process that has waited for it then notices
-        # (since filelock 3.21), and makes a new one. Windows does not remove an open file. There
-        # filelock itself removes it after the release.
+        # The file is removed while the lock is still held. A process that waits for the lock then
+        # notices this and creates a new file (filelock 3.21 and newer). Windows cannot remove an
+        # open file; there, filelock itself removes it after the release.
         with suppress(OSError):
             path.unlink()
         guard.release()
 
 
 def is_locked(path: Path, *, timeout: float = 0.0) -> bool:
-    """Whether another process holds the lock, also after this many seconds."""
+    """Whether another process holds the lock, and still holds it after `timeout` seconds."""
     if not path.exists():
         return False
     try:
@@ -162,5 +168,5 @@ def is_locked(path: Path, *, timeout: float = 0.0) -> bool:
             return False
     except LockedError:
         return True
-    except WriteError:  # in a folder that cannot be written, none of our processes is at work
+    except WriteError:  # no process of ours can hold a lock in a folder that cannot be written
         return False

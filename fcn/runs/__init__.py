@@ -1,12 +1,12 @@
-"""The run folder: its creation, going on with a run, sweeps, the summary, and reading metrics.csv.
+"""The run folder: how it is created, resumed, summed up and read, and the folders of sweeps.
 
-launch.py   what train.py does around a training: which folder, which run, how it ends
-folder.py   a new folder, the lock on it, config.yaml and overrides.yaml
-resume.py   which run to go on with, and its settings
-sweep.py    the jobs of a sweep, sweep.csv and sweep.png
-summary.py  summary.json
-metrics.py  reading metrics.csv
-loggers.py  settings of loggers that depend on the run
-process.py  the process that a run is in: its rank, its memory, its warnings
-versions.py which code and which packages made a result
+launch.py    called by train.py: chooses the run folder, resumes a run, reports how it ended
+folder.py    creates and locks a run folder, and writes its config.yaml and overrides.yaml
+resume.py    finds the run to resume, and reads its settings
+sweep.py     runs the jobs of a sweep, and writes sweep.csv and sweep.png
+summary.py   writes summary.json
+metrics.py   reads metrics.csv
+loggers.py   fills in the settings of loggers that depend on the run
+process.py   the rank and the memory of this process, and which warnings it shows
+versions.py  the versions of the code and of the packages that made a result
 """

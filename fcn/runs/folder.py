@@ -62,7 +62,7 @@ def create_run_folder(folder: Path) -> Path:
 
 @contextmanager
 def new_run(folder: Path) -> Iterator[Path]:
-    """Create a run folder and train in it; it is removed if nothing has begun there.
+    """Create a run folder and lock it. It is removed again if training has not begun in it.
 
     Args:
         folder: as for `create_run_folder`.
@@ -81,13 +81,13 @@ def new_run(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Train in a run folder, and let no other process train there at the same time.
+    """Hold the lock of a run folder, so that no other process trains there at the same time.
 
-    The lock ends with the process, however that ends. Whoever gets it removes what a killed process
-    had not finished writing.
+    The lock ends with the process, however that ends. Whoever gets the lock removes the files that
+    a killed process had not finished writing.
 
     Raises:
-        RunLockedError: another process trains there, also after `files.PATIENCE` seconds.
+        RunLockedError: another process still trains there after `files.PATIENCE` seconds.
         WriteError: the folder cannot be written.
     """
     holder = run / HOLDER
@@ -116,8 +116,13 @@ def is_training(run: Path) -> bool:
 def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Write config.yaml and overrides.yaml.
 
-    A resumed run writes them anew, since its settings may have changed, such as its last step. What
-    was given for it is then added to the overrides of its first start.
+    A resumed run writes them again, since some of its settings may have changed, such as the number
+    of steps. Its command line is then added to that of the first start.
+
+    Args:
+        run: the run folder.
+        cfg: all settings, resolved.
+        overrides: the settings on the command line.
 
     Raises:
         WriteError: a file cannot be written.
@@ -126,7 +131,7 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     settings = OmegaConf.merge(cfg, {"resume": None})
     files.write_text(run / "config.yaml", OmegaConf.to_yaml(settings))
     write_overrides(run, [*read_overrides(run), *given])
-    (run / "error.txt").unlink(missing_ok=True)  # of an earlier start, which this one goes on from
+    (run / "error.txt").unlink(missing_ok=True)  # of an earlier start that crashed
 
 
 def write_overrides(run: Path, overrides: Sequence[str]) -> None:
@@ -135,9 +140,9 @@ def write_overrides(run: Path, overrides: Sequence[str]) -> None:
 
 
 def read_overrides(run: Path) -> list[str]:
-    """What was given on the command line of a run; nothing in a folder without overrides.yaml.
+    """The settings on the command line of a run; empty for a folder without overrides.yaml.
 
-    Settings of earlier versions come under the names that they have today.
+    Settings that had another name in an earlier version are returned with today's name.
     """
     path = run / "overrides.yaml"
     if not path.is_file():
@@ -147,11 +152,12 @@ def read_overrides(run: Path) -> list[str]:
 
 
 def started_with(run: Path, overrides: Sequence[str]) -> bool:
-    """Whether these overrides have started a run; `resume=` among them does not matter."""
+    """Whether a run was started with these overrides. `resume=...` among them is ignored."""
     wanted = [_renamed(o) for o in overrides if not o.startswith("resume=")]
     return (run / "overrides.yaml").is_file() and read_overrides(run) == wanted
 
 
 def _renamed(override: str) -> str:
+    """An override such as "data.batch_size=2", with today's name of its setting."""
     key, equals, value = override.partition("=")
     return f"{RENAMED.get(key, key)}{equals}{value}"

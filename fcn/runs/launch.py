@@ -1,4 +1,4 @@
-"""What train.py does around one training: choose the run folder, go on with a run, report the end.
+"""What train.py does around one training: choose its folder, resume a run, report how it ended.
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
@@ -29,12 +29,11 @@ def launch(cfg: DictConfig, train: Train) -> None:
 
     Args:
         cfg: the settings. `resume` may be a run folder, or "auto".
-        train: trains with given settings, in a given run folder; its third argument is what was
-            changed on the command line.
+        train: called with the settings, the run folder and the settings on the command line.
 
     Raises:
-        SystemExit: a signal has stopped the run, and the code is 128 plus its number; or the user
-            can mend what is wrong, which has been printed, and the code is 1.
+        SystemExit: with code 128 plus the signal's number if a signal has stopped the run; with
+            code 1 after the message if there was an error that the user can mend.
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
@@ -100,14 +99,14 @@ def _launch(
         train(cfg, run, overrides)
     except (Stopped, TrainingError) as error:
         if not is_main_process():
-            # All processes of a distributed run end in the same way. If this one ended with an
-            # error, the main process would be killed before it can say what has happened.
+            # This happens in all processes of a distributed run. If one of the others exited with
+            # an error first, the main process would be killed before it has printed its message.
             sys.exit(0)
         if isinstance(error, Stopped):
             sys.exit(error.exit_code)
         raise
     except DataError as error:
-        if HINT not in str(error):  # With that hint, there is no data that could be checked.
+        if HINT not in str(error):  # A message with this hint is about data that is not there.
             data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)

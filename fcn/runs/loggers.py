@@ -1,4 +1,7 @@
-"""Settings of conf/logger that depend on the run."""
+"""The settings of conf/logger that depend on the run: the folder to write to, and W&B's id.
+
+loggers = fcn.cli.build_each(logger_settings(cfg, run), "logger", Logger)    # as train.py does
+"""
 
 import secrets
 from pathlib import Path
@@ -9,9 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 def logger_settings(cfg: DictConfig, run: Path) -> DictConfig:
     """The group `logger`, ready to be built.
 
-    An entry whose `save_dir` is null gets the run folder. One whose `id` is null gets a new one,
-    which is written into `cfg` as well: config.yaml keeps it, so that a resumed run goes on under
-    the same id.
+    An entry whose `save_dir` is null gets the run folder. An entry whose `id` is null gets a random
+    id. The id is also written into `cfg`, and so into config.yaml, so that a resumed run keeps it.
+
+    Args:
+        cfg: the run's settings.
+        run: the run folder.
     """
     group = cfg.get("logger") or OmegaConf.create()
     for entry in filter(OmegaConf.is_dict, group.values()):

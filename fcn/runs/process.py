@@ -1,4 +1,4 @@
-"""What a run needs to know, and to settle, about the process that it runs in."""
+"""The process that a run is in: whether it is the main one, its memory, and its warnings."""
 
 import logging
 import sys
@@ -14,18 +14,18 @@ def is_main_process() -> bool:
 
 
 def quiet_lightning() -> None:
-    """Leave out Lightning's advertisements and what our own lines say; warnings stay."""
+    """Hide Lightning's advertisements, and messages that repeat our own. Other warnings stay."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # This is Lightning's own use of torch, and nothing that a user could change.
+    # This warning is about how Lightning itself uses torch, and no user could change that.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # One or two workers are enough here: an image is read and cropped in milliseconds.
+    # Lightning wants more loader processes. One or two are enough: an image takes milliseconds.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The folder of checkpoints of a resumed run is not empty, of course.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
 def memory_size(device: torch.device) -> int:
-    """Bytes of a GPU's own memory, or of the machine's."""
+    """The bytes of a GPU's memory; for any other device, those of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     import psutil

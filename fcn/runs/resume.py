@@ -1,10 +1,13 @@
-"""Going on with a run: which run it is, and the settings that it goes on with.
+"""Resuming a run: finding the run, and reading the settings that it goes on with.
 
     cfg = resumed_config(Path("runs/fcn8s/2026-01-31_12-00-00"), ["trainer.max_steps=80000"])
 
-A run folder may come from somebody else. Its config.yaml names classes for Hydra to call, and only
-these are accepted: what conf/ names too; callbacks, loggers and optimizers of Lightning and torch,
-or of the run's first command line, in the place of one; and what is named again now.
+A run folder may come from somebody else, and its config.yaml names classes that Hydra would import
+and call. A name is accepted only if at least one of these is true:
+- a file in conf/ has the same `_target_`;
+- the user has given it again on the command line now;
+- it is a callback, a logger or an optimizer, it stands where one belongs, and it comes from
+  Lightning, from torch, or was named on the command line with which the run was first started.
 """
 
 import json
@@ -22,25 +25,27 @@ from fcn.cli import CONF, RENAMED
 from fcn.errors import ConfigError
 from fcn.runs.folder import is_training, read_overrides, started_with
 
-# Whoever imports a module of these runs no code of a run folder.
+# To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
-    """What `resume=auto` means: the newest run with this command line that has not finished.
+    """The run that `resume=auto` means: the newest unfinished run with this command line.
 
-    A run without a checkpoint cannot be resumed, and one that is being trained must not be.
+    A run without a checkpoint cannot be resumed, and a run that is being trained must not be. Both
+    are ignored.
 
     Args:
         new: the folder that a new run would get.
-        overrides: the command line.
-        named: whether the user has chosen the name of this folder. The run must then have it, with
-            or without a number behind it; otherwise any run next to it will do.
-        main: whether this is the process that will hold the run's lock. The others of a distributed
-            run follow it, and do not ask who holds the lock.
+        overrides: the settings on the command line.
+        named: whether the user has chosen the name of this folder. The run must then have that
+            name, perhaps with a number added. Otherwise any run in the same parent folder will do.
+        main: whether this is the main process, which will hold the run's lock. The other processes
+            of a distributed run must choose the same run, so they do not look at the lock.
 
     Returns:
-        A finished run if there is no other; None if a new one is to be started.
+        The folder of that run. If there is none, the newest finished run with this command line; if
+        there is none either, None.
     """
     name = re.escape(new.name) + r"(_\d+)?" if named else ".*"
     finished = None
@@ -55,14 +60,17 @@ def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) ->
 
 
 def status(run: Path) -> str:
-    """finished, stopped by a signal, crashed, or unfinished: it is running, or was killed."""
+    """How a run ended: "finished", "stopped" by a signal, "crashed" in a sweep, or "unfinished".
+
+    An unfinished run is still being trained, or its process was killed or ended with an error.
+    """
     if (run / "error.txt").is_file():
         return "crashed"
     return read_summary(run).get("status", "unfinished")
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """What summary.json holds; empty if the run has not ended yet, or was killed."""
+    """The content of summary.json; empty if the run has not ended yet, or was killed."""
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -71,13 +79,13 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     """The settings of a run, with changes such as a later last step.
 
     Args:
-        run: its folder. Runs of commit 33324f3, where callbacks and loggers had no entries of their
-            own, are brought into today's form.
+        run: its folder. The settings of runs that were made before callbacks and loggers had
+            entries of their own (commit 33324f3) are converted.
         overrides: changes of single settings, as on the command line.
 
     Raises:
-        ConfigError: this is no run folder, a change is not possible, or the settings want to call
-            what is not known.
+        ConfigError: this is no run folder, a change is not possible, or config.yaml names something
+            to call that is not accepted (see the head of this file).
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
@@ -88,21 +96,21 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
     for change in OverridesParser.create().parse_overrides(list(overrides)):
         _apply(change, cfg)
-    OmegaConf.resolve(cfg)  # an interpolation could make a _target_ too
+    OmegaConf.resolve(cfg)  # before the check, because a ${...} can stand for a _target_ too
     _check_targets(run, cfg, overrides)
     cfg.resume = str(run)
     return cfg
 
 
 def _convert_old_settings(cfg: DictConfig) -> None:
-    """Give settings of commit 33324f3 the form of today's conf/callbacks and conf/logger."""
+    """Convert settings of commit 33324f3 to the form of today's conf/callbacks and conf/logger."""
     callbacks, logger = cfg.get("callbacks") or {}, cfg.get("logger") or {}
     if "half_life" in callbacks:
         cfg.callbacks = OmegaConf.load(CONF / "callbacks" / "default.yaml")
         if callbacks.get("average_decay") is not None:
             cfg.callbacks.ema = OmegaConf.load(CONF / "callbacks" / "ema.yaml").ema
         for name, value in callbacks.items():
-            if value is not None:  # without average_decay, there is no callback for it
+            if value is not None:  # average_decay may be: there is no callback `ema` then
                 OmegaConf.update(cfg, RENAMED[f"callbacks.{name}"], value)
     if "_target_" in logger:
         cfg.logger = OmegaConf.load(CONF / "logger" / "wandb.yaml")
@@ -113,7 +121,7 @@ def _apply(change: Override, cfg: DictConfig) -> None:
     """Change one setting; `+key=value` adds one.
 
     Raises:
-        ConfigError: it is a group, an old name, or not a single value.
+        ConfigError: the key is a group or has a new name, or the change is not a single value.
     """
     key, text = change.key_or_group, change.input_line
     if key in RENAMED:
@@ -129,13 +137,16 @@ def _apply(change: Override, cfg: DictConfig) -> None:
 
 
 def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse settings that want to call what is not known.
+    """Refuse settings that name something to call that is not accepted (see the file's head).
 
     Args:
-        overrides: what the user has given now.
+        run: the run folder.
+        cfg: its settings, with today's changes.
+        overrides: the settings that the user has given on the command line now.
 
     Raises:
-        ConfigError: with the words that accept it, if it is the user's own code.
+        ConfigError: there is such a name. The message says how to accept it if it is the user's
+            own code.
     """
     texts = [path.read_text(encoding="utf-8") for path in CONF.glob("**/*.yaml")]
     known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
@@ -145,7 +156,7 @@ def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
         named = f"{key}={target}"
         if target in known or named in now:
             continue
-        # To see what kind of class it is, its module has to be imported.
+        # `_fits` imports the module, to see what kind of class this is. So trust comes first.
         trusted = target.startswith(LIBRARIES) or named in first
         if not (trusted and _fits(key, target)):
             raise ConfigError(
@@ -166,7 +177,12 @@ def _targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _fits(key: str, target: str) -> bool:
-    """Whether a target is a class of the kind that belongs at this key. It is not called."""
+    """Whether a target is a class of the kind that belongs at this key. It is imported, not called.
+
+    Args:
+        key: of the `_target_`, such as "callbacks.panels._target_".
+        target: the import path.
+    """
     from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.loggers import Logger
     from torch.optim import Optimizer

@@ -1,4 +1,4 @@
-"""What summary.json says about a run when it ends.
+"""summary.json, which a run leaves when it ends. fcn/training/fit.py writes it.
 
 write_json(run / "summary.json", summarise(run, "finished"))
 """
@@ -15,9 +15,10 @@ def summarise(run: Path, status: str) -> dict[str, Any]:
     """The last and the best scores of a run, how fast it was, and which code made it.
 
     Scores come from metrics.csv and not from this process, so that the summary of a resumed run
-    speaks of the whole run.
+    covers the steps before it was resumed, too.
 
     Args:
+        run: the run folder.
         status: "finished", or "stopped" by a signal.
     """
     rows = read_metrics(run / "metrics.csv")

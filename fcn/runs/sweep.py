@@ -2,9 +2,9 @@
 
     python train.py -m model=fcn32s,fcn16s,fcn8s optimizer.lr=1e-3,1e-4
 
-The same command again continues the sweep: it is known by its command and its settings, and a job
-in it by its overrides. Jobs that have finished are skipped; those that were killed, stopped or have
-crashed are resumed. A crash of one job does not stop the others.
+The same command again continues the sweep. A sweep is recognised by its command line and settings,
+and a job by its overrides. Jobs that have finished are skipped; those that were killed or stopped
+or have crashed are resumed. A crash of one job does not stop the others.
 """
 
 import csv
@@ -58,7 +58,7 @@ class ContinueSweep(Callback):
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Say what became of the jobs; the command fails if one of them has crashed."""
+        """Print how many jobs have finished or crashed. The exit code is 1 if one has crashed."""
         from fcn.runs.process import is_main_process
 
         if not is_main_process():
@@ -73,17 +73,20 @@ class ContinueSweep(Callback):
 def several_processes() -> bool:
     """Whether torchrun or srun has started this command in several processes.
 
-    Each of them then goes through the whole sweep, somewhat earlier or later than the others. So
-    they must not decide by what is on disk, because they would not decide alike.
+    Each of these processes goes through all jobs of the sweep, a little earlier or later than the
+    others. They would find different files on disk, and so must not decide by them what to do.
     """
     return any(int(os.environ.get(n) or 1) > 1 for n in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 def find_sweep(config: DictConfig) -> Path | None:
-    """The newest sweep with the same overrides and settings, next to where a new one would be.
+    """The newest sweep with the same overrides and settings, in the folder that holds all sweeps.
 
     Args:
-        config: all settings of the new sweep, with Hydra's own.
+        config: all settings of the new sweep, Hydra's own included.
+
+    Returns:
+        Its folder; None if there is no such sweep.
     """
     root = Path(config.hydra.sweep.dir).parent
     for path in sorted(root.glob("*/multirun.yaml"), reverse=True):
@@ -95,20 +98,21 @@ def find_sweep(config: DictConfig) -> Path | None:
 
 
 def _identity(config: Any) -> tuple[Any, ...]:
+    """What two starts of a sweep have in common: overrides, and all settings except Hydra's."""
     settings = OmegaConf.to_container(config, resolve=False)
     assert isinstance(settings, dict)
     return settings.pop("hydra")["overrides"]["task"], settings
 
 
 def find_job(sweep: Path, overrides: list[str]) -> Path | None:
-    """The folder of the run with these overrides."""
+    """The folder of the run with these overrides; None if there is none, or it must not decide."""
     if several_processes():
         return None
     return next((run for run in _runs(sweep) if started_with(run, overrides)), None)
 
 
 def finished_before(run: Path) -> bool:
-    """Whether a run has finished; says so, and whether other code than today's has made it."""
+    """Whether a run has finished. If so, print that, and whether other code has trained it."""
     if status(run) != "finished":
         return False
     revision = read_summary(run).get("git_revision")
@@ -118,7 +122,7 @@ def finished_before(run: Path) -> bool:
 
 
 def resumable(run: Path) -> bool:
-    """Whether there is a checkpoint to go on from. If not, the folder is removed.
+    """Whether a run has a checkpoint to be resumed from. If it has none, its folder is removed.
 
     Raises:
         RunLockedError: there is no checkpoint yet, but another process trains there.
@@ -132,13 +136,15 @@ def resumable(run: Path) -> bool:
 
 
 def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], None]) -> None:
-    """Do one job of a sweep, unless it is done, and write down what became of it.
+    """Do one job of a sweep, unless it has finished before, and update sweep.csv.
 
-    A crash is written down, so that the next job can start. Ctrl-C and SIGTERM end the sweep.
+    If the job crashes, error.txt in its folder gets the reason, and the next job can start. Ctrl-C
+    and SIGTERM end the sweep.
 
     Args:
         folder: the run folder that the job gets if it is new, in the folder of the sweep.
-        train: goes on with the run in a folder, or begins a new one if it gets None.
+        overrides: the job's settings on the command line.
+        train: resumes the run in the given folder, or starts a new run if it is given None.
     """
     from fcn.runs.process import is_main_process
 
@@ -161,7 +167,7 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
 
 
 def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None:
-    """Write error.txt: the reason in one line, and a traceback if it is not the user's to mend."""
+    """Write error.txt: the reason in one line, and a traceback if the user cannot mend it."""
     if isinstance(error, (FCNError, *MENDABLE)):
         message, trace = short_message(error), ""
     else:
@@ -177,7 +183,7 @@ def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None
 def write_results(sweep: Path) -> list[Row]:
     """Write sweep.csv, with a row for each run in the folder, and sweep.png.
 
-    Each job writes them anew when it ends, so that they are there with every launcher.
+    Each job writes them again when it ends, so that they exist whatever launcher starts the jobs.
 
     Returns:
         The rows of sweep.csv.

@@ -1,4 +1,7 @@
-"""Which code and which packages made a result."""
+"""The versions of the code and of the packages that made a result.
+
+They are written into checkpoints, summary.json and an evaluation's metrics.json.
+"""
 
 import platform
 import subprocess
@@ -9,7 +12,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmet
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """The versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 

@@ -94,8 +94,9 @@ def _explained(
         return TrainingError(f"{device} ran out of memory: {advice(memory_size(device))}")
     if loader_died(error):
         return TrainingError(
-            f"a process that loads data ended: {error}. The system kills one when memory is "
-            f"short: data.num_workers=1 needs less, 0 none. Then {_go_on(trainer)} data.num_workers=0"
+            f"a process that loads data ended: {error}. The system kills one when memory is short: "
+            "data.num_workers=1 needs less, 0 none. "
+            f"To resume, {_go_on(trainer)} data.num_workers=0"
         )
     return None
 

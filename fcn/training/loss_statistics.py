@@ -23,11 +23,10 @@ class LossStatistics(Callback):
     """Logs the loss of each optimizer step, and what smooths it.
 
     With one to three images in a batch, the loss of a step may be twice or half that of the step
-    before. So people read `train/loss_smooth`. Logged for each optimizer step: `train/loss` (the
-    mean over the
-    accumulated batches), `train/loss_smooth`, `train/loss_mean` and `train/loss_std` (over a window
-    of steps), `train/grad_norm` (before clipping), `train/lr` (without multipliers) and
-    `train/images_per_second`.
+    before. So people read `train/loss_smooth`. For each optimizer step this logs `train/loss` (the
+    mean over the accumulated batches), `train/loss_smooth`, `train/loss_mean` and `train/loss_std`
+    (over a window of steps), `train/grad_norm` (before clipping), `train/lr` (without the
+    multipliers of parameter groups) and `train/images_per_second`.
 
     To read a number from a GPU, Python has to wait for it. So losses stay on their device until
     `trainer.log_every_n_steps` steps can be read and logged together.
