@@ -5,8 +5,9 @@
     python evaluate.py ckpt=... tta.flip=true tta.scales=[0.75,1,1.25] report.images=60
     python evaluate.py compare=[runs/A,runs/B]                   # run folders or checkpoints
 
-Prints the IoU of each class, and writes metrics.json, confusion.csv (pixels; rows are labels),
-images.csv (scores of each image) and report.html; of a comparison, no CSV files.
+It prints the IoU of each class, and writes metrics.json, confusion.csv (counts of pixels; rows are
+labels, columns are predictions), images.csv (the scores of each image) and report.html. A
+comparison has no CSV files. The scores are those of Long et al. (CVPR 2015), section 5.
 """
 
 import shlex
@@ -22,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from fcn import cli
 from fcn.errors import ConfigError, check_text, check_whole, refuse
 
-# `data=checkpoint`, the default, takes any key: what to change in the checkpoint's data settings.
+# The default, `data=checkpoint`, is an empty group that accepts any key. What the command line puts
+# into it replaces that part of the checkpoint's own data settings.
 CHANGES = OmegaConf.create({}, flags={"struct": False})
 ConfigStore.instance().store(group="data", name="checkpoint", node=CHANGES)
 
@@ -35,7 +37,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[str, Any]:
-    """Score `cfg.ckpt`, or both of `cfg.compare`, on `cfg.split`; return what metrics.json holds.
+    """Score `cfg.ckpt`, or both of `cfg.compare`, on `cfg.split`.
+
+    Args:
+        cfg: composed from conf/evaluate.yaml.
+        command: the command line, which the report shows.
+
+    Returns:
+        What metrics.json holds.
 
     Raises:
         fcn.errors.FCNError: the checkpoint, a setting or the data is wrong.
@@ -86,7 +95,11 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
 
 def chosen_checkpoints(cfg: DictConfig) -> list[str]:
-    """`ckpt`, or the two of `compare`."""
+    """The path in `ckpt`, or the two in `compare`.
+
+    Raises:
+        ConfigError: both are given, or `compare` does not hold two paths.
+    """
     if cfg.compare is None:
         return [str(cfg.ckpt)]
     if not OmegaConf.is_list(cfg.compare) or [type(path) for path in cfg.compare] != [str, str]:

@@ -6,7 +6,8 @@
 
 An .onnx or .pt2 file takes uint8 RGB (N, 3, H, W) of any N, H and W. It gives scores (N, K, H, W)
 and, with argmax, the mask (N, H, W) uint8. ONNX needs `pip install -r requirements/export.txt`. A
-.safetensors is no program: it takes the place of a checkpoint, and there can be no code in it.
+.safetensors file is not a program. It is used in place of a checkpoint, and it cannot hold code, so
+that it is safe to hand on.
 """
 
 from pathlib import Path
@@ -34,8 +35,8 @@ def export(cfg: DictConfig) -> Path:
         The file.
 
     Raises:
-        fcn.errors.FCNError: settings or checkpoint are wrong, packages are missing, or the file
-            disagrees with the network; there is no file then.
+        fcn.errors.FCNError: a setting or the checkpoint is wrong, a package is missing, or the
+            file disagrees with the network. No file is left then.
     """
     from fcn.checkpoint import find_checkpoint, read_checkpoint, write_safetensors
     from fcn.inference.export import export_path, export_program

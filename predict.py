@@ -8,7 +8,7 @@
 `ckpt` is a checkpoint, a run folder, one of the authors' nets (fcn8s_from_caffe.pth), or a
 .safetensors or .onnx file that export.py wrote. Each photograph gets a palette PNG of its classes
 and an overlay with a legend; `find_photos` in fcn/inference/photos.py says how they are named. The
-exit code is 1 if a photograph could not be done.
+exit code is 1 if a photograph could not be segmented.
 """
 
 import time
@@ -38,8 +38,8 @@ def predict(cfg: DictConfig) -> Path:
         The folder that the results are in.
 
     Raises:
-        fcn.errors.FCNError: settings or checkpoint are wrong; or some photographs could not be
-            done, after all others are.
+        fcn.errors.FCNError: a setting or the checkpoint is wrong; or some photographs could not be
+            segmented, which is raised after all others were.
     """
     check_choice("format", cfg.format, ("voc",), optional=True)
     voc = cfg.format == "voc"
@@ -72,7 +72,7 @@ def predict(cfg: DictConfig) -> Path:
         network,
         predictor.write_mask if voc else predictor.write_results,
         batch_size=cfg.batch_size,
-        upright=not voc,  # VOC's own masks are as the pixels are stored
+        upright=not voc,  # VOC's masks follow the stored pixels, whatever EXIF says
     )
     speed = len(jobs) / (time.perf_counter() - started)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} images, {speed:.2f} a second; see {output}")

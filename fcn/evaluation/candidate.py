@@ -31,10 +31,10 @@ class Candidate:
     """A checkpoint that is to be scored.
 
     Attributes:
-        path: of its file.
-        checkpoint: what `fcn.checkpoint.read_checkpoint` gives.
-        module: its network and classes.
-        trainer: validates on the wanted device and precision, and writes nothing.
+        path: the file.
+        checkpoint: its content, from `fcn.checkpoint.read_checkpoint`.
+        module: the module that was built from it, with its network and classes.
+        trainer: a Lightning Trainer for the wanted device and precision, which writes nothing.
     """
 
     path: Path
@@ -49,14 +49,15 @@ def open_candidate(
     """Read a checkpoint and make it ready to be scored.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint.
         accelerator: "auto", "cpu", "gpu", "mps" or another of Lightning's.
-        precision: None: as the run was trained.
-        wrap: what to put around the network, such as `fcn.inference.tta.TestTime`; None: nothing.
+        precision: one of `fcn.precision.PRECISIONS`. None: the one that the run was trained in.
+        wrap: a function that puts something around the network, such as
+            `fcn.inference.tta.TestTime`. None leaves the network as it is.
 
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.
-        ConfigError: the device is not there, or cannot compute in this precision.
+        ConfigError: there is no such device, or it cannot compute in this precision.
     """
     checkpoint = read_checkpoint(path)
     precision = precision or checkpoint["precision"]
@@ -86,7 +87,7 @@ def checkpoint_data(
     """The data of the run that made a checkpoint.
 
     Args:
-        candidate: whose data settings are taken.
+        candidate: the checkpoint, which holds the data settings of its run.
         changes: replace some of them, such as {"root": "/data", "dataset": {"other": True}}.
 
     Returns:
@@ -103,9 +104,9 @@ def checkpoint_data(
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes, table by table.
+    """Settings with changes, which may be nested dicts.
 
-    This is done without OmegaConf, which would run a `${...}` that a hostile checkpoint may hold.
+    This does not use OmegaConf, which would evaluate a `${...}` that a hostile checkpoint may hold.
     """
     result = {**settings, **changes}
     for key, change in changes.items():

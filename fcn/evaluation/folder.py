@@ -2,7 +2,7 @@
 
     metrics = write_folder(output, [result], data, images=12, command="python evaluate.py")
 
-evaluate.py calls it at its end. The report is made in report.py.
+This is the last step of evaluate.py. report.py makes the report.
 """
 
 import csv
@@ -75,9 +75,9 @@ def write_images(path: Path, images: Iterable[tuple[str, float, float]]) -> None
 
 
 def escape_formula(name: str) -> str:
-    """A name that a spreadsheet shows as it is, where it would compute one that begins with "=".
+    """Put an apostrophe before a name that a spreadsheet would compute, such as "=1+1".
 
-    OWASP's advice against "CSV injection": an apostrophe in front.
+    This is OWASP's advice against "CSV injection".
     """
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 

@@ -5,8 +5,8 @@
 
 This file prepares plain data. The page, its style and its script are Jinja2 templates in
 templates/, which escape every value that comes from outside: names of classes and images, paths,
-the command. The file is ASCII, so that no editor and no server can get its characters wrong. Its
-pictures are made in report_images.py.
+the command. The file is ASCII, so that it is shown correctly whatever encoding a server or an
+editor assumes. report_images.py makes its pictures.
 """
 
 import math
@@ -26,9 +26,9 @@ from fcn.figures.masks import Palette
 from fcn.files import write_text
 
 LARGEST = 19_500_000  # bytes of the file: below 20 MB, whether these are 10^6 or 2^20 bytes
-AROUND = 4000  # bytes for titles and texts around the images
-# Longest side of a picture in pixels, and WebP quality: the first of these that leaves room for all
-# images.
+AROUND = 4000  # bytes that are kept free for titles and texts around the images
+# The longest side of a picture in pixels, and its WebP quality. For each image, the first of these
+# is used with which the image takes no more than its share of the file.
 SIZES = ((480, 82), (400, 76), (320, 70), (240, 60), (160, 50), (96, 35))
 LEFT, RIGHT, TOP, BOTTOM = 34, 344, 16, 186  # edges of the boundary curve, in units of its SVG
 
@@ -63,7 +63,7 @@ def write_report(
         data: the images that were scored; those to show are read again.
         images: how many to show at most, a third each of the worst, the median and the best. They
             are as large as the limit on the file lets them be.
-        command: that made this, as it was typed.
+        command: the command line that made this.
 
     Raises:
         WriteError: the file cannot be written.
@@ -103,10 +103,17 @@ def _ascii_html(html: str) -> Markup:
 def _gallery(
     results: Mapping[str, Result], data: SegmentationDataset, wanted: int, room: int
 ) -> dict[str, Any]:
-    """The images that tell most: a third each of the worst, the median and the best.
+    """The images of the report: a third each of the worst, the median and the best.
 
-    Images of a comparison are ranked by the change from A to B. With many images, pictures get
-    smaller; an image that is too large even then is left out.
+    In a comparison, images are ranked by the change of their mean IoU from A to B. The more images
+    there are, the smaller are their pictures. An image that is too large even in the smallest size
+    is left out.
+
+    Args:
+        results: one result under "", or two under "A" and "B".
+        data: the images that were scored.
+        wanted: how many images to show at most.
+        room: the bytes that they may take together.
 
     Returns:
         `groups` of (title, HTML of each figure), how many were `chosen`, and how many are `shown`.
@@ -128,7 +135,11 @@ def _gallery(
 def _figure(
     results: Mapping[str, Result], data: SegmentationDataset, index: int, largest: int
 ) -> Markup:
-    """HTML of one image in the best quality that `largest` bytes allow; empty if none does."""
+    """The HTML of one image in the best quality that fits into `largest` bytes; empty if none does.
+
+    Args:
+        index: the place of the image in `data`.
+    """
     render: Any = TEMPLATES.get_template("macros.html").module
     image = describe_image(results, data, index)
     for side, quality in SIZES:
@@ -143,7 +154,7 @@ def _figure(
 
 
 def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
-    """The table of classes: names of columns that show bars, and a row for each class."""
+    """The table of classes: the names of the columns that show bars, and a row for each class."""
     confusion = results[-1].confusion.double().cpu().numpy()  # (K, K)
     correct, labelled = confusion.diagonal(), confusion.sum(1)  # (K,)
     ious = [list(result.metrics["iou"].values()) for result in results]

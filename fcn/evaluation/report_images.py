@@ -30,7 +30,7 @@ ERRORS_OF_TWO = (
     ("both wrong", (200, 50, 190)),
 )
 IGNORED = (128, 128, 128, 150)  # RGBA of void pixels among the errors
-LARGEST_CLASSES = 5  # that the text of a picture names, for those who do not see it
+LARGEST_CLASSES = 5  # how many classes the text for readers who cannot see a picture names
 
 
 def choose_images(scores: Sequence[float], wanted: int) -> tuple[list[int], list[int], list[int]]:
@@ -54,16 +54,17 @@ def describe_image(
     Args:
         results: one under "", or two under "A" and "B", with predictions.
         data: the images that were scored.
-        index: of the image.
+        index: the place of the image in `data`.
 
     Returns:
-        name: of the image.
-        scores: (letter, pixel accuracy, mean IoU) of each result.
-        pictures: "photo", "label", "prediction" or "predictionA" and "predictionB", and "errors",
-            each with a text for those who do not see it, and its pixels: (H, W, 3) RGB of the
-            photograph, (H, W, 4) RGBA of the others.
-        background: colour of class 0, which is transparent in the pictures.
-        legend: the classes that occur, and the kinds of errors with their share.
+        A dict with these entries:
+        name: the image's id.
+        scores: (letter, pixel accuracy, mean IoU) for each result.
+        pictures: "photo", "label", "prediction" or "predictionA" and "predictionB", and "errors".
+            Each is a text for readers who cannot see it, and its pixels: (H, W, 3) RGB for the
+            photograph, (H, W, 4) RGBA for the others.
+        background: the colour of class 0, which is transparent in the pictures.
+        legend: the classes that occur, and the kinds of errors with their share of the pixels.
     """
     sample, name = data[index], data.ids[index]
     mask = sample["mask"].numpy()  # (H, W)
@@ -98,7 +99,7 @@ def describe_image(
 
 
 def _largest(labels: np.ndarray, classes: Sequence[str]) -> str:
-    """The largest classes among labels (n,) in words."""
+    """The classes with the most pixels among labels (n,), and their shares, as a text."""
     counts = np.bincount(labels, minlength=len(classes))
     largest = [k for k in counts.argsort()[::-1][:LARGEST_CLASSES].tolist() if counts[k]]
     parts = [f"{classes[k]} {100 * counts[k] / counts.sum():.0f} %" for k in largest]
@@ -129,10 +130,11 @@ def encode(ident: str, alt: str, pixels: np.ndarray, side: int, quality: int) ->
     """A picture as the macro `picture` of macros.html wants it, at most `side` pixels long.
 
     Args:
-        ident: its id in the page.
-        alt: its text.
-        pixels: (H, W, 3) of a photograph, or (H, W, 4) of classes, which are kept without loss.
-        quality: of the WebP of a photograph.
+        ident: the picture's id in the page.
+        alt: the text for readers who cannot see it.
+        pixels: (H, W, 3) of a photograph, or (H, W, 4) of classes, which are stored without loss.
+        side: the longest side in pixels.
+        quality: the WebP quality, 0 to 100, of a photograph.
     """
     picture = Image.fromarray(pixels)
     options = {"quality": quality, "method": 4}

@@ -27,8 +27,8 @@ class Result:
     """One checkpoint on one split.
 
     Attributes:
-        metrics: what metrics.json holds: the scores, and where they come from.
-        confusion: (K, K) pixels; rows are labels, columns predictions.
+        metrics: what metrics.json holds: the scores, and what they were made with.
+        confusion: (K, K) counts of pixels; rows are labels, columns are predictions.
         images: the scores of each image, and its prediction if that was kept.
     """
 
@@ -38,11 +38,11 @@ class Result:
 
 
 def score(candidate: Candidate, loader: DataLoader, *, keep: bool = False) -> Result:
-    """Validate as training does, so that the scores are the same to the last digit.
+    """Score a checkpoint with training's own validation, so that scores agree to the last digit.
 
     Args:
-        candidate: what to score.
-        loader: each image once.
+        candidate: the checkpoint to score.
+        loader: yields each image once.
         keep: keep the predictions, for pictures in the report.
     """
     module, trainer = candidate.module, candidate.trainer

@@ -1,4 +1,4 @@
-"""The scores of each image alone, as a callback of a validation.
+"""The scores of each image alone, computed by a callback during a validation.
 
 images = ImageScores(keep=True)
 pl.Trainer(callbacks=[images], ...).validate(module, datamodule.eval_dataloader(data))
@@ -22,10 +22,10 @@ from fcn.module import SegmentationModule
 class ImageScores(Callback):
     """Scores of each image, in the order of the loader, and of the pixels near boundaries.
 
-    A thread computes them while the network sees the next batch.
+    A thread computes the scores of a batch while the network computes the next batch.
 
     Args:
-        keep: also keep the predictions, compressed: some 10 KB for a photograph of VOC.
+        keep: also keep the predictions. Compressed, one takes some 10 KB for a photograph of VOC.
 
     Attributes:
         rows: (id, pixel accuracy, mean IoU) of each image. NaN if all of its pixels are void.
@@ -61,7 +61,7 @@ class ImageScores(Callback):
         self._pool.shutdown()
 
     def _wait(self) -> None:
-        """Wait for the thread, and raise what went wrong in it."""
+        """Wait until the thread has scored all images, and raise an error that it had."""
         for future in self._pending:
             future.result()
         self._pending = []
@@ -89,8 +89,8 @@ class ImageScores(Callback):
 
         Args:
             index: of the image.
-            shape: (H, W) of the image. `without_padding` may have cut void borders off; they are
-                class 0 here.
+            shape: (H, W) of the image. Void rows and columns at its end may have been cut off by
+                `without_padding`. They are filled with class 0.
 
         Returns:
             (H, W) uint8.

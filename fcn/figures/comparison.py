@@ -48,7 +48,7 @@ def compare_runs(runs: Mapping[str, Columns], path: Path) -> None:
         scores.plot(steps, values, "o-", color=colour, lw=1.6, ms=4)
         best = f" (best mIoU {values.max():.3f})" if len(values) else ""
         labels.append(_literal(name + best))
-    # Logarithmic, so that one run that diverged does not press the others flat.
+    # The axis is logarithmic, so that one run that diverged does not make the others look flat.
     losses.set(yscale="log", title="smoothed loss (cross-entropy)")
     losses.yaxis.set_major_formatter(PlainLogFormatter())
     losses.yaxis.set_minor_formatter(PlainLogFormatter())
@@ -124,7 +124,7 @@ def _as_numbers(texts: Sequence[str]) -> list[float] | None:
 
 
 def _literal(text: str) -> str:
-    """A text in which matplotlib sees no formula: it would read one between two dollar signs."""
+    """A text with its dollar signs escaped: matplotlib reads what is between two as a formula."""
     return text.replace("$", r"\$")
 
 

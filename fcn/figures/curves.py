@@ -19,7 +19,8 @@ Columns = Mapping[str, np.ndarray]
 
 # Columns that give a curve of their own. A run that has none of these has nothing to draw.
 DRAWN = ("train/loss_smooth", "train/loss", "train/lr", "val/loss", "val/miou", "val/pixel_acc")
-# More points than a line can show: only the extremes of each stretch are drawn.
+# A line with more points than this is thinned: it is cut into about as many stretches, and only the
+# lowest and the highest point of each are drawn.
 MOST_POINTS = 2000
 
 
@@ -62,8 +63,8 @@ def _draw_losses(axes: Axes, columns: Columns) -> None:
     axes.plot(*thinned(*smooth), color="C0", lw=2.2, label="smoothed")
     axes.plot(*validation, "o-", color="C3", lw=1.6, ms=4, label="validation")
 
-    # The highest hundredth of the training losses does not count for the scale: one batch whose
-    # loss explodes would press the rest of the curve flat.
+    # The largest hundredth of the training losses is ignored in choosing the scale. Otherwise one
+    # batch with a huge loss would make everything else look flat.
     tops = [np.quantile(values, 0.99) for _, values in (raw, smooth) if len(values)]
     positive = [value for value in (*tops, *validation[1]) if value > 0]
     axes.set(title="loss (cross-entropy)", ylim=(0, 1.05 * max(positive, default=1.0)))
@@ -71,7 +72,7 @@ def _draw_losses(axes: Axes, columns: Columns) -> None:
 
 
 def _draw_scores(axes: Axes, columns: Columns) -> None:
-    """Mean IoU and pixel accuracy of each validation; the best of each is written beside it."""
+    """Mean IoU and pixel accuracy of each validation; the best of each is written above it."""
     curves = (("val/miou", "mean IoU", "C2"), ("val/pixel_acc", "pixel accuracy", "C7"))
     for name, label, colour in curves:
         steps, values = series(columns, name)
@@ -105,7 +106,7 @@ def series(columns: Columns, *names: str) -> list[np.ndarray]:
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fewer points of a long curve, with every peak and dip that can be seen.
 
-    The curve (n,) is cut into some `MOST_POINTS` stretches, and the lowest and the highest point of
+    The curve (n,) is cut into about `MOST_POINTS` stretches, and the lowest and highest point of
     each are kept. Plotting 100,000 points takes seconds, and a picture has only 1,000 columns.
     """
     stretch = len(values) // MOST_POINTS  # points in each

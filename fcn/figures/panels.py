@@ -42,7 +42,7 @@ def draw_panels(
         captions: a text below each prediction, such as its score.
     """
     cells: list[list[Cell]] = []
-    found: set[int] = {void}  # the errors are always explained, and they show void
+    found: set[int] = {void}  # void is always in the legend, since the error maps show it
     for row, name, caption in zip(rows, ids, captions, strict=True):
         _, label, prediction = row
         judged = label != void

@@ -1,1 +1,1 @@
-"""Using a trained network: photographs in, masks and overlays out; files for other programs."""
+"""Using a trained network: predict.py's masks and overlays, and export.py's files."""

@@ -1,10 +1,11 @@
-"""A trained network as one file for other programs, which is compared with the network.
+"""Writing a trained network as one file for other programs, and comparing it with the network.
 
     path = export_path(None, Path("runs/.../checkpoints/best.ckpt"), "onnx")
     agreement = export_program(module, path, argmax=True)     # .onnx, or torch.export's .pt2
 
 A program takes uint8 RGB (N, 3, H, W) of any N, H and W, and gives scores (N, K, H, W) and, with
-argmax, the mask (N, H, W) uint8. It is run on images of several odd sizes before it gets its name.
+argmax, the mask (N, H, W) uint8. Before the file gets its name, it is run on images of several
+sizes, and its scores are compared with the network's.
 """
 
 import json
@@ -28,8 +29,8 @@ from fcn.runs.folder import output_folder
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}  # and their endings
 AXES = {0: "batch", 2: "height", 3: "width"}  # of the image, which may have any length
 SIZES = ((1, 97, 131), (2, 33, 64), (3, 50, 31), (1, 32, 224), (1, 1, 1))  # (N, H, W) to compare
-# Allowed difference of two scores, as a share of the largest one. For a VGG-19 in float32, rounding
-# makes it about 1e-6.
+# The allowed difference of two scores, as a share of the largest score. Rounding alone makes it
+# about 1e-6 for a VGG-19 in float32.
 TOLERANCE = 1e-4
 
 
@@ -38,10 +39,10 @@ class ExportError(FCNError):
 
 
 class Agreement(NamedTuple):
-    """How far a file does what the network does."""
+    """How well the scores and masks of a file agree with those of the network."""
 
-    difference: float  # of a score, the largest
-    equal: float  # share of pixels with the same class, 0 to 1
+    difference: float  # the largest difference of a score
+    equal: float  # the share of pixels with the same class, 0 to 1
 
 
 class ExportedNetwork(nn.Module):
@@ -62,7 +63,7 @@ def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
 
     Args:
         output: chosen by the user. None: export/<checkpoint>.<ending> in the checkpoint's run.
-        checkpoint: that is exported.
+        checkpoint: the checkpoint that is exported.
         format: one of FORMATS.
 
     Raises:
@@ -108,7 +109,7 @@ def export_program(module: SegmentationModule, path: Path, *, argmax: bool = Fal
 
 
 def compare(program: Program, network: nn.Module) -> Agreement:
-    """Compare a program with the network that it was made of, on images of several odd sizes.
+    """Compare a program with the network that it was made from, on images of several sizes.
 
     Raises:
         ExportError: a score differs by more than rounding explains, or a pixel has another class
@@ -141,7 +142,7 @@ def compare(program: Program, network: nn.Module) -> Agreement:
 
 def _write_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, str]) -> None:
     for library in ("onnxscript", "onnx_ir"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # they tell of each optimisation
+        logging.getLogger(library).setLevel(logging.WARNING)  # they log each optimisation
     with torch.no_grad(), _any_size():
         written = torch.onnx.export(
             network,
@@ -166,12 +167,16 @@ def _write_torch(network: ExportedNetwork, path: Path, metadata: dict[str, str])
     dynamic = (dict.fromkeys(AXES, Dim.DYNAMIC),)
     with torch.no_grad(), _any_size():
         program = torch.export.export(network, (_example(),), dynamic_shapes=dynamic)
-    with path.open("wb") as file:  # of a path, torch wants that it ends with .pt2
+    with path.open("wb") as file:  # torch refuses a path without the ending .pt2
         torch.export.save(program, file, extra_files=metadata)
 
 
 def _read_torch(path: Path) -> Program:
-    """The program in a file that this process has just written: loading may run code in it."""
+    """The program in a .pt2 file.
+
+    Loading may run code that is in the file, so this is only for a file that this process has just
+    written.
+    """
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -182,9 +187,10 @@ def _example() -> Tensor:
 
 
 def _any_size() -> Any:
-    """Let an export take images of any size.
+    """A context in which torch exports a program for images of any size.
 
-    Without it, torch assumes that a batch, and a side in cells of 32 pixels, is never 1. It has no
+    Otherwise torch assumes that no size is ever 1. That is wrong for a batch of one image, and for
+    an image with a side of at most 32 pixels, whose coarsest map has a side of 1. There is no
     public name for this setting (torch 2.14).
     """
     return shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]

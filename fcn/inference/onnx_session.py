@@ -1,9 +1,9 @@
-"""Runs an ONNX file that export.py wrote.
+"""Running an ONNX file that export.py has written; predict.py and the check of an export do it.
 
     scores, class_names, palette = open_onnx(Path("export/best.onnx"))
     logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
 
-It needs onnxruntime: pip install -r requirements/export.txt
+This needs onnxruntime: pip install -r requirements/export.txt
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from fcn.errors import ConfigError, WeightsError
 from fcn.inference.tiles import Scores
 
-# What export.py stores in a file beside the network, as JSON.
+# The entries of metadata, in JSON, that export.py adds to the network in a file.
 METADATA = ("class_names", "palette", "void", "hyper_parameters")
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
 
@@ -59,10 +59,10 @@ def open_session(path: Path) -> tuple[Program, dict[str, str]]:
 
 
 def need_packages(*names: str) -> None:
-    """Say how to install what an ONNX file needs.
+    """Check that packages are installed.
 
     Raises:
-        ConfigError: a package is not installed.
+        ConfigError: one is not. The message says how to install it.
     """
     for name in names:
         if find_spec(name) is None:

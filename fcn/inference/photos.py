@@ -34,7 +34,7 @@ def results_folder(output: str | None, checkpoint: Path) -> Path:
 
 
 def create_folder(folder: Path) -> None:
-    """Make the folder for results, if it is not there.
+    """Create the folder for results if it does not exist.
 
     Raises:
         ConfigError: it cannot be made.
@@ -64,8 +64,8 @@ def find_photos(pattern: str, output: Path) -> Jobs:
 
     Args:
         pattern: a file; or a folder, which stands for all pictures in it and in all folders below;
-            or a glob such as 'photos/**/*.jpg'. Of folders and globs, hidden files are left out,
-            and those in `output`, which are the results of an earlier run.
+            or a glob such as 'photos/**/*.jpg'. From folders and globs, hidden files are left out,
+            and so are files in `output`, which are the results of an earlier run.
         output: the folder for results.
 
     Raises:

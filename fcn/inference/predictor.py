@@ -5,7 +5,7 @@
     jobs = find_photos("photos", Path("predictions"))
     failed = predict_files(jobs, network, predictor.write_results)
 
-This is what predict.py does. `predictor.scores` alone serves where the masks are not for files.
+This is what predict.py does. From Python, `predictor.scores` alone gives class scores.
 """
 
 import re
@@ -41,8 +41,8 @@ class Predictor:
 
     Args:
         scores: images (N, 3, H, W) uint8 -> logits (N, K, H, W).
-        class_names: of the K classes.
-        palette: K colours (R, G, B), 0 to 255. None: VOC's.
+        class_names: the names of the K classes.
+        palette: K colours (R, G, B), 0 to 255. None stands for VOC's.
     """
 
     scores: Scores
@@ -51,7 +51,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         own = (self.palette or ())[: len(self.class_names)]
-        # All 256 that a palette PNG has. Void and values that are no class have VOC's colours.
+        # A palette PNG has 256 colours. Those of void and of values that are no class are VOC's.
         self.colours = [*own, *voc_palette()[len(own) :]]
 
     def write_mask(self, image: Tensor, mask: Tensor, target: Path) -> None:
@@ -85,14 +85,14 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     """Open a checkpoint, one of the authors' nets, or an .onnx file that export.py wrote.
 
     Args:
-        path: of the file.
-        device: cpu, cuda, cuda:1 or mps. auto: the fastest that is there.
-        precision: "32-true", "bf16-mixed", "16-mixed" or "64-true". None: as the network was
-            trained; where that was a mixed precision, the one that this device is fast at.
+        path: the file.
+        device: cpu, cuda, cuda:1 or mps; auto is the fastest that the machine has.
+        precision: "32-true", "bf16-mixed", "16-mixed" or "64-true". None is the precision that the
+            network was trained in, or, if that was a mixed one, the one this device is fast at.
 
     Raises:
         WeightsError: the file is missing, broken, not ours, or could run code.
-        ConfigError: device or precision are not to be had.
+        ConfigError: the machine has no such device, or the file cannot run in this precision.
     """
     check_choice("precision", precision, PRECISIONS, optional=True)
     place = find_device(device)
@@ -102,8 +102,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         return Predictor(*open_onnx(path))
     module = SegmentationModule.load_from_checkpoint(path)
     trained = str(read_checkpoint(path)["precision"])
-    # float16 was chosen on a GPU that has no bfloat16, and serves on any other; float64 does not
-    # exist on mps.
+    # A network that was trained in float16, on a GPU without bfloat16, runs in float16 on any GPU.
+    # Apple's mps has no float64.
     keep = place.type == "cuda" and trained == "16-mixed"
     if (trained in AUTOCAST or place.type == "mps") and not keep:
         trained = best_precision(place.type)
@@ -155,17 +155,20 @@ def predict_files(
     batch_size: int = 1,
     upright: bool = True,
 ) -> dict[Path, str]:
-    """Write the results of photographs. Those of one size share batches.
+    """Write the results of photographs. Photographs of the same size share a batch.
 
     Args:
         jobs: photographs, and the target of each.
-        network: gives the mask of each image.
-        write: writes the results of one photograph.
+        network: predicts the mask of each image.
+        write: a function that writes the results of one photograph.
         batch_size: images in a batch.
         upright: whether photographs are turned as their EXIF orientation says.
 
     Returns:
-        The photographs that could not be done, and why.
+        The photographs that could not be segmented or written, and why.
+
+    Raises:
+        ConfigError: `batch_size` is out of its range.
     """
     check_whole("batch_size", batch_size, 1, 2**14)
     failed: dict[Path, str] = {}
@@ -180,7 +183,7 @@ def predict_files(
         if len(waiting[image.shape]) == batch_size:
             failed |= _predict_batch(waiting.pop(image.shape), jobs, network, write)
         elif sum(map(len, waiting.values())) == 4 * batch_size:
-            # There are many sizes, and memory is finite: go on with a batch that is not full.
+            # There are many sizes. To limit memory, predict the oldest batch before it is full.
             failed |= _predict_batch(waiting.pop(next(iter(waiting))), jobs, network, write)
     for batch in waiting.values():
         failed |= _predict_batch(batch, jobs, network, write)
@@ -190,7 +193,7 @@ def predict_files(
 def _predict_batch(
     batch: Loaded, jobs: Mapping[Path, Path], network: TestTime, write: Write
 ) -> dict[Path, str]:
-    """Write the results of photographs of one size; those that could not be done, and why."""
+    """Write the results of photographs of one size; return those that failed, and why."""
     failed: dict[Path, str] = {}
     try:
         with torch.inference_mode():
@@ -203,6 +206,6 @@ def _predict_batch(
         try:
             jobs[path].parent.mkdir(parents=True, exist_ok=True)
             write(image, mask, jobs[path])
-        except (OSError, WriteError) as error:  # the cause alone: the photograph is named already
+        except (OSError, WriteError) as error:  # only the cause, as the caller names the file
             failed[path] = reason(error.__cause__ or error)
     return failed

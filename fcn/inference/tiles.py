@@ -1,10 +1,11 @@
-"""Scores of a large image from overlapping tiles, which fade into each other.
+"""Class scores of a large image, computed in overlapping tiles that fade into each other.
 
     for band in scores_in_bands(network, image, 768):    # from the top of the image down
         mask = band.argmax(1)                            # (N, K, h, W) -> (N, h, W)
 
-The activations of a VGG for a photograph of 20 million pixels take gigabytes. In tiles, the network
-sees a part of the image at a time, and only the scores of one row of tiles are held.
+The activations of a VGG for a photograph of 20 million pixels take gigabytes. With tiles, the
+network sees one part of the image at a time, and only the scores of one row of tiles are in memory.
+predict.py and evaluate.py do this for the setting `tile`.
 
 At the border of a tile a convolution sees zeros where the image goes on, and its scores are wrong
 there. So tiles overlap by a third of their side, and each pixel is taken from tiles in which it
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Scores = Callable[[Tensor], Tensor]  # images (N, 3, H, W) uint8 -> scores (N, K, H, W)
-# Pixels between two of VGG's last pool. Tiles begin at multiples of it, so that their pools see the
-# same cells of the image as those of the whole image do.
+# The stride of VGG's last pool, in pixels. Tiles begin at multiples of it, so that each value of a
+# pool is computed from the same pixels as without tiles.
 CELL = 32
 
 
@@ -41,8 +42,8 @@ def tile_spans(length: int, tile: int) -> list[Span]:
     """Cover one side of an image with tiles; the weights of each pixel sum to 1.
 
     Args:
-        length: of the side, in pixels.
-        tile: side of a tile in pixels, a multiple of 32.
+        length: the length of that side of the image, in pixels.
+        tile: the side of a tile in pixels, a multiple of 32.
     """
     padded = -(-length // CELL) * CELL  # rounded up, as the network pads an image
     overlap = max(CELL, tile // 3 // CELL * CELL)

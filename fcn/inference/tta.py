@@ -21,17 +21,18 @@ LARGEST_SCALE = 8
 
 
 class TestTime(nn.Module):
-    """A network seen through flips, scales and tiles. It takes and gives what the network does.
+    """A module around a network that averages flips and scales, and cuts large images into tiles.
 
-    With `flip` or `scales`, the scores are the logarithm of the mean probability over all views.
+    Its input and output are those of the network. With `flip` or `scales`, the scores are the
+    logarithm of the mean probability over all views.
 
     Args:
         network: images (N, 3, H, W) uint8 -> logits (N, K, H, W).
-        flip: whether each view is also seen mirrored, left to right.
+        flip: whether each view is also used mirrored, left to right.
         scales: factors on height and width, one view for each; [1] is the image alone.
         tile: side of square tiles in pixels, rounded down to a multiple of 32. None: an image is
-            seen in one piece, but in tiles of 1024 above 4 million pixels, where a VGG would need
-            gigabytes.
+            used in one piece, or, above 4 million pixels, in tiles of 1024, because a VGG would
+            need gigabytes.
 
     Raises:
         ConfigError: an argument is out of its range. The message names the setting of the scripts.
