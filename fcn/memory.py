@@ -119,12 +119,16 @@ def plan(config: Mapping[str, Any]) -> Plan:
 
 
 def peak(moments: np.ndarray) -> Plan:
-    """The moment of (moments, 5) bytes at which most is held."""
+    """The moment at which the most memory is in use.
+
+    Args:
+        moments: (moments, 5), bytes with the columns of a Plan.
+    """
     return Plan(*map(int, moments[moments.sum(1).argmax()]))
 
 
 def advice(config: Mapping[str, Any], size: int) -> str:
-    """Text for somebody whose step did not fit: what it needs, and which settings need less.
+    """A message after memory ran out: what a step needs, and which settings would need less.
 
     Args:
         config: the settings of the run.
@@ -163,7 +167,7 @@ def trace(config: Mapping[str, Any], images: int) -> np.ndarray:
     module, low = build(config), LOW.get(config["trainer"]["precision"])
     with FakeTensorMode():
         remove_data(module)
-        optimizer: Any = module.configure_optimizers()  # there is no schedule beside it
+        optimizer: Any = module.configure_optimizers()  # without a schedule, only the optimizer
         learned = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             if group.get("foreach") is None and group.get("fused") is None:
@@ -187,7 +191,7 @@ def trace(config: Mapping[str, Any], images: int) -> np.ndarray:
             nn.utils.clip_grad_norm_(learned, 1.0)  # every run at least logs the norm
             optimizer.step()
     moments = np.array(recorder.moments)
-    if (config.get("callbacks") or {}).get("ema"):  # keeps an average of the weights beside them
+    if (config.get("callbacks") or {}).get("ema"):  # a second set of weights, their moving average
         moments[:, 0] += sum(p.nbytes for p in module.parameters())
     return moments
 

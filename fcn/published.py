@@ -1,10 +1,11 @@
-"""Write one of the authors' own Caffe nets, as torchfcn has converted it, as a checkpoint of ours.
+"""Convert one of the authors' own Caffe nets, in torchfcn's format, to a checkpoint of ours.
 
     python -m fcn.published fcn8s-atonce_from_caffe.pth --at-once   # fcn8s-atonce_from_caffe.ckpt
 
-evaluate.py, predict.py and export.py open these files as they are. Only the FCN-8s that was trained
-at once needs this command. Its layers are named and shaped like those of the FCN-8s trained in
-stages, and nothing in its file says that it scales its pools.
+evaluate.py, predict.py and export.py open these files without a conversion. Only the FCN-8s that
+was trained "at once", with all skips from the first step, needs this command. That net scales its
+pools, but nothing in its file says so: its names and shapes are those of the FCN-8s that was
+trained in stages.
 """
 
 import argparse

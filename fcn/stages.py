@@ -1,4 +1,6 @@
-"""Train FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that one's, as the paper.
+"""Train FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that of FCN-16s.
+
+This is how Long, Shelhamer, Darrell (CVPR 2015, section 4.2) train these networks.
 
     python -m fcn.stages experiment=paper               # recipes paper_fcn32s, paper_fcn16s, ...
     python -m fcn.stages experiment=quickstart seed=1   # one recipe, with model=fcn32s, fcn16s, ...
@@ -28,10 +30,10 @@ STAGES = ("fcn32s", "fcn16s", "fcn8s")
 
 
 def settings_of(stage: str, given: Sequence[str], weights: Path | None) -> list[str]:
-    """What train.py is called with: the recipe or model of a stage, and the weights it starts with.
+    """The arguments of train.py for one stage: its recipe or model, weights and other settings.
 
     Args:
-        stage: the name of its model.
+        stage: the name of the stage's model, such as "fcn16s".
         given: settings for all stages.
         weights: the best checkpoint of the stage before; None for the first.
 
@@ -84,7 +86,7 @@ def train_stages(given: Sequence[str]) -> int:
 
 
 def find_folder(first: list[str]) -> Path:
-    """Where the same command has been at work before, or else a new folder.
+    """The folder in which the same command has trained before, or else a new one.
 
     Args:
         first: the settings of the first stage.
@@ -98,7 +100,7 @@ def run_train(arguments: list[str]) -> int:
     """Run train.py in a process of its own, which may start others (trainer=ddp).
 
     Returns:
-        Its exit code; 128 plus the number of the signal that has killed it, as a shell has it.
+        Its exit code. If a signal has killed it, 128 plus the signal's number, as in a shell.
     """
     process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
     handlers = {

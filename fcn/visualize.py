@@ -3,9 +3,10 @@
     python -m fcn.visualize runs/fcn32s/2026-01-31_12-00-00 runs/fcn8s/2026-02-01_12-00-00
     python -m fcn.visualize runs/sweep/2026-01-31_12-00-00 --output sweep.png
 
-Of one run: loss, learning rate and validation scores, like the curves.png in its folder. Of several
-runs, or of all runs of a sweep: smoothed loss and validation mean IoU on the same axes. The picture
-is comparison.png in the current folder, if no other is named.
+For one run this draws loss, learning rate and validation scores, like the curves.png in its folder.
+For several runs, or all runs of a sweep, it draws the smoothed loss and the validation mean IoU of
+all of them on the same axes. The picture is comparison.png in the current folder, unless --output
+names another file.
 """
 
 import argparse
@@ -121,7 +122,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 def _changes(run: Path) -> dict[str, str]:
     """The settings that were given on a run's command line, from its overrides.yaml.
 
-    A damaged or missing file is no error: a figure needs no more than metrics.csv.
+    They are only for the legend. If that file is missing or damaged, they are left out.
     """
     try:
         overrides = read_overrides(run)

@@ -40,8 +40,8 @@ class SegmentationDataset(Protocol):
 
     `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these
     labels. `ids` has one name for each sample, in order; the data module may shorten this list.
-    Data that is missing or damaged raises a `DataError` with the file's name, in the constructor
-    where that can be seen quickly. No sample is skipped silently.
+    Data that is missing or damaged raises a `DataError` with the file's name: in the constructor if
+    a quick look shows it, else when the sample is read. No sample is skipped silently.
 
     The data module asks for classes and palette before any data is on disk. They are therefore
     attributes of the class; or, where they depend on the constructor's arguments, the class has a

@@ -147,7 +147,7 @@ def _download(url: str, part: Path) -> None:
     """
     start = part.stat().st_size if part.exists() else 0
     response = _request(url, start)
-    if response is None:  # it is complete, or too long: its MD5 sum will show which
+    if response is None:  # `part` is complete, or too long: its MD5 sum will show which
         return
     with response:
         if response.headers.get_content_type() == "text/html":

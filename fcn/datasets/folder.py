@@ -46,7 +46,7 @@ class Folder(Dataset[Sample]):
             pairs belong to the other split.
         val_share: if there are no lists, the fraction of the pairs to validate on, which are drawn
             at random.
-        seed: of that draw. An image that is added later hardly changes it.
+        seed: fixes that draw. An image that is added later changes it for hardly any other image.
 
     Raises:
         ConfigError: a setting is missing or cannot work, or two of them contradict each other.
@@ -213,7 +213,7 @@ def _void_colours(void: Void) -> list[tuple[int, ...]]:
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:
-    """A colour as one number; of arrays (H, W), each of their colours."""
+    """A colour (r, g, b) as one number. For arrays (H, W), an array of such numbers."""
     return r << 16 | g << 8 | b
 
 

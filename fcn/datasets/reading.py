@@ -6,7 +6,7 @@
     image, mask = pairs[ids[0]]
     sample = make_sample(ids[0], image, mask, read_mask(mask, 21))
 
-Whatever is wrong with a file, the error is a DataError that begins with the file's path.
+Whatever is wrong with a single file, the error is a DataError that begins with the file's path.
 """
 
 import os

@@ -106,7 +106,7 @@ class Shapes(Dataset[Sample]):
         root, download: have no effect; every data set takes them.
         size: height and width in pixels.
         train_length, val_length: how many pictures each split has.
-        seed: of all pictures.
+        seed: another seed gives other pictures.
 
     Raises:
         ConfigError: an argument is out of range.
