@@ -212,7 +212,7 @@ def _of_hydra(error: BaseException) -> str:
     options = re.search(r"(?s)Available options[^\n]*(.*?)(Config search path|$)", str(error))
     if options:
         return f"{first}\nAvailable: {', '.join(options[1].split())}"
-    return f"{first}\n`--cfg job` shows every setting, `--help` the groups."
+    return f"{first}\n`--cfg job` shows every setting, `--help` the groups; +key=value adds one."
 
 
 def _raised_by_hydra(error: Exception) -> bool:

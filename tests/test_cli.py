@@ -26,7 +26,7 @@ from fcn.cli import (
 )
 from fcn.errors import ConfigError, DataError, TrainingError, check_whole
 
-HINT = "`--cfg job` shows every setting, `--help` the groups."
+HINT = "`--cfg job` shows every setting, `--help` the groups; +key=value adds one."
 
 
 class Part:

@@ -226,6 +226,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(small_disk: Path, finished_run: Path) -> None:
     """There is room for one checkpoint, not for two."""
     run, size = small_disk / "run", last_checkpoint(finished_run).stat().st_size

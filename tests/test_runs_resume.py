@@ -120,6 +120,8 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
     assert (cfg.trainer.max_steps, cfg.trainer.overfit_batches) == (5, 1)
     assert (cfg.data.root, cfg.resume) == ("a: b", str(run))
     assert cfg.optimizer == resumed_config(run, []).optimizer
+    without = resumed_config(run, ["callbacks.panels=null", "+callbacks.curves=null"]).callbacks
+    assert (without.panels, without.curves) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,8 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
     [
         ("optimizer=adamw", "a resumed run keeps its groups"),
         ("experiment=quickstart", "a resumed run keeps its groups"),
-        ("callbacks.panels=null", "a resumed run keeps its groups"),
+        ("callbacks=null", "a resumed run keeps its groups"),
+        ("model.stride=null,8", "key=value"),
         ("callbacks.panel_images=3", "has a new name: callbacks.panels.images"),
         ("~trainer.max_steps", "key=value"),
         ("seed=1,2", "key=value"),

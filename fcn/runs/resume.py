@@ -118,7 +118,7 @@ def _convert_old_settings(cfg: DictConfig) -> None:
 
 
 def _apply(change: Override, cfg: DictConfig) -> None:
-    """Change one setting; `+key=value` adds one.
+    """Change one setting; `+key=value` adds one, and null removes a callback or a logger.
 
     Raises:
         ConfigError: the key is a group or has a new name, or the change is not a single value.
@@ -126,7 +126,9 @@ def _apply(change: Override, cfg: DictConfig) -> None:
     key, text = change.key_or_group, change.input_line
     if key in RENAMED:
         raise ConfigError(f"{key} has a new name: {RENAMED[key]}")
-    if key == "experiment" or OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)):
+    is_table = OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None))
+    removed = key.startswith(("callbacks.", "logger.")) and change.value() is None
+    if key == "experiment" or (is_table and not removed):
         raise ConfigError(f"{text}: a resumed run keeps its groups; change single settings")
     if change.is_delete() or change.is_sweep_override():
         raise ConfigError(
