@@ -21,6 +21,11 @@ from torchvision.models._api import register_model
 from fcn.datasets.voc2012 import voc_palette
 from train import train
 
+# One thread each for the tests, the processes that they fork and those that they start: pytest's
+# own workers use the cores, and a sum of floats depends on how many threads share it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = (
     "name=tiny",
