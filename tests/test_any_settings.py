@@ -125,7 +125,7 @@ def changed(draw: st.DrawFn) -> tuple[DictConfig, list[tuple[str, Any]]]:
 
 
 @pytest.mark.slow
-@settings(QUIET, max_examples=100)
+@settings(QUIET, max_examples=60)
 @given(changed())
 def test_checks(drawn: tuple[DictConfig, list[tuple[str, Any]]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
