@@ -28,6 +28,7 @@ BACKBONE = {"backbone": "vgg19"}  # and a head of full width
 
 
 def main(argv: list[str] | None = None) -> list:
+    """Time both checkouts in turn, and print the ratios."""
     from timing import Table, options
 
     parser = options(__doc__, pairs=10, size=320, steps=3, images=12)

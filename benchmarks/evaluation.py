@@ -20,6 +20,7 @@ from timing import DATA, Table, in_turn, options, speedup, timed
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
+    """Time evaluate.py and the bare network in turn."""
     parser = options(__doc__, images=60, data_root=DATA)
     parser.add_argument("overrides", nargs="*", help="of conf/, such as model.head_width=512")
     args = parser.parse_args(argv)

@@ -69,6 +69,7 @@ def convolutions(
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
+    """Time our step and the convolutions alone in turn."""
     args = options(__doc__, size=(375, 500), batch=1).parse_args(argv)
     size, ours = (args.batch, *args.size), ours_here(args.device)
     entrants = {ours: partial(entrant, ours, args.device, size, True)}

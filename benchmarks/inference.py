@@ -34,6 +34,7 @@ def onnx(path: Path, device: str, size: tuple[int, ...]) -> Callable[[], Callabl
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
+    """Time the forward passes of all networks in turn."""
     args = options(__doc__, size=(375, 500), batch=1).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         path, problem = Path(folder) / "fcn.onnx", "there is no export.py yet"

@@ -66,6 +66,7 @@ class Decoded(Dataset[int]):
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
+    """Time our input pipeline and the reference presets in turn."""
     args = options(__doc__, images=120, batch=3, data_root=DATA).parse_args(argv)
 
     from fcn.datamodule import Transformed

@@ -41,6 +41,7 @@ def entrant(lever: str, device: str, size: tuple[int, int, int]) -> Callable[[],
 
 
 def main(argv: list[str] | None = None) -> list[Table]:
+    """Time a step with each setting that saves memory, and its peak."""
     args = options(__doc__, size=(500, 500), batch=1).parse_args(argv)
     table = Table(
         f"Levers, vgg19, {args.size[0]}×{args.size[1]}, batch {args.batch}, {args.device}",

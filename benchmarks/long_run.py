@@ -24,6 +24,7 @@ SETTINGS += ["trainer.enable_progress_bar=false", "trainer.precision=32-true"]
 
 
 def main(argv: list[str] | None = None) -> list[tuple[int, float, float, int]]:
+    """Train for long, and print memory and open files as it goes on."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

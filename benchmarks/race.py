@@ -159,6 +159,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Train each network for the same minutes, and write marks and figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path, required=True)

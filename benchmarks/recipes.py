@@ -167,6 +167,7 @@ def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dic
 
 
 def main() -> None:
+    """Run the chosen rows, and print their table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)

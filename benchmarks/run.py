@@ -34,6 +34,7 @@ PACKAGES += ("segmentation-models-pytorch", "onnxruntime")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the chosen benchmarks, and write results.md."""
     parser = options(__doc__, output=Path(__file__).parent, data_root=DATA)
     choices = [*RUNS, "memory_plan"]
     parser.add_argument("--only", nargs="+", choices=choices, default=choices)

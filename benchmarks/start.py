@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> list:
+    """Time how long the scripts take to start."""
     from timing import DATA, Table, in_turn, options
 
     parser = options(__doc__, data_root=DATA)

@@ -209,6 +209,9 @@ def _of_hydra(error: BaseException) -> str:
     key = re.search(r"'([\w.]+)'", first)
     if key and key[1] in RENAMED:
         return f"{key[1]} has a new name: {RENAMED[key[1]]}"
+    missing = re.fullmatch(r"Missing mandatory value: ([\w.]+)", first)
+    if missing:
+        return f"{missing[1]}=VALUE is missing; --help shows an example and says what it can be"
     options = re.search(r"(?s)Available options[^\n]*(.*?)(Config search path|$)", str(error))
     if options:
         return f"{first}\nAvailable: {', '.join(options[1].split())}"

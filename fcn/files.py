@@ -10,12 +10,14 @@ Both work on Linux, Windows and macOS, and neither needs to be cleaned up by han
 lock ends with its process, and `remove_parts` removes what a killed process had half written.
 """
 
+import csv
+import io
 import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,13 @@ def write_text(path: Path, text: str) -> None:
         part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         file.write(text)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Rows of a CSV file, the names of the columns first."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

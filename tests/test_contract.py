@@ -154,7 +154,12 @@ def test_values_of_recipes(name: str) -> None:
     ],
 )
 def test_command_lines_of_train(arguments: str) -> None:
-    OmegaConf.to_container(compose_config("train", *arguments.split()), throw_on_missing=True)
+    cfg = compose_config("train", *arguments.split())
+    OmegaConf.to_container(cfg, throw_on_missing=True)
+    given = OmegaConf.from_dotlist(arguments.split())
+    for key in (argument.partition("=")[0] for argument in arguments.split()):
+        if "." in key or key == "resume":  # the others choose a file of a group
+            assert OmegaConf.select(cfg, key) == OmegaConf.select(given, key)
 
 
 @pytest.mark.parametrize(

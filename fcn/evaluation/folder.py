@@ -5,8 +5,6 @@
 This is the last step of evaluate.py. report.py makes the report.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.report import write_report
 from fcn.evaluation.result import Result, compare
-from fcn.files import write_json, write_text, writing
+from fcn.files import write_csv, write_json, writing
 
 
 def write_folder(
@@ -57,7 +55,7 @@ def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -
     """
     names = [escape_formula(name) for name in class_names]
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-    _write(path, [["label", *names], *rows])
+    write_csv(path, [["label", *names], *rows])
 
 
 def write_images(path: Path, images: Iterable[tuple[str, float, float]]) -> None:
@@ -71,7 +69,7 @@ def write_images(path: Path, images: Iterable[tuple[str, float, float]]) -> None
         [escape_formula(name), *("" if math.isnan(score) else score for score in scores)]
         for name, *scores in images
     )
-    _write(path, [["id", "pixel_acc", "miou"], *rows])
+    write_csv(path, [["id", "pixel_acc", "miou"], *rows])
 
 
 def escape_formula(name: str) -> str:
@@ -80,9 +78,3 @@ def escape_formula(name: str) -> str:
     This is OWASP's advice against "CSV injection".
     """
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
-
-
-def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_text(path, text.getvalue())

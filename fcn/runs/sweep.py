@@ -7,8 +7,6 @@ and a job by its overrides. Jobs that have finished are skipped; those that were
 or have crashed are resumed. A crash of one job does not stop the others.
 """
 
-import csv
-import io
 import os
 import shutil
 import sys
@@ -24,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import MENDABLE, short_message
 from fcn.errors import FCNError, Stopped
-from fcn.files import write_text
+from fcn.files import write_csv, write_text
 from fcn.runs.folder import (
     RunLockedError,
     create_run_folder,
@@ -193,11 +191,8 @@ def write_results(sweep: Path) -> list[Row]:
     runs = _runs(sweep)
     rows = [_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(sweep / "sweep.csv", file.getvalue())
+    table = [[row.get(column, "") for column in columns] for row in rows]
+    write_csv(sweep / "sweep.csv", [columns, *table])
 
     settings = [_settings(run) for run in runs]
     swept = [key for key in columns if len({s[key] for s in settings if key in s}) > 1]

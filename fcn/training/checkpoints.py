@@ -59,6 +59,7 @@ class LastCheckpoint(Checkpoint):
         self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Save if a validation, a stop or the next checkpoint is due after this step."""
         if not is_whole_step(trainer):
             return  # a checkpoint cannot hold gradients that are still being accumulated
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps

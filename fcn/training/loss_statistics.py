@@ -93,6 +93,7 @@ class LossStatistics(Callback):
         batch: Mapping[str, Any],
         batch_idx: int,
     ) -> None:
+        """Keep the loss of a batch; after the last batch of an optimizer step, that of the step."""
         # Lightning has divided each loss by the number of accumulated batches: their sum is a mean.
         self.batch_losses.append(outputs["loss"].detach())
         self.images += len(batch["image"]) * trainer.world_size

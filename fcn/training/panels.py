@@ -68,6 +68,7 @@ class Panels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Keep the first images of the validation, with their labels and predictions."""
         wanted = self.images - len(self.rows) if trainer.is_global_zero else 0
         self.ids += [str(x).encode(errors="replace").decode() for x in batch["id"][:wanted]]
         for row in zip(

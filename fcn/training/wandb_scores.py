@@ -29,6 +29,7 @@ class WandbScores(Callback):
             self.step, self.confusion = trainer.global_step, pl_module.confusion.compute().tolist()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Send the last validation to W&B, if it is a logger."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not self.confusion or not loggers or not trainer.is_global_zero:
             return
