@@ -3,8 +3,8 @@
     data = VOC2012(split="val", root="data", download=True)     # from fcn.datasets.voc2012
     sample = data[0]                                            # image, mask and id
 
-They share no base class, and there is no registry: a data set is any class that satisfies
-`SegmentationDataset`, and `conf/data/*.yaml` names it by its import path.
+There is no registry: a data set is any class that satisfies `SegmentationDataset`, and
+`conf/data/*.yaml` names it by its import path. Those that read files share `reading.Pairs`.
 """
 
 import re

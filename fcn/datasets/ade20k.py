@@ -11,9 +11,9 @@ On disk, below `root`, as the official archive unpacks:
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
+import numpy as np
 
-from fcn.datasets import VOID, Labels, Sample, reading
+from fcn.datasets import Labels, reading
 from fcn.datasets.download import Archive
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import DataError, check_flag
@@ -49,7 +49,7 @@ CLASSES = tuple(name.strip() for name in NAMES.split(","))
 FOLDERS = {"train": "training", "val": "validation"}  # of each split
 
 
-class ADE20K(Dataset[Sample]):
+class ADE20K(reading.Pairs):
     """Photographs of scenes, most of 683 × 512 pixels or more, with nearly every pixel labelled.
 
     The colours follow VOC's scheme, not the benchmark's.
@@ -68,7 +68,6 @@ class ADE20K(Dataset[Sample]):
             file is damaged, or its labels are not ADE20K's.
     """
 
-    void: int = VOID
     splits: tuple[str, ...] = tuple(FOLDERS)
 
     @classmethod
@@ -92,19 +91,11 @@ class ADE20K(Dataset[Sample]):
         folder = ARCHIVE.find(root, download)
         images = folder / "images" / FOLDERS[split]
         masks = folder / "annotations" / FOLDERS[split]
-        self.ids = sorted(path.stem for path in images.glob("[!.]*.jpg"))
-        if not self.ids:
+        files = sorted(images.glob("[!.]*.jpg"))
+        if not files:
             raise DataError(f"{images}: no .jpg here")
-        self.pairs = {name: (images / f"{name}.jpg", masks / f"{name}.png") for name in self.ids}
-        reading.check_pairs(self.pairs.values())
+        super().__init__({file.stem: (file, masks / f"{file.stem}.png") for file in files})
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        name = self.ids[index]
-        image, mask = self.pairs[name]
-        labels = reading.read_mask(mask, 151, void=None)
-        if not self.other:
-            labels = labels - 1  # uint8: 0 wraps around to 255, which is VOID
-        return reading.make_sample(name, image, mask, labels)
+    def read_mask(self, path: Path) -> np.ndarray:
+        labels = reading.read_mask(path, 151, void=None)
+        return labels if self.other else labels - 1  # uint8: 0 wraps around to 255, which is VOID

@@ -12,9 +12,9 @@ On disk, below `root`:
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
+import numpy as np
 
-from fcn.datasets import VOID, Sample, reading
+from fcn.datasets import reading
 from fcn.errors import DataError
 
 # The colour of each class, as in SegNet's own pictures.
@@ -33,7 +33,7 @@ CLASSES = {
 }
 
 
-class CamVid(Dataset[Sample]):
+class CamVid(reading.Pairs):
     """Splits `train` (367), `val` (101) and `test` (233); SegNet's paper reports on `test`.
 
     Of each line in a list, only the name of the first file is used, because the folders in these
@@ -51,7 +51,6 @@ class CamVid(Dataset[Sample]):
 
     classes: tuple[str, ...] = tuple(CLASSES)
     palette: tuple[tuple[int, int, int], ...] = tuple(CLASSES.values())
-    void: int = VOID
     splits: tuple[str, ...] = ("train", "val", "test")
 
     def __init__(
@@ -68,15 +67,8 @@ class CamVid(Dataset[Sample]):
                 "the clone."
             )
         images, masks = folder / split, folder / f"{split}annot"
-        self.ids = reading.read_ids(folder / f"{split}.txt", files=True)
-        self.pairs = {name: (images / f"{name}.png", masks / f"{name}.png") for name in self.ids}
-        reading.check_pairs(self.pairs.values())
+        ids = reading.read_ids(folder / f"{split}.txt", files=True)
+        super().__init__({name: (images / f"{name}.png", masks / f"{name}.png") for name in ids})
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        name = self.ids[index]
-        image, mask = self.pairs[name]
-        labels = reading.read_mask(mask, len(self.classes), void=11)
-        return reading.make_sample(name, image, mask, labels)
+    def read_mask(self, path: Path) -> np.ndarray:
+        return reading.read_mask(path, len(self.classes), void=11)

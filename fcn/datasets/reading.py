@@ -1,10 +1,8 @@
 """What data sets on disk share: reading and checking lists of ids, photographs and masks.
 
     ids = read_ids(folder / "train.txt")
-    pairs = {name: (folder / f"{name}.jpg", folder / f"{name}.png") for name in ids}
-    check_pairs(pairs.values())
-    image, mask = pairs[ids[0]]
-    sample = make_sample(ids[0], image, mask, read_mask(mask, 21))
+    data = Pairs({name: (folder / f"{name}.jpg", folder / f"{name}.png") for name in ids})
+    sample = data[0]        # for a subclass of Pairs that has the names of its classes
 
 Whatever is wrong with a single file, the error is a DataError that begins with the file's path.
 """
@@ -20,6 +18,7 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from fcn.datasets import VOID, Sample
@@ -95,17 +94,6 @@ def check_split(data: str, split: str, splits: Iterable[str]) -> None:
     """
     if split not in splits:
         raise DataError(f"{data} has no split '{split}': choose from {', '.join(splits)}")
-
-
-def check_pairs(pairs: Iterable[Pair]) -> None:
-    """Refuse missing files, as `check_exist` does, of images and their masks.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    images, masks = zip(*pairs, strict=True)
-    check_exist(images, what="images")
-    check_exist(masks, what="masks")
 
 
 def check_exist(paths: Iterable[Path], *, what: str) -> None:
@@ -266,3 +254,38 @@ def make_sample(name: str, image: Path, mask: Path, labels: np.ndarray) -> Sampl
         "mask": tv_tensors.Mask(torch.from_numpy(labels)),
         "id": name,
     }
+
+
+class Pairs(Dataset[Sample]):
+    """A data set of files: an image and a mask for each id. Its subclasses say where these are.
+
+    A subclass names its `classes`, and reads its masks in another way if they are no pictures of
+    the labels 0, 1, 2, ... with VOID.
+
+    Args:
+        pairs: the two files of each id, in the order of the data set.
+
+    Raises:
+        DataError: a file is missing. While reading: a file is damaged, or a mask does not fit.
+    """
+
+    classes: tuple[str, ...]
+    void: int = VOID
+
+    def __init__(self, pairs: dict[str, Pair]) -> None:
+        self.pairs, self.ids = pairs, list(pairs)
+        images, masks = zip(*pairs.values(), strict=True)
+        check_exist(images, what="images")
+        check_exist(masks, what="masks")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        name = self.ids[index]
+        image, mask = self.pairs[name]
+        return make_sample(name, image, mask, self.read_mask(mask))
+
+    def read_mask(self, path: Path) -> np.ndarray:
+        """The labels (H, W) uint8 in a mask's file."""
+        return read_mask(path, len(self.classes))

@@ -14,9 +14,8 @@ voc2012.py.
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Sample, reading, voc2012
+from fcn.datasets import VOID, reading, voc2012
 from fcn.datasets.download import Archive
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import DataError, check_flag, reason
@@ -35,7 +34,7 @@ ARCHIVE = Archive(
 )
 
 
-class SBD(Dataset[Sample]):
+class SBD(reading.Pairs):
     """SBD to train on, VOC2012 with its official masks to evaluate on.
 
     The lists of SBD overlap those of VOC. Nearly any other choice of lists than the two below would
@@ -60,7 +59,6 @@ class SBD(Dataset[Sample]):
 
     classes: tuple[str, ...] = VOC2012.classes
     palette: tuple[tuple[int, int, int], ...] = VOC2012.palette
-    void: int = VOID
     splits: tuple[str, ...] = ("train", "val", "seg11valid")
 
     def __init__(
@@ -77,45 +75,33 @@ class SBD(Dataset[Sample]):
             voc2012.ARCHIVE.find(root, download)
         if download or split == "train":
             folder = ARCHIVE.find(root, download)
-        self.pairs: dict[str, reading.Pair] = {}
+        pairs: dict[str, reading.Pair] = {}
         if split == "train":
             for part in ("train", "val") if with_voc else ("train",):
                 for name in reading.read_ids(folder / f"{part}.txt"):
                     image, mask = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
-                    self.pairs[name] = image, mask
+                    pairs[name] = image, mask
         if split != "train" or with_voc:
-            self.pairs |= VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
+            pairs |= VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
         if split == "train" and with_voc:
             voc = voc2012.ARCHIVE.find(root, download)
             for name in reading.read_ids(voc2012.list_path(voc, "val")):
-                self.pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
-        self.ids = sorted(self.pairs)
-        reading.check_pairs(self.pairs.values())
+                pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
+        super().__init__(dict(sorted(pairs.items())))
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        name = self.ids[index]
-        image, mask = self.pairs[name]
-        read = _read_mat if mask.suffix == ".mat" else reading.read_mask
-        return reading.make_sample(name, image, mask, read(mask, len(self.classes)))
-
-
-def _read_mat(path: Path, num_classes: int) -> np.ndarray:
-    """The mask (H, W) uint8 in a .mat file, which is its GTcls.Segmentation.
-
-    Raises:
-        DataError: the file is damaged, holds unknown labels, or scipy is not installed.
-    """
-    try:
-        from scipy.io import loadmat
-    except ImportError as e:
-        raise DataError("SBD's masks are .mat files, which scipy reads: pip install scipy") from e
-    try:
-        labels = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"].item())
-        if labels.ndim != 2 or labels.dtype.kind not in "ui":
-            raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
-    except Exception as e:  # a damaged file raises errors of nearly any type
-        raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
-    return reading.to_mask(labels, num_classes, void=VOID, path=path)
+    def read_mask(self, path: Path) -> np.ndarray:
+        """The labels (H, W) uint8 in a PNG of VOC's, or in GTcls.Segmentation of a .mat file."""
+        if path.suffix != ".mat":
+            return super().read_mask(path)
+        try:
+            from scipy.io import loadmat
+        except ImportError as e:
+            raise DataError("pip install scipy: it reads .mat files, which SBD's masks are") from e
+        try:
+            struct = loadmat(path, variable_names=["GTcls"])["GTcls"]
+            labels = np.asarray(struct["Segmentation"].item())
+            if labels.ndim != 2 or labels.dtype.kind not in "ui":
+                raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
+        except Exception as e:  # a damaged file raises errors of nearly any type
+            raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
+        return reading.to_mask(labels, len(self.classes), void=VOID, path=path)

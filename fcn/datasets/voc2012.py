@@ -13,9 +13,7 @@ On disk, below `root`, as the official archive unpacks:
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
-from fcn.datasets import VOID, Sample, reading
+from fcn.datasets import reading
 from fcn.datasets.download import Archive
 
 FILE = "VOCtrainval_11-May-2012.tar"
@@ -64,7 +62,7 @@ def list_path(folder: Path, split: str) -> Path:
     return lists / f"{split}.txt"
 
 
-class VOC2012(Dataset[Sample]):
+class VOC2012(reading.Pairs):
     """Photographs of about 500 × 375 pixels, each with its class mask.
 
     Args:
@@ -89,7 +87,6 @@ class VOC2012(Dataset[Sample]):
         *("sheep", "sofa", "train", "tvmonitor"),
     )
     palette: tuple[tuple[int, int, int], ...] = voc_palette(21)
-    void: int = VOID
     splits: tuple[str, ...] = ("train", "val", "trainval", *OWN_SPLITS)
 
     def __init__(
@@ -98,15 +95,5 @@ class VOC2012(Dataset[Sample]):
         reading.check_split("VOC2012", split, self.splits)
         folder = ARCHIVE.find(root, download)
         images, masks = folder / "JPEGImages", folder / "SegmentationClass"
-        self.ids = reading.read_ids(list_path(folder, split))
-        self.pairs = {name: (images / f"{name}.jpg", masks / f"{name}.png") for name in self.ids}
-        reading.check_pairs(self.pairs.values())
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        name = self.ids[index]
-        image, mask = self.pairs[name]
-        labels = reading.read_mask(mask, len(self.classes))
-        return reading.make_sample(name, image, mask, labels)
+        ids = reading.read_ids(list_path(folder, split))
+        super().__init__({name: (images / f"{name}.jpg", masks / f"{name}.png") for name in ids})
