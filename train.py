@@ -86,7 +86,7 @@ def advice(cfg: DictConfig, size: int) -> str:
     """Which settings need less memory, where a device of `size` bytes has too little."""
     from fcn import memory
 
-    return memory.advice(plain(cfg), size)
+    return memory.advice(cfg, size)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

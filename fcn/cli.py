@@ -9,6 +9,7 @@
 This file imports Hydra, but not torch, so that `python train.py --help` answers at once.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -80,6 +81,26 @@ def short_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def read_settings(arguments: Sequence[str] | None, module: str, doc: str | None) -> list[str]:
+    """The settings on the command line of `python -m MODULE`, whose --help shows `doc`.
+
+    Args:
+        arguments: the command line; None: that of this process.
+        module: the name of the module.
+        doc: the module's docstring.
+
+    Returns:
+        Arguments KEY=VALUE for Hydra, in which a path may hold any character.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of train.py")
+    return list(map(quoted, parser.parse_args(arguments).settings))
 
 
 def _reader_has_gone() -> bool:

@@ -27,8 +27,7 @@ The columns of the table, in GB of 2**30 bytes, for one device and without train
     settings     the size of the images, and what differs between the rows
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -94,7 +93,7 @@ class Need:
     Steps on one image and on two show the constant and the slope of each operation's moment.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: DictConfig) -> None:
         one, two = trace(config, 1), trace(config, 2)
         self.constant, self.slope = 2 * one - two, two - one  # (moments, 5) each
 
@@ -106,7 +105,7 @@ class Need:
         return int((left[slope > 0] // slope[slope > 0]).min())
 
 
-def plan(config: Mapping[str, Any]) -> Plan:
+def plan(config: DictConfig) -> Plan:
     """The peak of a step.
 
     Args:
@@ -115,7 +114,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     Raises:
         ConfigError: a constructor refuses a setting.
     """
-    return peak(trace(config, config["data"]["batch_size"]))
+    return peak(trace(config, config.data.batch_size))
 
 
 def peak(moments: np.ndarray) -> Plan:
@@ -127,15 +126,14 @@ def peak(moments: np.ndarray) -> Plan:
     return Plan(*map(int, moments[moments.sum(1).argmax()]))
 
 
-def advice(config: Mapping[str, Any], size: int) -> str:
+def advice(config: DictConfig, size: int) -> str:
     """A message after memory ran out: what a step needs, and which settings would need less.
 
     Args:
         config: the settings of the run.
         size: bytes of the device's memory.
     """
-    cfg = OmegaConf.create(dict(config))
-    images = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    images = config.data.batch_size * config.trainer.accumulate_grad_batches
     suggestions = {
         "trainer.precision=bf16-mixed": "if the device has bfloat16",
         f"data.batch_size=1 trainer.accumulate_grad_batches={images}": "as many images a step",
@@ -144,27 +142,27 @@ def advice(config: Mapping[str, Any], size: int) -> str:
         "model.freeze_stages=2": "the first two VGG stages stay as they were loaded",
         "model.head_width=1024": "conv6 and conv7 start with random weights",
     }
-    need = plan(cfg).total
-    lines = [
-        f"a step with these settings needs about {need / GB:.1f} GB, and CUDA needs up to "
-        f"{RESERVE / GB:.1f} GB more; the device has {size / GB:.1f} GB. Settings that need less:"
-    ]
+    need = plan(config).total
+    text = f"a step needs about {need / GB:.1f} GB, and CUDA up to {RESERVE / GB:.1f} GB more; the "
+    text += f"device has {size / GB:.1f} GB. Settings that need less:"
     for settings, remark in suggestions.items():
-        changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist(settings.split()))
-        total = plan(dict(changed)).total
+        changed: Any = OmegaConf.merge(config, OmegaConf.from_dotlist(settings.split()))
+        total = plan(changed).total
         if total < 0.98 * need:
             fits = "" if total + RESERVE <= size else "; this alone is not enough"
-            lines.append(f"  {settings}    {total / GB:.1f} GB ({remark}{fits})")
-    return "\n".join(lines)
+            text += f"\n  {settings}    {total / GB:.1f} GB ({remark}{fits})"
+    return text
 
 
-def trace(config: Mapping[str, Any], images: int) -> np.ndarray:
+def trace(config: DictConfig, images: int) -> np.ndarray:
     """The bytes (moments, 5) during every operation of a step on `images`, with a Plan's columns.
 
     It is not the run's first step: the optimizer has its state, and the gradients of the step
-    before exist until Lightning sets them to None, which it does after the forward pass.
+    before exist until Lightning sets them to None, which it does after the forward pass. Where the
+    gradients of several batches are accumulated, this is the last of these batches: those of the
+    batches before it stay.
     """
-    module, low = build(config), LOW.get(config["trainer"]["precision"])
+    module, low = build(config), LOW.get(config.trainer.precision)
     with FakeTensorMode():
         remove_data(module)
         optimizer: Any = module.configure_optimizers()  # without a schedule, only the optimizer
@@ -176,42 +174,34 @@ def trace(config: Mapping[str, Any], images: int) -> np.ndarray:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
 
-        image = torch.empty(images, 3, *image_size(config["data"]), dtype=torch.uint8)
-        mask = torch.empty(images, *image_size(config["data"]), dtype=torch.uint8)
+        image = torch.empty(images, 3, *image_size(config.data), dtype=torch.uint8)
+        mask = torch.empty_like(image[:, 0])  # (images, H, W)
         recorder = Recorder()
         recorder.track_external(module, optimizer, image, mask)
         with recorder:
-            for number in range(min(2, config["trainer"]["accumulate_grad_batches"])):
-                recorder.reset_mod_stats()  # MemTracker wants this before a second forward pass
-                with torch.autocast("cpu", low, enabled=low is not None):
-                    loss = module.training_step({"image": image, "mask": mask}, number)
-                if number == 0:
-                    optimizer.zero_grad()
-                loss.backward()
+            with torch.autocast("cpu", low, enabled=low is not None):
+                loss = module.training_step({"image": image, "mask": mask}, 0)
+            if config.trainer.accumulate_grad_batches == 1:
+                optimizer.zero_grad()
+            loss.backward()
             nn.utils.clip_grad_norm_(learned, 1.0)  # every run at least logs the norm
             optimizer.step()
     moments = np.array(recorder.moments)
-    if (config.get("callbacks") or {}).get("ema"):  # a second set of weights, their moving average
+    if OmegaConf.select(config, "callbacks.ema"):  # a second set of weights, their moving average
         moments[:, 0] += sum(p.nbytes for p in module.parameters())
     return moments
 
 
-def build(config: Mapping[str, Any]) -> SegmentationModule:
+def build(config: DictConfig) -> SegmentationModule:
     """The module that train.py would make, on torch's meta device and without a schedule.
 
     Raises:
         ConfigError: a setting cannot work.
     """
-    cfg = OmegaConf.create(dict(config))
-    kind = cfg.trainer.precision
-    if cfg.optimizer.get("fused") == "auto":
-        cfg.optimizer.fused = kind != "16-mixed"
-    optimizer, classes = cli.build(cfg, "optimizer"), list(cli.build(cfg, "data").classes)
+    optimizer, names = cli.build(config, "optimizer"), list(cli.build(config, "data").classes)
     with torch.device("meta"):
-        module: SegmentationModule = cli.build(
-            cfg, "model", weights=None, class_names=classes, optimizer=optimizer
-        )
-    return module.double() if kind == "64-true" else module
+        module = cli.build(config, "model", weights=None, class_names=names, optimizer=optimizer)
+    return module.double() if config.trainer.precision == "64-true" else module
 
 
 def remove_data(module: nn.Module) -> None:
@@ -219,12 +209,12 @@ def remove_data(module: nn.Module) -> None:
 
     They count as tensors of the CPU: autocast and fused optimizers refuse torch's meta device.
     """
-    for layer in module.modules():
-        for name, old in list(layer.named_parameters(recurse=False)):
-            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
-            setattr(layer, name, nn.Parameter(new, old.requires_grad))
-        for name, buffer in list(layer.named_buffers(recurse=False)):
-            setattr(layer, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        layer, _, attribute = name.rpartition(".")
+        new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        setattr(module.get_submodule(layer), attribute, new)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -237,6 +227,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     OmegaConf.resolve(cfg)
     check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     check_whole("data.batch_size", cfg.data.batch_size, 1)  # "auto" is no number to plan for
+    if cfg.optimizer.get("fused") == "auto":
+        cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
     return cfg
 
 
@@ -251,12 +243,9 @@ def combinations(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     return list(product(*choices))
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: print a table with a row for every combination of settings."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    rows = combinations(arguments)
+    rows = combinations(cli.read_settings(arguments, "fcn.memory", __doc__))
     titles = [*Plan._fields, "total", *(f"{card} GB" for card in CARDS), "settings"]
     print("".join(f"{title:>12}" for title in titles))
     needs: dict[tuple[str, ...], Need] = {}  # one for all rows that differ in the batch size alone
@@ -274,4 +263,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(sys.argv[1:]))
+    cli.run(main)

@@ -12,7 +12,6 @@ below `hydra.run.dir=DIR`. After a kill or Ctrl-C the same command goes on: stag
 finished are skipped, and the one that has not is resumed.
 """
 
-import argparse
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fcn.checkpoint import best_checkpoint
-from fcn.cli import CONF, quoted, short_messages
+from fcn.cli import CONF, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
 from fcn.runs.sweep import find_job, finished_before, resumable
 
@@ -119,14 +118,8 @@ def run_train(arguments: list[str]) -> int:
 
 def main() -> None:
     """Train the stages with the settings on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fcn.stages",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of train.py")
     with short_messages():
-        sys.exit(train_stages(parser.parse_args().settings))
+        sys.exit(train_stages(read_settings(None, "fcn.stages", __doc__)))
 
 
 if __name__ == "__main__":
