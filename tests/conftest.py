@@ -1,5 +1,9 @@
 """Fixtures: a tiny VOC tree in the true on-disk layout, the real pairs where they lie near, and
-training runs of a second or two inside the test's own process."""
+training runs of a second or two inside the test's own process.
+
+torch and what imports it are imported inside functions. With `-n 2`, pytest's main process reads
+this file before it starts its workers, and would import torch (ten seconds) only to run no test.
+"""
 
 import os
 import shutil
@@ -10,21 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
-from torch import nn
-from torchvision.models import VGG, VGG11_Weights
-from torchvision.models._api import register_model
-
-from fcn.datasets.voc2012 import voc_palette
-from train import train
 
 # One thread each for the tests, the processes that they fork and those that they start: pytest's
-# own workers use the cores, and a sum of floats depends on how many threads share it.
+# own workers use the cores, and a sum of floats depends on how many threads share it. torch reads
+# this when it is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -50,23 +46,6 @@ TINY = (
     "callbacks.panels.images=2",
 )
 
-TINY_WIDTHS = (4, "M", 8, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M")  # VGG-11 with thin layers
-
-
-@register_model()
-def vgg_tiny(*, weights: VGG11_Weights | None = None, progress: bool = True) -> VGG:
-    """A VGG of some 10,000 parameters, which torchvision then knows by this name."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in TINY_WIDTHS:
-        if isinstance(width, int):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-            channels = width
-        else:
-            layers.append(nn.MaxPool2d(2, 2))
-    return VGG(nn.Sequential(*layers), init_weights=False)
-
-
 # id: (width, height, label, grey); the first six are train, the rest val
 TINY_VOC = {
     "2007_000032": (96, 64, 1, False),
@@ -85,6 +64,8 @@ TINY_VOC = {
 def write_tiny_voc(root: Path) -> Path:
     """Writes 6 train and 4 val pairs: a disc with a void border on a textured ground, in a colour
     of its class so that a few steps of training can learn it."""
+    from fcn.datasets.voc2012 import voc_palette
+
     folder = root / "VOCdevkit" / "VOC2012"
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True)
@@ -109,6 +90,8 @@ def write_tiny_voc(root: Path) -> Path:
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """Writes (H, W) uint8 labels as VOC does: a palette PNG."""
+    from fcn.datasets.voc2012 import voc_palette
+
     picture = Image.fromarray(mask)
     picture.putpalette([channel for colour in voc_palette() for channel in colour])
     picture.save(path)
@@ -137,6 +120,8 @@ def real_voc_root() -> Path:
 
 def compose_config(name: str, *overrides: str) -> DictConfig:
     """conf/<name>.yaml with overrides, as the command line would compose it."""
+    from hydra import compose, initialize_config_dir
+
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         return compose(name, list(overrides))
 
@@ -147,6 +132,8 @@ def train_tiny(run: Path, *overrides: str, curves: bool = False) -> dict[str, An
     Args:
         curves: also draw curves.png, which takes longer than all the rest.
     """
+    from train import train
+
     cfg = compose_config(
         "train", *TINY, *overrides, *(() if curves else ("callbacks.curves=null",))
     )
@@ -171,6 +158,11 @@ FINISHED = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-cpu", action="store_true", help="fail if a test takes too long")
+
+
+def pytest_collectstart() -> None:
+    """Before the first test file is imported: torchvision knows `vgg_tiny` by its name."""
+    import tiny_vgg  # noqa: F401  # registers it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -222,6 +214,8 @@ def clean_process() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
     environment = os.environ.copy()
+    import torch
+
     random = torch.get_rng_state()
     yield
     torch.set_rng_state(random)

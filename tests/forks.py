@@ -22,7 +22,14 @@ from typing import Any
 
 import pytest
 
-MODULES = ["conftest", "fcn.training.fit", "fcn.training.trainer", "fcn.training.panels"]
+MODULES = [
+    "conftest",
+    "tiny_vgg",
+    "train",
+    "fcn.training.fit",
+    "fcn.training.trainer",
+    "fcn.training.panels",
+]
 MODULES += ["fcn.training.curves", "fcn.runs.launch", "fcn.runs.sweep", "fcn.datasets.shapes"]
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torchvision
-from conftest import TINY_WIDTHS
+from tiny_vgg import TINY_WIDTHS
 from torch import nn
 from torch.nn import functional as F
 
