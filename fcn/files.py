@@ -13,7 +13,6 @@ lock ends with its process, and `remove_parts` removes what a killed process had
 import csv
 import io
 import json
-import math
 import os
 import secrets
 import shutil
@@ -89,16 +88,9 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable JSON. NaN and infinity, which JSON does not have, become null."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same plain values, with None in place of NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # Python writes these three as constants that only Python can read, so that it must do that.
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def remove_parts(folder: Path) -> None:

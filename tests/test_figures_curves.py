@@ -99,18 +99,19 @@ def test_what_is_in_the_curves(figures: list[Figure], tmp_path: Path) -> None:
 
 def test_a_hundred_thousand_steps(tmp_path: Path, figures: list[Figure]) -> None:
     steps, rng = 100_000, np.random.default_rng(0)
-    columns = {"step": np.arange(1, steps + 1), "train/loss": rng.exponential(size=steps)}
-    for name, value in (("train/loss_smooth", 1.0), ("train/loss_std", 0.5), ("train/lr", 0.1)):
+    columns = {"step": np.arange(1, steps + 1), "train/loss": rng.random(steps)}
+    for name, value in (("train/loss_smooth", 0.5), ("train/loss_std", 0.1), ("train/lr", 0.1)):
         columns[name] = np.full(steps, value)
     columns["train/loss"][77_777] = 99
     start = time.process_time()
     draw_curves(columns, tmp_path / "curves.png")
-    assert time.process_time() - start < 15  # 2 on an idle core
-    at, losses = line(figures[0], "raw, each step")
-    assert len(at) < 5000
-    assert (np.diff(at) > 0).all()
-    assert losses[at == 77_778].tolist() == [99]  # no peak is lost
-    assert at[-1] > 99_900
+    assert time.process_time() - start < 15  # 1 on an idle core
+    assert line(figures[0], "raw, each step").shape == (2, steps)
+    grey = np.asarray(Image.open(tmp_path / "curves.png").convert("L"))
+    # Above the noise there are only the axis at the left and the peak, which is not lost.
+    columns_at_the_top = np.nonzero(grey[30] < 225)[0]
+    assert len(columns_at_the_top) < 5
+    assert columns_at_the_top[-1] == pytest.approx(756, abs=8)
 
 
 def test_many_runs_have_different_colours(figures: list[Figure], tmp_path: Path) -> None:

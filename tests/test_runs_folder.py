@@ -17,6 +17,7 @@ from fcn.runs.folder import (
     is_training,
     lock_run,
     output_folder,
+    read_changes,
     read_overrides,
     started_with,
     write_settings,
@@ -115,11 +116,25 @@ def test_settings_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "error.txt").touch()  # it has crashed, and goes on
     write_settings(tmp_path, cfg, ["b=2"])
     assert OmegaConf.load(tmp_path / "config.yaml") == {"a": 1, "resume": None}
-    overrides = ["a='x: ${y}'", "callbacks.panels.images=3", "b=2"]  # by today's names
-    assert read_overrides(tmp_path) == overrides
-    assert started_with(tmp_path, [*overrides, "resume=auto"])
-    assert not started_with(tmp_path, overrides[:2])
+    first = ["a='x: ${y}'", "callbacks.panels.images=3"]  # by today's names
+    assert read_overrides(tmp_path) == (first, ["b=2"])
     assert not (tmp_path / "error.txt").exists()
+    for changes in (["+c=1", "b=3"], [], ["c=2", "a=0"], ["c=2", "a=0"]):  # it is resumed again
+        write_settings(tmp_path, cfg, [f"resume={tmp_path}", *changes])
+    assert read_overrides(tmp_path) == (first, ["b=3", "c=2", "a=0"])
+    settings = {"a": "0", "callbacks.panels.images": "3", "b": "3", "c": "2"}
+    assert read_changes(tmp_path) == settings
+    assert started_with(tmp_path, [*first, "resume=auto"])
+    assert not started_with(tmp_path, first[:1])
+    assert not started_with(tmp_path, [*first, "b=3"])
+
+
+def test_settings_of_a_run_without_overrides(tmp_path: Path) -> None:
+    cfg = OmegaConf.create({"a": 1, "resume": None})
+    write_settings(tmp_path, cfg, [])
+    write_settings(tmp_path, cfg, ["a=2"])
+    assert started_with(tmp_path, [])
+    assert read_overrides(tmp_path) == ([], ["a=2"])
 
 
 def test_folder_of_results(tmp_path: Path) -> None:

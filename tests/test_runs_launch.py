@@ -103,6 +103,11 @@ def test_going_on_with_a_run(
     assert changed == ({"seed": 3, "steps": 9, "resume": "a"}, Path("a"), ["+steps=9"])
     assert same == ({"seed": 3, "steps": 4, "resume": "a"}, Path("a"), [])
 
+    # The first command also finds a run that was extended by hand.
+    write_settings(tmp_path / "a", changed[0], ["+steps=9"])
+    assert start(train, "seed=3", "resume=auto", folder="a", resume="auto") == 0
+    assert train.calls.pop() == ({"seed": 3, "steps": 9, "resume": "a"}, Path("a"), [])
+
     write_json(tmp_path / "a" / "summary.json", {"status": "finished"})
     assert start(train, "seed=3", "resume=auto", folder="a", resume="auto") == 0
     assert "a is finished: nothing to do" in capsys.readouterr().out

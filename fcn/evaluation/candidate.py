@@ -126,15 +126,12 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
     Raises:
         ConfigError: the names of the classes, or their order, are not the same everywhere.
     """
-    first, *others = (candidate.module.class_names for candidate in candidates)
-    for other in others:
-        _check_same("compare: A", first, "B", other)
-    _check_same("the checkpoint", first, "the data", classes)
-
-
-def _check_same(a: str, names: Sequence[str], b: str, others: Sequence[str]) -> None:
-    if list(names) != list(others):
-        raise ConfigError(f"{a} knows {_some(names)}, {b} {_some(others)}: they must be the same")
+    known = [candidate.module.class_names for candidate in candidates]
+    first = "the checkpoint" if len(known) == 1 else "A"
+    for other, names in (("B", known[-1]), ("the data", list(classes))):
+        if names != known[0]:
+            both = f"{first} knows {_some(known[0])}, {other} {_some(names)}"
+            raise ConfigError(f"{both}: they must be the same")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -184,29 +184,19 @@ def _classes(results: Sequence[Result], palette: Palette) -> dict[str, Any]:
 
 def _boundary_curve(results: Mapping[str, Result]) -> dict[str, Any] | None:
     """Mean IoU near boundaries, as coordinates of an SVG; None if no label has a boundary."""
-    near = {
-        letter: {w: v for w, v in result.metrics["boundary_miou"].items() if not math.isnan(v)}
-        for letter, result in results.items()
-    }
-    known = [value for scores in near.values() for value in scores.values()]
-    if not known:
-        return None
-    known += [result.metrics["miou"] for result in results.values()]
-    low, high = math.floor(10 * min(known)), math.ceil(10 * max(known))
-    high = max(high, low + 1)  # tenths of mean IoU at the ends of the vertical axis
-
-    def y(value: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * (10 * value - low) / (high - low), 1)
-
     # The horizontal axis is logarithmic.
     x = {str(w): round(LEFT + (RIGHT - LEFT) * math.log(w, WIDTHS[-1]), 1) for w in WIDTHS}
-    lines = [
-        {
-            "letter": letter,
-            "points": [(x[width], y(value)) for width, value in near[letter].items()],
-            "all_pixels": y(result.metrics["miou"]),
-        }
-        for letter, result in results.items()
-    ]
-    ticks = [{"percent": 10 * tenth, "y": y(tenth / 10)} for tenth in range(low, high + 1)]
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * value, 1)
+
+    lines = []
+    for letter, result in results.items():
+        near = result.metrics["boundary_miou"].items()
+        points = [(x[width], y(value)) for width, value in near if not math.isnan(value)]
+        if not points:
+            return None
+        all_pixels = y(result.metrics["miou"])
+        lines.append({"letter": letter, "points": points, "all_pixels": all_pixels})
+    ticks = [{"percent": percent, "y": y(percent / 100)} for percent in range(0, 101, 20)]
     return {"ticks": ticks, "widths": x, "lines": lines}

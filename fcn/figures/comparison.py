@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from fcn.figures.curves import Columns, save_figure, series, thinned
+from fcn.figures.curves import FAST, Columns, save_figure, series
 from fcn.figures.legend import one_line
 
 SCORE = "best/val/miou"  # the column of sweep.csv that a sweep is judged by
 LONGEST_LABEL = 20  # characters of a value below an axis
 
 
+@rc_context(FAST)
 def compare_runs(runs: Mapping[str, Columns], path: Path) -> None:
     """Draw smoothed loss and validation mean IoU of several runs on the same axes.
 
@@ -42,7 +43,7 @@ def compare_runs(runs: Mapping[str, Columns], path: Path) -> None:
         colours = colormaps["turbo"](np.linspace(0, 1, len(runs)))
     lines, labels = [], []
     for colour, (name, columns) in zip(colours, runs.items(), strict=False):
-        smooth = thinned(*series(columns, "train/loss_smooth"))
+        smooth = series(columns, "train/loss_smooth")
         lines += losses.plot(*smooth, color=colour, lw=1.6)
         steps, values = series(columns, "val/miou")
         scores.plot(steps, values, "o-", color=colour, lw=1.6, ms=4)

@@ -14,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -48,7 +49,7 @@ def create_run_folder(folder: Path) -> Path:
     """
     with files.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 1000):
+        for number in count(1):
             candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
             with suppress(FileExistsError):
                 candidate.mkdir(exist_ok=True)  # for a job of a sweep, Hydra has created it
@@ -56,8 +57,8 @@ def create_run_folder(folder: Path) -> Path:
                     continue
                 # Only one process can create this. So the folder belongs to the one that does.
                 (candidate / "checkpoints").mkdir()
-                return candidate
-    raise ConfigError(f"no free name for a run folder near {folder}")
+                break
+    return candidate
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     """Write config.yaml and overrides.yaml.
 
     A resumed run writes them again, since some of its settings may have changed, such as the number
-    of steps. Its command line is then added to that of the first start.
+    of steps. What was changed follows the first command line, after a line "resume=RUN".
 
     Args:
         run: the run folder.
@@ -127,10 +128,16 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     Raises:
         WriteError: a file cannot be written.
     """
-    given = [override for override in overrides if not override.startswith("resume=")]
     settings = OmegaConf.merge(cfg, {"resume": None})
     files.write_text(run / "config.yaml", OmegaConf.to_yaml(settings))
-    write_overrides(run, [*read_overrides(run), *given])
+    given = [override for override in overrides if not override.startswith("resume=")]
+    if not (run / "overrides.yaml").is_file():
+        write_overrides(run, given)
+    elif given:
+        first, later = read_overrides(run)
+        again = {setting_name(override) for override in given}
+        later = [override for override in later if setting_name(override) not in again]
+        write_overrides(run, [*first, f"resume={run}", *later, *given])
     (run / "error.txt").unlink(missing_ok=True)  # of an earlier start that crashed
 
 
@@ -139,22 +146,39 @@ def write_overrides(run: Path, overrides: Sequence[str]) -> None:
     files.write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
 
 
-def read_overrides(run: Path) -> list[str]:
-    """The settings on the command line of a run; empty for a folder without overrides.yaml.
+def read_overrides(run: Path) -> tuple[list[str], list[str]]:
+    """What was given on the command line when a run was started, and when it was resumed.
 
-    Settings that had another name in an earlier version are returned with today's name.
+    Settings that had another name in an earlier version are returned with today's name. Both lists
+    are empty for a folder without overrides.yaml.
     """
     path = run / "overrides.yaml"
     if not path.is_file():
-        return []
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return [_renamed(str(override)) for override in overrides or ()]
+        return [], []
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    overrides = [_renamed(str(override)) for override in content or ()]
+    first = list(takewhile(lambda override: not override.startswith("resume="), overrides))
+    return first, overrides[len(first) + 1 :]
+
+
+def read_changes(run: Path) -> dict[str, str]:
+    """Each setting that was given on the command lines of a run, with its last value as text."""
+    overrides = [override for part in read_overrides(run) for override in part]
+    return {setting_name(o): o.partition("=")[2] for o in overrides if "=" in o}
 
 
 def started_with(run: Path, overrides: Sequence[str]) -> bool:
-    """Whether a run was started with these overrides. `resume=...` among them is ignored."""
+    """Whether a run was first started with these overrides. `resume=...` among them is ignored.
+
+    What was changed when the run was resumed makes no difference.
+    """
     wanted = [_renamed(o) for o in overrides if not o.startswith("resume=")]
-    return (run / "overrides.yaml").is_file() and read_overrides(run) == wanted
+    return (run / "overrides.yaml").is_file() and read_overrides(run)[0] == wanted
+
+
+def setting_name(override: str) -> str:
+    """The name of the setting that an override changes, adds or removes."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _renamed(override: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 
+import psutil
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -28,30 +29,16 @@ def memory_size(device: torch.device) -> int:
     """The bytes of a GPU's memory; for any other device, those of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
     return psutil.virtual_memory().total
 
 
-def peak_memory() -> int | None:
-    """The most bytes that were allocated on the GPU, or that this process held in RAM.
-
-    None on a system that does not count them.
-    """
+def peak_memory() -> int:
+    """The most bytes that were allocated on the GPU, or that this process held in RAM."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # Linux and macOS
-    except ImportError:
-        return _peak_on_windows()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _peak_on_windows() -> int | None:
-    """The largest working set of this process, where psutil knows it."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return getattr(psutil.Process().memory_info(), "peak_wset", None)

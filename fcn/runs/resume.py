@@ -153,7 +153,7 @@ def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     texts = [path.read_text(encoding="utf-8") for path in CONF.glob("**/*.yaml")]
     known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
     now = {override.lstrip("+") for override in overrides}
-    first = {override.lstrip("+") for override in read_overrides(run)}
+    first = {override.lstrip("+") for override in read_overrides(run)[0]}
     for key, target in _targets(OmegaConf.to_container(cfg)):
         named = f"{key}={target}"
         if target in known or named in now:

@@ -27,7 +27,7 @@ from fcn.runs.folder import (
     RunLockedError,
     create_run_folder,
     lock_run,
-    read_overrides,
+    read_changes,
     started_with,
     write_overrides,
 )
@@ -109,16 +109,6 @@ def find_job(sweep: Path, overrides: list[str]) -> Path | None:
     return next((run for run in _runs(sweep) if started_with(run, overrides)), None)
 
 
-def finished_before(run: Path) -> bool:
-    """Whether a run has finished. If so, print that, and whether other code has trained it."""
-    if status(run) != "finished":
-        return False
-    revision = read_summary(run).get("git_revision")
-    by = "" if revision == git_revision() else f" by other code (git revision {revision})"
-    print(f"{run}: finished before{by}, so it is skipped", flush=True)
-    return True
-
-
 def resumable(run: Path) -> bool:
     """Whether a run has a checkpoint to be resumed from. If it has none, its folder is removed.
 
@@ -148,7 +138,10 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
 
     sweep = folder.parent
     earlier = find_job(sweep, overrides)
-    if earlier is not None and finished_before(earlier):
+    if earlier is not None and status(earlier) == "finished":
+        revision = read_summary(earlier).get("git_revision")
+        by = "" if revision == git_revision() else f" by other code (git revision {revision})"
+        print(f"{earlier}: finished before{by}, so it is skipped", flush=True)
         return
     try:
         train(earlier if earlier is not None and resumable(earlier) else None)
@@ -194,7 +187,7 @@ def write_results(sweep: Path) -> list[Row]:
     table = [[row.get(column, "") for column in columns] for row in rows]
     write_csv(sweep / "sweep.csv", [columns, *table])
 
-    settings = [_settings(run) for run in runs]
+    settings = [read_changes(run) for run in runs]
     swept = [key for key in columns if len({s[key] for s in settings if key in s}) > 1]
     draw_sweep(rows, swept, sweep / "sweep.png")
     return rows
@@ -202,17 +195,13 @@ def write_results(sweep: Path) -> list[Row]:
 
 def _row(run: Path) -> Row:
     """One row of sweep.csv: settings of the command line, then the numbers of summary.json."""
-    row: Row = {"run": run.name, "status": status(run)} | _settings(run)
+    row: Row = {"run": run.name, "status": status(run)} | read_changes(run)
     for name, value in read_summary(run).items():
         if isinstance(value, int | float) and not name.startswith("val/iou/"):
             row[name] = value
     if row["status"] == "crashed":
         row["error"] = (run / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
     return row
-
-
-def _settings(run: Path) -> dict[str, str]:
-    return dict(o.split("=", 1) for o in read_overrides(run) if "=" in o)
 
 
 def _runs(sweep: Path) -> list[Path]:
