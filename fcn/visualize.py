@@ -21,7 +21,7 @@ from fcn.errors import ConfigError, WriteError, reason
 from fcn.figures.comparison import compare_runs
 from fcn.figures.curves import DRAWN, Columns, draw_curves, series
 from fcn.figures.legend import one_line
-from fcn.runs.folder import read_overrides
+from fcn.runs.folder import read_changes
 from fcn.runs.metrics import read_numbers
 
 LONGEST_CHANGES = 80  # characters of a run's settings in the legend
@@ -125,10 +125,9 @@ def _changes(run: Path) -> dict[str, str]:
     They are only for the legend. If that file is missing or damaged, they are left out.
     """
     try:
-        overrides = read_overrides(run)
+        return read_changes(run)
     except Exception:
         return {}
-    return dict(o.split("=", 1) for o in overrides if "=" in o and not o.startswith("hydra."))
 
 
 if __name__ == "__main__":
