@@ -22,7 +22,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_column, read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.loss_statistics import LossStatistics
-from fcn.training.preemption import SIGNALS
+from fcn.training.interruption import SIGNALS
 from train import train
 
 
@@ -33,6 +33,7 @@ class Recorder:
         self.statistics, self.logged = statistics, dict[int, dict[str, float]]()
         self.trainer: Any = SimpleNamespace(
             global_step=0,
+            fit_loop=SimpleNamespace(total_batch_idx=0),
             log_every_n_steps=every,
             accumulate_grad_batches=accumulate,
             world_size=1,
@@ -59,9 +60,8 @@ class Recorder:
                 self.trainer.global_step += 1
             outputs = {"loss": torch.tensor(loss) / accumulate}
             batch = {"image": torch.zeros(3, 1)}
-            self.statistics.on_train_batch_end(
-                self.trainer, self.module, outputs, batch, self.batches
-            )
+            self.trainer.fit_loop.total_batch_idx = self.batches
+            self.statistics.on_train_batch_end(self.trainer, self.module, outputs, batch)
             self.batches += 1
 
 

@@ -12,37 +12,28 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fcn.module import SegmentationModule
 
 
-class Noise(Dataset[dict[str, Any]]):
-    """`length` images (3, H, W) of noise, each with a mask (H, W)."""
-
-    def __init__(self, length: int, size: tuple[int, int]) -> None:
-        self.length, self.size = length, size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = torch.randint(256, (3, *self.size), dtype=torch.uint8)
-        return {"image": image, "mask": image[0] % 2}
-
-
-class NoiseModule(pl.LightningDataModule):
-    """Loaders of noise; the tuner changes `batch_size`."""
+class Noise(pl.LightningDataModule):
+    """`length` images of noise in batches of `batch_size`, which the tuner changes."""
 
     def __init__(self, length: int, size: tuple[int, int]) -> None:
         super().__init__()
-        self.data, self.batch_size = Noise(length, size), 1
+        self.length, self.size, self.batch_size = length, size, 1
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data, batch_size=self.batch_size)
+        return DataLoader(range(self.length), self.batch_size, collate_fn=self._batch)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         return self.train_dataloader()  # not used, but Lightning asks for one
+
+    def _batch(self, indices: list[int]) -> dict[str, Tensor]:
+        image = torch.randint(256, (len(indices), 3, *self.size), dtype=torch.uint8)
+        return {"image": image, "mask": image[:, 0] % 2}  # (N, 3, H, W) and (N, H, W)
 
 
 def largest_batch(
@@ -57,6 +48,7 @@ def largest_batch(
         trainer: the arguments of Lightning's Trainer that memory depends on, such as precision.
     """
     logging.getLogger("pytorch_lightning.tuner").setLevel(logging.ERROR)
+    noise = Noise(most, size)
     with tempfile.TemporaryDirectory() as folder:  # the tuner keeps the weights here
         quiet = pl.Trainer(
             default_root_dir=folder,
@@ -68,7 +60,6 @@ def largest_batch(
             enable_model_summary=False,
             **trainer,
         )
-        noise = NoiseModule(most, size)
         Tuner(quiet).scale_batch_size(
             module, datamodule=noise, mode="binsearch", steps_per_trial=2, init_val=1, margin=0
         )

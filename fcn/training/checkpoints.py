@@ -13,8 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from fcn.checkpoint import best_checkpoint, last_checkpoint, write_checkpoint
 from fcn.errors import TrainingError, check_whole
 from fcn.training.clock import is_whole_step
-from fcn.training.loader_failure import LoaderFailure
-from fcn.training.preemption import Preemption
+from fcn.training.interruption import Interruption
 
 
 class LastCheckpoint(Checkpoint):
@@ -43,7 +42,7 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validation_due = state_dict["validation_due"]
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         first = trainer.strategy.broadcast(str(trainer.ckpt_path))
         if not trainer.strategy.reduce_boolean_decision(first == str(trainer.ckpt_path)):
             raise TrainingError(
@@ -65,12 +64,9 @@ class LastCheckpoint(Checkpoint):
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
         due = trainer.should_stop or trainer.global_step % interval == 0
         self.validation_due = bool(due and trainer.enable_validation)
-        stopping = any(
-            callback.pending
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, Preemption | LoaderFailure)
-        )
-        if due or stopping or trainer.global_step % self.every_n_steps == 0:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        ending = any(c.pending for c in callbacks if isinstance(c, Interruption))
+        if due or ending or trainer.global_step % self.every_n_steps == 0:
             path = last_checkpoint(Path(trainer.default_root_dir))
             trainer.save_checkpoint(path, weights_only=False)
 

@@ -30,7 +30,7 @@ class Clock(Timer):
         return self.time_elapsed()
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Take the seconds from where checkpoints of earlier versions have them.
 

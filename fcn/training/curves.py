@@ -5,6 +5,7 @@ python train.py callbacks.curves=null      # without this picture
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -17,7 +18,7 @@ from fcn.training.optional import optional_file
 class Curves(Callback):
     """Draws curves.png from metrics.csv."""
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             run = Path(trainer.default_root_dir)
             with optional_file(run / "curves.png"):

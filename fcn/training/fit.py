@@ -19,7 +19,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.process import is_main_process, memory_size
 from fcn.runs.summary import summarise
 from fcn.training.clock import Clock
-from fcn.training.loader_failure import loader_died
+from fcn.training.interruption import loader_died
 from fcn.training.wandb_logger import TolerantWandbLogger
 
 

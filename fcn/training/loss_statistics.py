@@ -6,7 +6,6 @@ python train.py callbacks.loss_statistics.half_life=50 callbacks.loss_statistics
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.errors import TrainingError, check_number, check_whole
+from fcn.training.clock import is_whole_step
 
 
 class LossStatistics(Callback):
@@ -52,7 +53,7 @@ class LossStatistics(Callback):
         self.unread: list[tuple[int, float, Tensor, Tensor]] = []  # step, lr, loss, gradient norm
         self.images, self.since = 0, 0.0  # images since that time, in seconds, for the speed
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,34 +71,26 @@ class LossStatistics(Callback):
         """The exponential mean of all losses that have been read."""
         return self.total / self.weight if self.weight else math.nan
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self.images, self.since = 0, time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         self.images, self.since = 0, time.perf_counter()  # validation is not training time
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        gradients = [
-            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self.lr = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["lr_multiplier"]
+        self.lr = groups[0]["lr"] / groups[0]["lr_multiplier"]
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Any],
-        batch_idx: int,
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the loss of a batch; after the last batch of an optimizer step, that of the step."""
         # Lightning has divided each loss by the number of accumulated batches: their sum is a mean.
         self.batch_losses.append(outputs["loss"].detach())
         self.images += len(batch["image"]) * trainer.world_size
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not is_whole_step(trainer):
             return
         loss = torch.stack(self.batch_losses).sum()
         self.unread.append((trainer.global_step, self.lr, loss, self.grad_norm))
@@ -105,7 +98,7 @@ class LossStatistics(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.read()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self.read()
 
     def read(self) -> None:

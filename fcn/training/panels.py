@@ -6,7 +6,6 @@ python train.py callbacks.panels=null           # without these pictures
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,50 +48,36 @@ class Panels(Callback):
         self.ids: list[str] = []
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # image, label, prediction
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Remove the pictures of steps after the checkpoint that a resumed run goes on from."""
         for path in Path(trainer.default_root_dir).glob("panels/*.png"):
             step = re.fullmatch(r"step_(\d+)", path.stem)
             if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
                 path.unlink()
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, *_: Any) -> None:
         self.ids, self.rows = [], []
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the first images of the validation, with their labels and predictions."""
         wanted = self.images - len(self.rows) if trainer.is_global_zero else 0
         self.ids += [str(x).encode(errors="replace").decode() for x in batch["id"][:wanted]]
-        for row in zip(
-            batch["image"][:wanted],
-            batch["mask"][:wanted],
-            outputs["prediction"][:wanted],
-            strict=True,
-        ):
-            self.rows.append(tuple(tensor.cpu() for tensor in row))
+        parts = (batch["image"], batch["mask"], outputs["prediction"])  # each (N, ..., H, W)
+        self.rows += zip(*(part[:wanted].cpu() for part in parts), strict=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not self.rows or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, SegmentationModule)
-        scores = [_score(*row, pl_module) for row in self.rows]
+        captions = [_score(label, prediction, module) for _, label, prediction in self.rows]
         with optional_file(Path(trainer.default_root_dir) / "panels"):
-            self._draw(trainer, pl_module, scores)
+            self._draw(trainer, module, captions)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    self._log(logger, trainer.global_step, pl_module, scores)
-        self.ids, self.rows = [], []
+                    self._log(logger, trainer.global_step, module, captions)
 
-    def _draw(self, trainer: pl.Trainer, module: SegmentationModule, scores: list[str]) -> None:
-        assert module.scores is not None
+    def _draw(self, trainer: pl.Trainer, module: Any, captions: list[str]) -> None:
         picture = draw_panels(
             self.rows,
             class_names=module.class_names,
@@ -100,7 +85,7 @@ class Panels(Callback):
             void=module.void,
             title=f"step {trainer.global_step}, val mIoU {module.scores['miou']:.3f}",
             ids=self.ids,
-            captions=scores,
+            captions=captions,
         )
         folder = Path(trainer.default_root_dir) / "panels"
         folder.mkdir(exist_ok=True)  # this fails if somebody has removed the run folder, as it must
@@ -108,7 +93,7 @@ class Panels(Callback):
             picture.save(part, "png")
 
     def _log(
-        self, logger: WandbLogger, step: int, module: SegmentationModule, scores: list[str]
+        self, logger: WandbLogger, step: int, module: SegmentationModule, captions: list[str]
     ) -> None:
         labels = dict(enumerate(module.class_names)) | {module.void: "void"}
         small = [[_at_most(x, WANDB_SIDE) for x in row] for row in self.rows]
@@ -116,7 +101,7 @@ class Panels(Callback):
             "val/panels",
             [to_pil(image) for image, _, _ in small],
             step,
-            caption=[f"{name}, {score}" for name, score in zip(self.ids, scores, strict=True)],
+            caption=[f"{name}, {score}" for name, score in zip(self.ids, captions, strict=True)],
             file_type=["jpg"] * len(small),
             masks=[
                 {
@@ -128,14 +113,10 @@ class Panels(Callback):
         )
 
 
-def _score(image: Tensor, label: Tensor, prediction: Tensor, module: SegmentationModule) -> str:
+def _score(label: Tensor, prediction: Tensor, module: SegmentationModule) -> str:
     """The mean IoU of one image, over the classes that occur in its label or prediction."""
     confusion = multiclass_confusion_matrix(
-        prediction,
-        label,
-        len(module.class_names),
-        ignore_index=module.void,
-        validate_args=False,
+        prediction, label, len(module.class_names), ignore_index=module.void, validate_args=False
     )
     iou = segmentation_scores(confusion)["miou"]
     return "all void" if math.isnan(iou) else f"IoU {iou:.3f}"

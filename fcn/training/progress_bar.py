@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
-from fcn.module import SegmentationModule
 from fcn.training.loss_statistics import LossStatistics
 
 
@@ -27,7 +26,7 @@ class ProgressBar(RichProgressBar):
         # is no public way to change this text.
         return f"{'Training':{len(self.validation_description)}}"
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
         """The smoothed loss and the last mean IoU, both of which Python has already read.
 
         Lightning's own method would wait for the device at every step.
@@ -36,6 +35,6 @@ class ProgressBar(RichProgressBar):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LossStatistics):
                 metrics["loss"] = callback.smooth
-        if isinstance(pl_module, SegmentationModule) and pl_module.scores is not None:
+        if pl_module.scores is not None:
             metrics["val mIoU"] = pl_module.scores["miou"]
         return metrics

@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fcn.figures.legend import one_line
-from fcn.module import SegmentationModule
 
 
 class ScoreTable(Callback):
     """Prints the scores of each validation, and at the end those of every class."""
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -30,8 +29,7 @@ class ScoreTable(Callback):
             flush=True,
         )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, SegmentationModule)
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if trainer.is_global_zero and pl_module.scores is not None:
             print_scores(pl_module.scores, pl_module.class_names)
 

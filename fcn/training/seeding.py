@@ -26,7 +26,7 @@ class DropoutSeeds(Callback):
         self.seed = seed
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
         seed = random_generator(self.seed, batch_idx, trainer.global_rank).integers(2**63)
         torch.manual_seed(int(seed))

@@ -16,8 +16,7 @@ from pytorch_lightning.loggers import Logger
 from fcn.errors import ConfigError
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
-from fcn.training.loader_failure import LoaderFailure
-from fcn.training.preemption import Preemption
+from fcn.training.interruption import Interruption
 from fcn.training.run_record import RunRecord
 from fcn.training.seeding import DropoutSeeds
 
@@ -72,8 +71,7 @@ def add_required(callbacks: Sequence[Callback], config: Settings) -> list[Callba
         Clock(trainer["max_time"]),
         RunRecord(dict(config)),
         DropoutSeeds(config["seed"]),
-        Preemption(),
-        LoaderFailure(),
+        Interruption(),
     ]
 
 

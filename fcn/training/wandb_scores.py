@@ -4,12 +4,11 @@ A run without W&B's logger ignores this callback (`callbacks.wandb_scores`).
 """
 
 import math
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
-
-from fcn.module import SegmentationModule
 
 
 class WandbScores(Callback):
@@ -22,21 +21,18 @@ class WandbScores(Callback):
     def __init__(self) -> None:
         self.step, self.confusion = 0, list[list[int]]()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, SegmentationModule)
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             # torchmetrics keeps the sum over all processes, which the module has just computed.
             self.step, self.confusion = trainer.global_step, pl_module.confusion.compute().tolist()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Send the last validation to W&B, if it is a logger."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not self.confusion or not loggers or not trainer.is_global_zero:
             return
         import wandb
 
-        assert isinstance(pl_module, SegmentationModule)
-        assert pl_module.scores is not None
         names = pl_module.class_names
         ious = [
             [name, None if math.isnan(iou) else iou]

@@ -1,0 +1,133 @@
+"""What ends a run early: a signal, or the death of a process that loads data.
+
+The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice). In both cases the steps so
+far are saved, so that the run can be resumed. fcn/training/trainer.py adds this callback to every
+run.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from fcn.checkpoint import last_checkpoint
+from fcn.errors import Stopped
+from fcn.training.clock import is_whole_step
+
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+
+
+class Interruption(Callback):
+    """Ends the run after the current optimizer step, or during a validation before the next batch.
+
+    `LastCheckpoint` sees that the end is `pending` and saves the step. The exception is raised when
+    the next batch or the next validation begins. A signal can interrupt a validation at any batch,
+    because last.ckpt was saved just before it and records that the validation is due. A second
+    Ctrl-C ends the run at once, without saving.
+
+    When a loader process dies, torch raises an error from its handler of the signal SIGCHLD, in
+    the middle of a step. The handler here keeps that error until the step is saved. Windows has no
+    SIGCHLD. There, and if the process dies between two steps, Lightning fails when it asks for the
+    next batch, and `on_exception` saves the steps that were complete.
+
+    Raises:
+        Stopped: a signal has come, and last.ckpt holds the state of the run.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
+        RuntimeError: torch's own error about a loader process, which `loader_died` recognises.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None  # the signal that this process has got
+        self.agreed: signal.Signals | None = None  # the signal that all processes have agreed on
+        self.error: RuntimeError | None = None  # torch's error about a loader process
+        self.pending = False  # whether the run ends after this step, so LastCheckpoint must save it
+        self.between_steps = False  # whether the last optimizer step is complete, and no batch came
+        self.handlers: dict[int, Any] = {}  # the signal handlers before ours, to be set again
+
+    def on_train_start(self, *_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows signal handlers in the main thread only
+        for number in SIGNALS:
+            self.handlers[number] = signal.signal(number, self._on_signal)
+        if hasattr(signal, "SIGCHLD") and callable(torchs := signal.getsignal(signal.SIGCHLD)):
+            own = self._keep_error_of(torchs)
+            self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, own)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        while self.handlers:  # Lightning calls this after an exception, too
+            signal.signal(*self.handlers.popitem())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def _keep_error_of(self, handler: Callable[..., Any]) -> Callable[..., None]:
+        def on_death(number: int, frame: FrameType | None) -> None:
+            try:
+                handler(number, frame)
+            except RuntimeError as error:
+                self.error = error
+
+        return on_death
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Agree with the other processes on whether to stop after this step.
+
+        They may have got the signal at another step, or not at all. They ask each other only at
+        steps where losses are logged, since reading these makes them wait for each other anyway.
+        Saving needs all of them too, and they do not know of the death of another's loader.
+        """
+        if not is_whole_step(trainer):
+            return
+        alone = trainer.world_size == 1
+        if alone:
+            self.agreed = self.received
+        elif trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            number = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+            number = trainer.strategy.reduce(number, reduce_op="max")
+            self.agreed = signal.Signals(int(number)) if number else None
+        self.between_steps = alone
+        self.pending = self.agreed is not None or (alone and self.error is not None)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._end_if_due(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._end_if_due(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.world_size == 1:
+            self.agreed = self.received
+        self._stop_if_agreed(trainer)
+
+    def _end_if_due(self, trainer: pl.Trainer) -> None:
+        self.between_steps = False
+        self._stop_if_agreed(trainer)
+        if self.error is not None:
+            raise self.error
+
+    def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
+        if self.agreed is not None:
+            raise Stopped(self.agreed, trainer.global_step)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the steps that were complete when the next batch could not be loaded."""
+        if self.between_steps and loader_died(exception):
+            trainer.save_checkpoint(
+                last_checkpoint(Path(trainer.default_root_dir)), weights_only=False
+            )
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether an error says that a loader process has died, for example for lack of memory."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
