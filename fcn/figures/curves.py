@@ -8,6 +8,7 @@ all rows (rows,), NaN where nothing was logged in that row; "step" is the optimi
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -22,7 +23,7 @@ Columns = Mapping[str, np.ndarray]
 DRAWN = ("train/loss_smooth", "train/loss", "train/lr", "val/loss", "val/miou", "val/pixel_acc")
 # A curve may have 100,000 points, and a picture has only 1,000 columns. With this setting
 # matplotlib leaves out points that would move a line by less than a pixel, in half the time.
-FAST = {"path.simplify_threshold": 1.0}
+FAST: Any = {"path.simplify_threshold": 1.0}
 MOST_POINTS = 2000  # of the band around a curve, which matplotlib does not simplify
 
 

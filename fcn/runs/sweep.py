@@ -109,6 +109,16 @@ def find_job(sweep: Path, overrides: list[str]) -> Path | None:
     return next((run for run in _runs(sweep) if started_with(run, overrides)), None)
 
 
+def finished_before(run: Path) -> bool:
+    """Whether a run has finished. If so, print that, and whether other code has trained it."""
+    if status(run) != "finished":
+        return False
+    revision = read_summary(run).get("git_revision")
+    by = "" if revision == git_revision() else f" by other code (git revision {revision})"
+    print(f"{run}: finished before{by}, so it is skipped", flush=True)
+    return True
+
+
 def resumable(run: Path) -> bool:
     """Whether a run has a checkpoint to be resumed from. If it has none, its folder is removed.
 
@@ -138,10 +148,7 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
 
     sweep = folder.parent
     earlier = find_job(sweep, overrides)
-    if earlier is not None and status(earlier) == "finished":
-        revision = read_summary(earlier).get("git_revision")
-        by = "" if revision == git_revision() else f" by other code (git revision {revision})"
-        print(f"{earlier}: finished before{by}, so it is skipped", flush=True)
+    if earlier is not None and finished_before(earlier):
         return
     try:
         train(earlier if earlier is not None and resumable(earlier) else None)
