@@ -180,11 +180,11 @@ def predict_files(
             failed[path] = reason(error).splitlines()[0]
             continue
         waiting.setdefault(image.shape, []).append((path, image))
-        if len(waiting[image.shape]) == batch_size:
-            failed |= _predict_batch(waiting.pop(image.shape), jobs, network, write)
-        elif sum(map(len, waiting.values())) == 4 * batch_size:
-            # There are many sizes. To limit memory, predict the oldest batch before it is full.
-            failed |= _predict_batch(waiting.pop(next(iter(waiting))), jobs, network, write)
+        largest = max(waiting, key=lambda size: len(waiting[size]))
+        # Where there are many sizes, a batch is predicted before it is full, to limit memory.
+        many = sum(map(len, waiting.values())) == 4 * batch_size
+        if many or len(waiting[largest]) == batch_size:
+            failed |= _predict_batch(waiting.pop(largest), jobs, network, write)
     for batch in waiting.values():
         failed |= _predict_batch(batch, jobs, network, write)
     return failed
