@@ -177,6 +177,10 @@ def test_no_checkpoint_of_ours(tmp_path: Path) -> None:
         message = r"x\.ckpt is no checkpoint of this codebase: it has no config, global_step, hyper"
         with pytest.raises(WeightsError, match=message):
             read_checkpoint(tmp_path / "x.ckpt")
+    for text in (b"", b"hello"):
+        (tmp_path / "x.ckpt").write_bytes(text)
+        with pytest.raises(WeightsError, match=r"x\.ckpt cannot be read: "):
+            read_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_any_changed_bit_is_noticed(save: Callable[..., Path], tmp_path: Path) -> None:

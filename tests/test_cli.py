@@ -63,12 +63,9 @@ def printed(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_our_own_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    error = ConfigError("optimizer.lr=0: must be a number above 0")
-    assert printed(error, capsys) == "error: optimizer.lr=0: must be a number above 0\n"
-
-
-def test_our_own_error_in_one_of_hydras(capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_own_errors_also_in_one_of_hydras(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ConfigError("optimizer.lr=0: must be a number above 0")
+    assert printed(own, capsys) == "error: optimizer.lr=0: must be a number above 0\n"
     error = InstantiationException("Error in call to target 'fcn.datasets.folder.Folder'")
     error.__cause__ = DataError("a.jpg is broken")
     assert printed(error, capsys) == "error: a.jpg is broken\n"
@@ -83,17 +80,17 @@ def test_other_errors_keep_their_traceback() -> None:
         raise BrokenPipeError
 
 
-def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(KeyboardInterrupt(), 130, "\nstopped\n"), (SystemExit(143), 143, "")],
+)
+def test_exit_codes(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped, short_messages():
-        raise KeyboardInterrupt
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "\nstopped\n"
-
-
-def test_exit_code_of_a_script_is_its_own() -> None:
-    with pytest.raises(SystemExit) as stopped, short_messages():
-        raise SystemExit(143)
-    assert stopped.value.code == 143
+        raise error
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == text
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import runpy
 import subprocess
 import sys
@@ -97,9 +96,15 @@ def test_evaluation_elsewhere(tmp_path: Path, finished_run: Path) -> None:
     metrics = evaluate_checkpoint(ckpt, "split=train", f"output={output}", "data.limit=4")
     assert metrics["split"] == "train"
     assert metrics["images"] == 4
-    assert (output / "metrics.json").is_file()
     assert (output / "images.csv").read_text().splitlines()[1].startswith("train_000000,")
     assert not (finished_run / "evaluation").exists()
+    assert metrics["checkpoint"] == str(ckpt)
+    # Shapes at 48 pixels: no pixel is farther than 40 from a boundary.
+    assert metrics["boundary_miou"]["40"] == metrics["miou"]
+    assert metrics["boundary_miou"]["1"] != metrics["miou"]
+    written = json.loads((output / "metrics.json").read_text())
+    assert written["boundary_miou"] == metrics["boundary_miou"]
+    assert list(written["boundary_miou"]) == [str(w) for w in WIDTHS]
 
 
 def test_evaluation_with_other_classes(tmp_path: Path, finished_run: Path, tiny_voc: Path) -> None:
@@ -174,27 +179,7 @@ def test_other_hostile_settings(
     assert {path.name for path in tmp_path.iterdir()} == {"x.ckpt", "out"}
 
 
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("hacked",)
-
-
-@pytest.mark.parametrize("content", [Hostile(), {"state_dict": {}}, [1], b"", b"hello", None])
-def test_broken_checkpoints_are_refused(
-    tmp_path: Path, content: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ckpt = tmp_path / "x.ckpt"
-    if isinstance(content, bytes):
-        ckpt.write_bytes(content)
-    elif content is not None:
-        torch.save(content, ckpt)
-    with pytest.raises(WeightsError, match=r"x\.ckpt"):
-        evaluate_checkpoint(ckpt)
-    assert not (tmp_path / "hacked").exists()
-
-
-def test_data_on_the_command_line(tmp_path: Path, finished_run: Path, tiny_voc: Path) -> None:
+def test_data_on_the_command_line(tmp_path: Path, finished_run: Path) -> None:
     """Without data=..., any key changes the checkpoint's own settings; with it, those are gone."""
     output = f"output={tmp_path / 'out'}"
     changes = ["data.limit=2", "data.dataset.val_length=5", "data.root='a = b'"]
@@ -206,9 +191,6 @@ def test_data_on_the_command_line(tmp_path: Path, finished_run: Path, tiny_voc: 
     assert data["dataset"]["size"] == 48  # the checkpoint's own
     assert "_target_" not in data["dataset"]
 
-    options = ["data=voc2012", f"data.root={tiny_voc}", output]
-    with pytest.raises(ConfigError, match=r"8 classes .*the data 21"):
-        evaluate_checkpoint(finished_run, *options)
     for wrong in ("data.limt", "data.dataset.sise"):
         name = wrong.rpartition(".")[2]
         with pytest.raises(ConfigError, match=f"^data: got an unexpected .*'{name}'$"):
@@ -261,17 +243,6 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     assert not imported & slow
     assert "data:" in result.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_all_pixels_are_in_bands_or_beyond(finished_run: Path, tmp_path: Path) -> None:
-    metrics = evaluated(f"ckpt={finished_run}", f"output={tmp_path}", "report.images=0")
-    assert list(metrics["boundary_miou"]) == [str(w) for w in WIDTHS]
-    assert metrics["checkpoint"] == str(best_checkpoint(finished_run))
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written["boundary_miou"] == metrics["boundary_miou"]
-    # Shapes at 48 pixels: no pixel is farther than 40 from a boundary.
-    assert metrics["boundary_miou"]["40"] == metrics["miou"]
-    assert metrics["boundary_miou"]["1"] != metrics["miou"]
 
 
 @pytest.mark.slow
