@@ -18,9 +18,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from fcn.datasets import VOID, Labels, Sample, reading
+from fcn.datasets import VOID, Labels, reading
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
 
@@ -28,7 +27,7 @@ Colours = Sequence[Sequence[int]]
 Void = int | Sequence[int] | None
 
 
-class Folder(Dataset[Sample]):
+class Folder(reading.Pairs):
     """Pairs of an image and a mask whose names are equal, except for the endings.
 
     Args:
@@ -55,7 +54,6 @@ class Folder(Dataset[Sample]):
             image and its mask differ in size, or a mask holds an unknown label or colour.
     """
 
-    void: int = VOID  # in the masks that this class returns; on disk it may differ
     splits: tuple[str, ...] = ("train", "val", "all")
 
     @classmethod
@@ -125,55 +123,30 @@ class Folder(Dataset[Sample]):
         check_number("data.dataset.val_share", val_share, above=0, below=1)
         check_whole("data.dataset.seed", seed, 0, 2**63)
         reading.check_split("Folder", split, self.splits)
-        base = Path(root or ".").expanduser()
-        self._folders = [base / Path(folder).expanduser() for folder in (images, masks)]
-        self._images, self._masks = map(_pictures, self._folders)
         self._void = void if isinstance(void, int) else None
         class_colours = self.palette if palette is not None else ()
         self._colours = {_number(*colour): k for k, colour in enumerate(class_colours)}
         self._colours |= {_number(*colour): VOID for colour in _void_colours(void)}
         self._grey = all(r == g == b for r, g, b in class_colours)
 
-        names = sorted(self._images.keys() | self._masks.keys())
-        lists: dict[str, list[str]] = {}
-        if train:
-            lists["train"] = _read_list(base, train)
-        if val:
-            lists["val"] = _read_list(base, val)
-        if not lists:
+        base = Path(root or ".").expanduser()
+        folders = [base / Path(folder).expanduser() for folder in (images, masks)]
+        found_images, found_masks = map(_pictures, folders)
+        names = sorted(found_images.keys() | found_masks.keys())
+        lists = {"train": _read_list(base, train), "val": _read_list(base, val)}
+        if not any(lists.values()):
             lists["val"] = _draw(names, val_share, seed)
-        listed = {name for ids in lists.values() for name in ids}
-        rest = [name for name in names if name not in listed]
-        self.ids = names if split == "all" else lists.get(split, rest)
-        if not self.ids:
-            raise DataError(f"{self._folders[0]}: no pairs are left for the split '{split}'")
-        incomplete = [problem for problem in map(self._incomplete, self.ids) if problem]
-        if incomplete:
-            reading.refuse_missing(
-                f"{len(incomplete)} of {len(self.ids)} pairs incomplete: "
-                f"{'; '.join(incomplete[:3])}"
-            )
+        rest = set(names).difference(*lists.values())
+        ids = names if split == "all" else lists[split] or sorted(rest)
+        if not ids:
+            raise DataError(f"{folders[0]}: no pairs are left for the split '{split}'")
+        pairs = {}
+        for name in ids:  # the error about a missing file will show where it should be
+            image, mask = (folder / f"{name}.*" for folder in folders)
+            pairs[name] = found_images.get(name, image), found_masks.get(name, mask)
+        super().__init__(pairs)
 
-    def _incomplete(self, name: str) -> str | None:
-        """A message about what a pair lacks; None if it lacks nothing."""
-        image, mask = self._images.get(name), self._masks.get(name)
-        if image and mask:
-            return None
-        lacking, folder = ("mask", self._folders[1]) if image else ("image", self._folders[0])
-        return f"{image or mask or name}: there is no {lacking} of that name in {folder}"
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        name = self.ids[index]
-        problem = self._incomplete(name)
-        if problem:
-            raise DataError(problem)
-        mask = self._masks[name]
-        return reading.make_sample(name, self._images[name], mask, self._read_mask(mask))
-
-    def _read_mask(self, path: Path) -> np.ndarray:
+    def read_mask(self, path: Path) -> np.ndarray:
         """A mask (H, W) uint8 of labels and VOID, from a picture of labels or of colours.
 
         Raises:
@@ -236,9 +209,9 @@ def _pictures(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _read_list(base: Path, file: str) -> list[str]:
-    """The ids in a text list; a line may also hold the name of a picture."""
-    lines = reading.read_lines(base / Path(file).expanduser())
+def _read_list(base: Path, file: str | None) -> list[str]:
+    """The ids in a text list; a line may also hold the name of a picture. Without a list, none."""
+    lines = reading.read_lines(base / Path(file).expanduser()) if file else []
     return [PurePath(line).stem if reading.is_picture(PurePath(line)) else line for line in lines]
 
 
