@@ -88,6 +88,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.limit, self.seed = limit, seed
+        # Classes are known before any data is on disk: they are attributes of the data set's class,
+        # or, where they depend on its arguments, what its class method `labels` returns for these.
+        labels: Any = getattr(dataset, "func", dataset)
+        if hasattr(labels, "labels"):
+            labels = labels.labels(**getattr(dataset, "keywords", {}))
+        self.classes: tuple[str, ...] = labels.classes
+        self.palette: tuple[tuple[int, int, int], ...] = labels.palette  # RGB, 0 to 255
         self.train_data: SegmentationDataset | None = None
         self.val_data: SegmentationDataset | None = None
 
@@ -116,29 +123,6 @@ class SegmentationDataModule(pl.LightningDataModule):
         except TypeError as error:  # its message names the argument
             raise ConfigError(str(error)) from error
         return cls(dataset=partial(dataset_class, **options), **arguments)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, known before any data is on disk."""
-        return self._labels.classes
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """A colour (R, G, B), 0 to 255, for each class."""
-        return self._labels.palette
-
-    @property
-    def _labels(self) -> Any:
-        """What has `classes` and `palette`: the data set's class, or the result of its `labels`.
-
-        A data set whose classes depend on its arguments has a class method `labels`, which takes
-        the same arguments (see `fcn.datasets.SegmentationDataset`). They are in `make_dataset` if
-        that is a partial of the class.
-        """
-        make: Any = self.make_dataset
-        dataset_class, arguments = getattr(make, "func", make), getattr(make, "keywords", {})
-        has_labels = hasattr(dataset_class, "labels")
-        return dataset_class.labels(**arguments) if has_labels else dataset_class
 
     def prepare_data(self) -> None:
         """Fetch the data if it is missing. Lightning calls this in one process only."""
