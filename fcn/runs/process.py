@@ -36,9 +36,10 @@ def peak_memory() -> int:
     """The most bytes that were allocated on the GPU, or that this process held in RAM."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
+    try:
+        import resource  # Linux and macOS have this
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # Windows counts a peak too
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
