@@ -26,7 +26,7 @@ UNUSUAL = {
 
 
 def colour(mask: np.ndarray) -> Image.Image:
-    return Image.fromarray(mask).convert("RGB")
+    return Image.fromarray(np.stack([mask, mask, 0 * mask], 2))
 
 
 def write_pairs(root: Path, masks: dict[str, np.ndarray | Image.Image]) -> None:
@@ -70,7 +70,7 @@ def test_wrong_mask_ends_training(tmp_path: Path) -> None:
     ("mask", "message"),
     [
         (colour(GOOD), r"bad\.png: a mask of mode RGB needs data\.dataset\.palette"),
-        (colour(GOOD).convert("CMYK").convert("RGBA"), r"bad\.png: a mask of mode RGBA"),
+        (colour(GOOD).convert("RGBA"), r"bad\.png: a mask of mode RGBA"),
         (np.where(GOOD == 1, 7, GOOD).astype(np.uint8), r"bad\.png: labels must .* found 7"),
         (Image.fromarray(GOOD.astype(np.uint16) * 300), r"bad\.png: labels must .* found 300"),
         (GOOD[:, :-1], r"bad\.png: the mask is 47×40, its image 48×40"),

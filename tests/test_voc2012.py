@@ -145,7 +145,7 @@ def test_bad_mask(own_voc: Path) -> None:
     write_mask(path, mask)
     assert str(path) in fails(own_voc)
     assert "found 21, 254" in fails(own_voc)
-    Image.new("RGB", (96, 64)).save(path)
+    Image.new("RGB", (96, 64), "red").save(path)
     assert str(path) in fails(own_voc)
     assert "mode RGB" in fails(own_voc)
 

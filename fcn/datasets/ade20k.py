@@ -97,5 +97,6 @@ class ADE20K(reading.Pairs):
         super().__init__({file.stem: (file, masks / f"{file.stem}.png") for file in files})
 
     def read_mask(self, path: Path) -> np.ndarray:
-        labels = reading.read_mask(path, 151, void=None)
-        return labels if self.other else labels - 1  # uint8: 0 wraps around to 255, which is VOID
+        if self.other:
+            return reading.read_mask(path, 151, void=None)
+        return reading.read_mask(path, 150, void=0)

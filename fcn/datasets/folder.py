@@ -6,7 +6,7 @@
 To use the same data often, copy conf/data/folder.yaml to conf/data/<name>.yaml and write the
 settings there; the data is then `data=<name>`. On disk:
 
-    <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, ...: see FORMATS in reading.py
+    <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, ...: see FORMATS in pictures.py
     <masks>/<id>.png     the label of each pixel, or the colour of its class
     <train>, <val>       optional text lists, with one id (or file name) on each line
 """
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fcn.datasets import VOID, Labels, reading
+from fcn.datasets.pictures import is_picture
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
 
@@ -40,7 +41,7 @@ class Folder(reading.Pairs):
             colour (R, G, B) for each class: RGB and palette pictures are read by their colours. A
             grey picture is still read as labels, unless all of these colours are grey.
         void: the label, or the colour, of pixels that are ignored in training and in every score;
-            None: there are no such pixels.
+            None: there are no such pixels. If it is 0, the labels of the classes are 1, 2, 3, ...
         train, val: text lists of the ids of each split. If there is only one of them, all other
             pairs belong to the other split.
         val_share: if there are no lists, the fraction of the pairs to validate on, which are drawn
@@ -85,7 +86,7 @@ class Folder(reading.Pairs):
         if void is not None and not _is_byte(void) and not (_is_colour(void) and palette):
             wanted = "null, a label up to 255, or, with a palette, a colour [R, G, B]"
             refuse("data.dataset.void", void, wanted)
-        if void in range(len(names)):
+        if void in range(1, len(names)):
             raise ConfigError(f"data.dataset.void={void} is the label of a class")
         if palette is None:
             return Labels(names, voc_palette(len(names)))
@@ -153,10 +154,9 @@ class Folder(reading.Pairs):
             DataError: it is damaged, or holds unknown labels or colours.
         """
         picture = reading.read_picture(path, "mask")
-        if not self._colours and picture.mode not in reading.LABEL_MODES:
-            raise DataError(f"{path}: a mask of mode {picture.mode} needs data.dataset.palette")
         if not self._colours or (picture.mode in reading.LABEL_MODES[1:] and not self._grey):
-            return reading.to_mask(np.array(picture), len(self.classes), void=self._void, path=path)
+            labels = reading.labels_of(picture, path)
+            return reading.to_mask(labels, len(self.classes), void=self._void, path=path)
         pixels = np.array(picture.convert("RGB"), np.int32)  # (H, W, 3)
         colours = _number(*np.moveaxis(pixels, 2, 0))  # (H, W, 3) -> (H, W)
         known = np.array(sorted(self._colours), np.int32)  # (number of colours,)
@@ -200,7 +200,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if reading.is_picture(path) and not path.name.startswith("."):
+        if is_picture(path) and not path.name.startswith("."):
             if path.stem in files:
                 raise DataError(f"{path}: {files[path.stem].name} has the same stem; keep one")
             files[path.stem] = path
@@ -212,7 +212,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
 def _read_list(base: Path, file: str | None) -> list[str]:
     """The ids in a text list; a line may also hold the name of a picture. Without a list, none."""
     lines = reading.read_lines(base / Path(file).expanduser()) if file else []
-    return [PurePath(line).stem if reading.is_picture(PurePath(line)) else line for line in lines]
+    return [PurePath(line).stem if is_picture(PurePath(line)) else line for line in lines]
 
 
 def _draw(names: Sequence[str], share: float, seed: int) -> list[str]:

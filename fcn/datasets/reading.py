@@ -1,4 +1,4 @@
-"""What data sets on disk share: reading and checking lists of ids, photographs and masks.
+"""What data sets on disk share: lists of ids, masks, and samples of an image and its mask.
 
     ids = read_ids(folder / "train.txt")
     data = Pairs({name: (folder / f"{name}.jpg", folder / f"{name}.png") for name in ids})
@@ -9,11 +9,11 @@ Whatever is wrong with a single file, the error is a DataError that begins with 
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path, PurePath, PurePosixPath
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -22,15 +22,20 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from fcn.datasets import VOID, Sample
+from fcn.datasets.pictures import (
+    MAX_PIXELS,
+    WIDE_MODES,
+    Range,
+    check_reading,
+    image_type,
+    is_turned,
+    read_image,
+    read_picture,
+)
 from fcn.errors import DataError, reason
 
-# The formats that Pillow decodes with its own code or with plain libraries. Its other formats start
-# programs (EPS is PostScript, which Ghostscript would execute), or are not for photographs.
-Image.init()
-KNOWN = "JPEG PNG WEBP TIFF BMP GIF PPM MPO JPEG2000 AVIF TGA"
-FORMATS = tuple(name for name in KNOWN.split() if name in Image.OPEN)
 # Pillow's modes of a picture of labels: palette, and grey with 8, 1, 16 and 32 bits.
-LABEL_MODES = ("P", "L", "1", "I;16", "I")
+LABEL_MODES = ("P", "L", "1", *WIDE_MODES)
 
 Pair = tuple[Path, Path]  # the file of an image and the file of its mask
 
@@ -150,86 +155,99 @@ def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-# Pictures are decoded with Pillow: torchvision.io is deprecated since 0.29, and turns the indices
-# of a palette into colours. A damaged file makes Pillow raise errors of nearly any type (OSError,
-# SyntaxError, struct.error, zlib.error, ...), so that all of them are caught.
-
-
-def is_picture(path: PurePath) -> bool:
-    """Whether a file has the ending of one of FORMATS. Its content decides how it is decoded."""
-    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Open a picture without decoding it. Pillow refuses more than 179 million pixels."""
-    with warnings.catch_warnings(action="ignore"):  # Pillow warns at half that number
-        return Image.open(path, formats=FORMATS)
-
-
-def read_picture(path: Path, what: str) -> Image.Image:
-    """Open and decode a picture.
-
-    Args:
-        path: the file.
-        what: what it is, such as "mask", for the message.
-
-    Raises:
-        DataError: the file is missing or damaged, or is no picture.
-    """
-    try:
-        with open_picture(path) as picture:
-            picture.load()
-            return picture
-    except Exception as e:
-        raise DataError(f"{path}: cannot read this {what}: {reason(e)}") from e
-
-
-def read_image(path: Path) -> np.ndarray:
-    """A photograph as (H, W, 3) uint8 RGB. One that is stored in grey is converted."""
-    return np.array(read_picture(path, "image").convert("RGB"))
-
-
 def read_mask(path: Path, num_classes: int, *, void: int | None = VOID) -> np.ndarray:
-    """A mask (H, W) uint8 from a picture of labels. Of a palette, the indices are the labels.
+    """A mask (H, W) uint8 from a picture of labels.
 
     Args:
         path: the file.
-        num_classes: how many labels there are, from 0 up.
-        void: the label of pixels to ignore, which becomes VOID; None: there are none.
+        num_classes, void: as for `to_mask`.
 
     Raises:
         DataError: the file is damaged, is no picture of labels, or holds unknown labels.
     """
-    picture = read_picture(path, "mask")
-    if picture.mode not in LABEL_MODES:
-        raise DataError(f"{path}: a mask must be a palette or grey PNG, not mode {picture.mode}")
-    return to_mask(np.array(picture), num_classes, void=void, path=path)
+    labels = labels_of(read_picture(path, "mask"), path)
+    return to_mask(labels, num_classes, void=void, path=path)
+
+
+def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
+    """The labels (H, W), integers, in a picture of labels. Of a palette, they are the indices.
+
+    A picture of another mode is read too if there is only one meaning: its bands are equal, nothing
+    in it is transparent, and its values are whole numbers.
+
+    Args:
+        picture: the mask, as `read_picture` has read it.
+        path: its file, for the message.
+
+    Raises:
+        DataError: the picture holds colours, transparent pixels or fractions.
+    """
+    labels = np.array(picture)  # (H, W) or (H, W, bands)
+    if picture.mode in ("LA", "PA", "RGBA"):
+        if labels[..., -1].min() < 255:
+            raise DataError(f"{path}: this mask has transparent pixels; save it without alpha")
+        labels = labels[..., :-1]
+    if labels.ndim == 3:
+        if (labels != labels[..., :1]).any():
+            raise DataError(f"{path}: a mask of mode {picture.mode} needs data.dataset.palette")
+        labels = labels[..., 0]
+    if labels.dtype.kind == "f":
+        whole = np.nan_to_num(labels, nan=0.5).round()
+        if (whole != labels).any():
+            raise DataError(f"{path}: this mask holds fractions; its values must be labels")
+        labels = whole.clip(-1, 2**31 - 1).astype(np.int64)
+    return labels
 
 
 def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Path) -> np.ndarray:
-    """Labels (H, W) of any integer type -> (H, W) uint8, with `void` replaced by VOID.
+    """Labels (H, W) of any integer type -> (H, W) uint8: class indices, and VOID.
 
     Args:
         labels: the labels.
-        num_classes, void: as for `read_mask`.
+        num_classes: how many classes there are. Their labels are 0, 1, 2, ...; or, if `void` is 0,
+            1, 2, 3, ...
+        void: the label of pixels to ignore; None: there are none.
         path: the file that they come from, for the message.
 
     Raises:
-        UnknownLabelError: a label is neither one of 0 to num_classes - 1 nor `void`.
+        UnknownLabelError: a label is neither that of a class nor `void`.
     """
-    unknown = (labels < 0) | (labels >= num_classes)  # (H, W)
+    first = 1 if void == 0 else 0
+    unknown = (labels < first) | (labels >= first + num_classes)  # (H, W)
     if void is not None:
         unknown &= labels != void
     if unknown.any():
         values = np.unique(labels[unknown])
         found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
-        allowed = f"0 to {num_classes - 1}" + ("" if void is None else f" or {void} (void)")
-        raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}")
+        allowed = f"{first} to {first + num_classes - 1}"
+        allowed += "" if void is None else f" or {void} (void)"
+        hint = _hint(path, values, num_classes)
+        raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
     mask = labels.astype(np.uint8, copy=False)
+    if void == 0:
+        return mask - np.uint8(1)  # 0 wraps around to 255, which is VOID
     return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
 
 
-def make_sample(name: str, image: Path, mask: Path, labels: np.ndarray) -> Sample:
+def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
+    """What unknown labels most likely mean, and what to do then."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        return "; JPEG changes the values of pixels, so save masks as PNG"
+    if unknown.tolist() == [num_classes]:
+        return "; if the labels begin with 1 and 0 is void, set data.dataset.void=0"
+    return ""
+
+
+def make_sample(
+    name: str,
+    image: Path,
+    mask: Path,
+    labels: np.ndarray,
+    *,
+    value_range: Range | None = None,
+    expected: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Sample:
     """Read an image, and put it together with its labels.
 
     Args:
@@ -237,17 +255,24 @@ def make_sample(name: str, image: Path, mask: Path, labels: np.ndarray) -> Sampl
         image: the file of the image.
         mask: the file that the labels come from, for the message.
         labels: (H, W) uint8.
+        value_range, expected, max_pixels: as for `read_image`.
 
     Raises:
-        DataError: the image is missing or damaged.
+        DataError: the image cannot be read, see `read_image`.
         MismatchedSizeError: image and labels differ in height or width.
     """
-    pixels = read_image(image)  # (H, W, 3) uint8
+    # (H, W, 3) uint8
+    pixels = read_image(image, value_range, expected=expected, max_pixels=max_pixels)
     if labels.shape != pixels.shape[:2]:
         (mh, mw), (h, w) = labels.shape, pixels.shape[:2]
-        raise MismatchedSizeError(
-            f"{mask}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
-        )
+        message = f"{mask}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
+        turned = [path for path in (image, mask) if is_turned(path)]
+        if turned and (mh, mw) == (w, h):
+            message += (
+                f"; the EXIF orientation of {turned[0].name} turns it by 90 degrees, and the other "
+                "fits what is stored, not what is seen: turn that one too, or remove the EXIF"
+            )
+        raise MismatchedSizeError(message)
     return {
         # (H, W, 3) -> (3, H, W), as a view: resizing is fastest if the colours stay innermost.
         "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
@@ -264,19 +289,35 @@ class Pairs(Dataset[Sample]):
 
     Args:
         pairs: the two files of each id, in the order of the data set.
+        value_range, max_pixels: as for `read_image`. All images must have the type of the first.
 
     Raises:
+        ConfigError: `value_range` or `max_pixels` cannot work.
         DataError: a file is missing. While reading: a file is damaged, or a mask does not fit.
     """
 
     classes: tuple[str, ...]
     void: int = VOID
 
-    def __init__(self, pairs: dict[str, Pair]) -> None:
+    def __init__(
+        self,
+        pairs: dict[str, Pair],
+        *,
+        value_range: Range | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        check_reading(value_range, max_pixels)
         self.pairs, self.ids = pairs, list(pairs)
+        self.value_range, self.max_pixels = value_range, max_pixels
         images, masks = zip(*pairs.values(), strict=True)
         check_exist(images, what="images")
         check_exist(masks, what="masks")
+
+    @cached_property
+    def image_type(self) -> str | None:
+        """The type of the first image's values."""
+        images = (image for image, _ in self.pairs.values())
+        return image_type(images, max_pixels=self.max_pixels)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -284,7 +325,19 @@ class Pairs(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        return make_sample(name, image, mask, self.read_mask(mask))
+        return make_sample(
+            name,
+            image,
+            mask,
+            self.read_labels(index),
+            value_range=self.value_range,
+            expected=self.image_type,
+            max_pixels=self.max_pixels,
+        )
+
+    def read_labels(self, index: int) -> np.ndarray:
+        """The mask (H, W) uint8 of a sample, without its image."""
+        return self.read_mask(self.pairs[self.ids[index]][1])
 
     def read_mask(self, path: Path) -> np.ndarray:
         """The labels (H, W) uint8 in a mask's file."""

@@ -1,0 +1,434 @@
+"""The one reader of picture files: training, the check, evaluation and prediction all use it.
+
+    pixels = read_image(Path("x.tif"), (0, 4095))      # (H, W, 3) uint8, upright, whatever the mode
+    facts = image_facts(Path("x.tif"))                 # ("16-bit", 200, 4000)
+    problem = range_problem({path: facts}, None)       # what to do about 12 bits in 16; or None
+
+Whatever is wrong with a file, the error is a DataError that begins with the file's path.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path, PurePath
+from sys import byteorder
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+
+from fcn.errors import DataError, check_whole, is_number, reason, refuse
+
+log = logging.getLogger(__name__)
+
+with suppress(ImportError):  # requirements/heic.txt
+    import_module("pillow_heif").register_heif_opener()
+# The formats that Pillow decodes with its own code or with plain libraries. Its other formats start
+# programs (EPS is PostScript, which Ghostscript would execute), or are not for photographs.
+Image.init()
+KNOWN = "JPEG PNG WEBP TIFF BMP GIF PPM MPO JPEG2000 AVIF TGA HEIF"
+FORMATS = tuple(name for name in KNOWN.split() if name in Image.OPEN)
+# In files of these formats the first picture is the photograph. The others are its thumbnail, its
+# depth, or what a second lens saw.
+FIRST_PICTURE = ("MPO", "HEIF")
+# `open_picture` has a limit of its own, which a setting can raise. Pillow's is off, because it is
+# one number for the whole process, which threads would share.
+Image.MAX_IMAGE_PIXELS = None
+MAX_PIXELS = 178_956_970  # the number at which Pillow would refuse an image
+
+# Pillow's modes of one band of whole numbers above 255; "I" has 32 bits and is used for 16 as well.
+WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+# Tags of TIFF; the first of them is EXIF's too.
+ORIENTATION, BITS, BANDS, COLOURS, SAMPLE_FORMAT, KIND_OF_PAGE = 274, 258, 277, 262, 339, 254
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+COLOUR_MODES = ("1", "L", "P", "RGB", "YCbCr")
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+DEEP_MODES = re.compile("(RGBA?|RGBa|LA);16[BLN]")  # of Pillow's decoders: 16 bits for each colour
+
+Range = Sequence[float]  # the values that become 0 and 255
+FULL_RANGE = {"8-bit": (0, 255), "16-bit": (0, 65535), "float": (0, 1)}
+# Where all values lie in less than this share of the full range, the range is set wrongly: 12 bits
+# fill 6 % of 16, and 14 bits fill a quarter.
+SMALL_SHARE = 1 / 3
+
+
+class Facts(NamedTuple):
+    """The type of an image's values, and the lowest and the highest of them."""
+
+    type: str  # a key of FULL_RANGE
+    lowest: float
+    highest: float
+
+
+def is_picture(path: PurePath) -> bool:
+    """Whether a file has the ending of one of FORMATS. Its content decides how it is decoded."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
+
+
+def check_reading(value_range: object, max_pixels: object) -> None:
+    """Refuse settings of a data set that `read_image` cannot work with.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    numbers = value_range if isinstance(value_range, list | tuple) else ()
+    right = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
+    if value_range is not None and not right:
+        wanted = "null or two numbers [low, high], which become black and white"
+        refuse("data.dataset.value_range", value_range, wanted)
+    check_whole("data.dataset.max_pixels", max_pixels, 1, 2**40)
+
+
+def open_picture(
+    path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS
+) -> ImageFile.ImageFile:
+    """Open a picture without decoding it.
+
+    Args:
+        path: the file.
+        what: what it is, such as "mask", for the message.
+        max_pixels: the largest number of pixels.
+
+    Raises:
+        DataError: the file is missing or damaged, is no picture, or is too large.
+    """
+    try:
+        picture = Image.open(path, formats=FORMATS)
+    except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
+        raise DataError(f"{path}: cannot read this {what}: {_why_not_opened(path, e)}") from e
+    pixels = picture.width * picture.height
+    if pixels > max_pixels:
+        picture.close()
+        raise DataError(
+            f"{path}: cannot read this {what}: it has {picture.width}×{picture.height} pixels, "
+            f"{pixels / 1e6:,.1f} million, and the limit is {max_pixels / 1e6:,.1f} million; "
+            f"data.dataset.max_pixels={pixels} allows it, in predict.py max_pixels={pixels} "
+            "tile=1024"
+        )
+    return picture
+
+
+def _why_not_opened(path: Path, error: Exception) -> str:
+    """Why Pillow cannot open a file, in words; for a TIFF, which bands and type it has."""
+    with suppress(Exception), path.open("rb") as file:
+        head = file.read(8)
+        directory = ImageFileDirectory_v2(head)
+        file.seek(directory.next)
+        directory.load(file)
+        bands, bits = directory.get(BANDS, 1), directory.get(BITS, (1,))[0]
+        return (
+            f"it is a TIFF of {bands} bands of {bits} bits, which Pillow does not read; save 1, 3 "
+            "or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or 32-bit float"
+        )
+    return reason(error).splitlines()[0]
+
+
+def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and decode a picture, and turn it upright as its EXIF orientation says.
+
+    Args:
+        path, what, max_pixels: as for `open_picture`.
+
+    Raises:
+        DataError: the file is missing or damaged, is no picture, is too large, has several pages,
+            or has bands or bits that Pillow would drop.
+    """
+    picture, found = _decode(path, what, max_pixels)
+    if found == "16-bit" and picture.mode not in WIDE_MODES:
+        raise DataError(f"{path}: a {what} of colours in 16 bits is not read: save it in 8 bits")
+    return picture
+
+
+def _decode(
+    path: Path, what: str, max_pixels: int, *, low_bytes: bool = False
+) -> tuple[Image.Image, str]:
+    """The upright picture, and the type of its values.
+
+    Of colours in 16 bits, Pillow decodes the upper 8 only; with `low_bytes` it is the lower 8.
+    """
+    with open_picture(path, what, max_pixels=max_pixels) as picture:
+        try:
+            _choose_page(picture)
+            found = _type_of(picture)
+            if isinstance(picture, TiffImageFile):
+                _check_tiff(picture, found)
+            if low_bytes:
+                picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
+            picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation
+            turn = TURNS.get(_orientation(picture))
+            return (picture if turn is None else picture.transpose(turn)), found
+        except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
+            first_line = (reason(e).splitlines() or [type(e).__name__])[0]
+            raise DataError(f"{path}: cannot read this {what}: {first_line}") from e
+
+
+def _choose_page(picture: ImageFile.ImageFile) -> None:
+    """Go to the one picture in a file.
+
+    Raises:
+        ValueError: there are several.
+    """
+    pages = list(range(getattr(picture, "n_frames", 1)))
+    if len(pages) == 1 or picture.format in FIRST_PICTURE:
+        return
+    if isinstance(picture, TiffImageFile):
+        kinds = {}
+        for page in pages:
+            picture.seek(page)
+            kinds[page] = picture.tag_v2.get(KIND_OF_PAGE, 0)
+        # 1 is for a smaller copy of another page, 4 for its transparency.
+        pages = [page for page, kind in kinds.items() if not kind & 5]
+    if len(pages) != 1:
+        raise ValueError(f"it has {len(pages)} pages; save each page as a file of its own")
+    picture.seek(pages[0])
+
+
+def _type_of(picture: ImageFile.ImageFile) -> str:
+    """The type of the values in an open file, a key of FULL_RANGE."""
+    if picture.mode == "F":
+        return "float"
+    is_deep = any(DEEP_MODES.fullmatch(_raw_mode(tile.args)) for tile in picture.tile)
+    return "16-bit" if is_deep or picture.mode in WIDE_MODES else "8-bit"
+
+
+def _check_tiff(picture: TiffImageFile, found: str) -> None:
+    """Refuse a TIFF of which Pillow would drop bands or bits, or misread the values.
+
+    Raises:
+        ValueError: it is such a file.
+    """
+    tags = picture.tag_v2
+    bits = tags.get(BITS, (1,))
+    bands = max(tags.get(BANDS, 1), len(bits))
+    if bands != len(picture.getbands()):
+        raise ValueError(
+            f"it has {bands} bands, and images have 1, 3 or 4 (RGBA); save the 3 that the network "
+            "shall see as RGB"
+        )
+    if max(bits) > 8 and found == "8-bit":
+        raise ValueError(f"Pillow reads only 8 of its {max(bits)} bits; save it in 8 bits")
+    if max(bits) == 8 and 2 in tags.get(SAMPLE_FORMAT, (1,)):
+        raise ValueError("its values are signed; save them in 16 bits")
+    if found != "8-bit" and tags.get(COLOURS) == 0:
+        raise ValueError("its value 0 is white (WhiteIsZero); save it with 0 for black")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 is upright. An EXIF block that cannot be read counts as 1."""
+    with suppress(Exception):
+        return int(picture.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def is_turned(path: Path) -> bool:
+    """Whether the EXIF orientation of a file exchanges width and height."""
+    with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
+        return _orientation(picture) >= 5
+    return False
+
+
+def _raw_mode(args: object) -> str:
+    """What Pillow's decoder makes of the bytes, such as "RGB;16B"."""
+    return str(args[0] if isinstance(args, tuple) else args)
+
+
+def _low_bytes(args: Any) -> Any:
+    """The arguments of Pillow's decoder for the lower 8 of 16 bits: the other byte of each pair."""
+    mode = _raw_mode(args)
+    if mode.startswith(("LA", "RGBa")):
+        raise ValueError(f"Pillow reads only 8 of its 16 bits ({mode}); save it as RGB")
+    is_little = mode[-1] == "L" or (mode[-1] == "N" and byteorder == "little")
+    low = mode[:-1] + ("B" if is_little else "L")
+    return (low, *args[1:]) if isinstance(args, tuple) else low
+
+
+def read_image(
+    path: Path,
+    value_range: Range | None = None,
+    *,
+    expected: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """An image as (H, W, 3) uint8 RGB, upright as its EXIF orientation says.
+
+    Grey is repeated for the three colours. An alpha channel is dropped, and the colours below it
+    are used as they are stored.
+
+    Args:
+        path: the file.
+        value_range: the values that become 0 and 255. What lies outside becomes 0 or 255. None: the
+            whole range of the file's type, which is 255, 65535, or 1 for float.
+        expected: the type that the file must have, which is that of the other images of its data
+            set: "8-bit", "16-bit" or "float". None: any.
+        max_pixels: the largest number of pixels.
+
+    Raises:
+        DataError: the file is missing, damaged or too large, is no picture, has several pages,
+            other than 1, 3 or 4 (RGBA) bands, another type, or values that no range is set for.
+    """
+    values, found = _read_values(path, max_pixels)  # (H, W) or (H, W, 3)
+    if expected not in (None, found):
+        raise DataError(f"{path}: {_mixed(found, 'the first image of its data set', expected)}")
+    facts = Facts(found, 0, 255) if found == "8-bit" else _measure(values, found)
+    problem = _misfit(facts, value_range)
+    if problem:
+        raise DataError(f"{path}: {problem}")
+    low, high = FULL_RANGE[found] if value_range is None else value_range
+    if found != "8-bit" or (low, high) != (0, 255):
+        wide = np.subtract(values, low, dtype=np.result_type(values.dtype, np.float32))
+        mapped = np.nan_to_num(wide * (255 / (high - low)), posinf=255, neginf=0)
+        values = mapped.round().clip(0, 255).astype(np.uint8)
+    if values.ndim == 2:
+        values = np.repeat(values[..., None], 3, axis=2)  # (H, W) -> (H, W, 3)
+    return values
+
+
+def image_facts(path: Path, *, max_pixels: int = MAX_PIXELS) -> Facts:
+    """The type of an image's values, and the lowest and highest of them, as they are stored.
+
+    Args:
+        path, max_pixels: as for `read_image`, which raises the same errors.
+    """
+    return _measure(*_read_values(path, max_pixels))
+
+
+def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | None:
+    """The type of the first image that can be opened; None if none can. None is decoded."""
+    for path in paths:
+        with suppress(DataError), open_picture(path, max_pixels=max_pixels) as picture:
+            return _type_of(picture)
+    return None
+
+
+def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str | None:
+    """What is wrong with the values of a data set's images, and what to do; None: nothing.
+
+    Args:
+        facts: of all images, or of a sample of them.
+        value_range: the setting `data.dataset.value_range`.
+    """
+    if not facts:
+        return None
+    first, (found, _, _) = next(iter(facts.items()))
+    for path, fact in facts.items():
+        if fact.type != found:
+            return f"{path}: {_mixed(fact.type, str(first), found)}"
+    lowest, highest = min(f.lowest for f in facts.values()), max(f.highest for f in facts.values())
+    together = Facts(found, lowest, highest)
+    images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
+    problem = _misfit(together, value_range)
+    low, high = FULL_RANGE[found]
+    outside = value_range is not None and (lowest >= value_range[1] or highest <= value_range[0])
+    if not problem and value_range is not None and outside:
+        problem = (
+            f"their {found} values from {lowest:g} to {highest:g} all lie outside of "
+            f"data.dataset.value_range={_written(value_range)}; {_proposal(together)}"
+        )
+    share = (highest - lowest) / (high - low)
+    if not problem and value_range is None and found != "8-bit" and share < SMALL_SHARE:
+        problem = (
+            f"their {found} values from {lowest:g} to {highest:g} fill only {share:.0%} of the "
+            f"range from {low} to {high}, so that the network would see hardly any contrast; "
+            f"{_proposal(together)}, and {_written((low, high))} leaves them as they are"
+        )
+    return images + problem if problem else None
+
+
+def _measure(values: np.ndarray, found: str) -> Facts:
+    if found == "float":
+        values = values[np.isfinite(values)]
+    if values.size == 0:  # nothing but NaN
+        return Facts(found, 0, 0)
+    return Facts(found, float(values.min()), float(values.max()))
+
+
+def _mixed(found: str, first: str, expected: str | None) -> str:
+    """What is wrong with an image of another type than the first one."""
+    return f"this image is {found}, but {first} is {expected}; save all images in one type"
+
+
+def _misfit(facts: Facts, value_range: Range | None) -> str | None:
+    """Why images with these values cannot be read with this range; None: they can be."""
+    if value_range is not None:
+        low, high = value_range
+        other = low < 0 or high > 255 if facts.type == "8-bit" else high - low <= 1
+        if other and facts.type != "float":
+            setting = f"data.dataset.value_range={_written(value_range)}"
+            return f"{setting} is for images of another type, and these values are {facts.type}"
+        return None
+    low, high = FULL_RANGE[facts.type]
+    if low <= facts.lowest <= facts.highest <= high:
+        return None
+    return (
+        f"{facts.type} values from {facts.lowest:g} to {facts.highest:g} exceed the range from "
+        f"{low} to {high}; {_proposal(facts)}"
+    )
+
+
+def _proposal(facts: Facts) -> str:
+    """A range for these values: that of 8, 10, 12, 14 or 16 bits if it fits, else their own."""
+    found, lowest, highest = facts
+    tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
+    top = next((top for top in tops if highest <= top), highest)
+    fits = lowest >= 0 and highest - lowest >= SMALL_SHARE * top
+    best = (0, top) if fits or lowest == highest else (lowest, highest)
+    return f"data.dataset.value_range={_written(best)} spreads them from black to white"
+
+
+def _written(value_range: Range) -> str:
+    """A range as it is written on the command line."""
+    return f"[{value_range[0]:.7g},{value_range[1]:.7g}]"
+
+
+_with_alpha: list[Path] = []  # the first image with transparent pixels; one warning is enough
+
+
+def _warn_about_alpha(path: Path) -> None:
+    if not _with_alpha:
+        _with_alpha.append(path)
+        log.warning(
+            "%s has transparent pixels; in this and in other images, alpha is dropped and the "
+            "colours below it are used as they are stored",
+            path,
+        )
+
+
+def _read_values(path: Path, max_pixels: int) -> tuple[np.ndarray, str]:
+    """Values as stored, (H, W) or (H, W, 3), and their type: uint8, uint16, int32 or float32."""
+    picture, found = _decode(path, "image", max_pixels)
+    mode = picture.mode
+    if mode in WIDE_MODES or mode == "F":
+        values = np.array(picture)
+        return values.astype(values.dtype.newbyteorder("=")), found
+    if mode not in COLOUR_MODES and mode not in ALPHA_MODES:
+        raise DataError(f"{path}: an image of mode {mode} is not read; save it as RGB")
+    if mode in ("La", "RGBa"):  # colours that are multiplied by alpha
+        picture = picture.convert(mode.upper())
+    if mode in ALPHA_MODES:
+        clear = np.array(picture.getchannel("A")).min() < 255
+    else:
+        clear = "transparency" in picture.info
+    if clear:
+        _warn_about_alpha(path)
+    if mode in ("LA", "La"):
+        values = np.array(picture)[..., 0]
+    elif mode.startswith("RGB"):
+        values = np.array(picture)[..., :3]
+    else:
+        values = np.array(picture.convert("RGB"))
+    if found == "16-bit":  # so far these are the upper 8 bits
+        low, _ = _decode(path, "image", max_pixels, low_bytes=True)
+        values = values.astype(np.uint16) << 8 | np.array(low)[..., :3]
+    return values, found
