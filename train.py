@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fcn import cli
 
@@ -57,24 +57,29 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     from fcn.training.fit import find_checkpoint, fit
     from fcn.training.settings import check_settings
     from fcn.training.settle import settle_length, settle_precision
+    from fcn.training.trainer import build_trainer, refuse_sweep_over_devices
 
-    OmegaConf.resolve(cfg)
-    check_settings(plain(cfg))
+    cfg = cli.resolved(cfg)
+    check_settings(cli.plain(cfg))
     quiet_lightning()
     with ExitStack() as stack:
         if cfg.resume and is_main_process():
             stack.enter_context(lock_run(run))
         settle_precision(cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
+        trial = build_trainer(cfg)  # Lightning refuses what cannot work before data is fetched
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            refuse_sweep_over_devices(trial)
         callbacks = cli.build_each(cfg, "callbacks", Callback)
         datamodule, module = build_data_and_module(cfg)
-        settle_length(cfg, datamodule, module)
+        settle_length(cfg, datamodule, module, trial)
         checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
         if is_main_process() and not cfg.resume:
             run = stack.enter_context(new_run(run))
-        trainer = build_trainer(cfg, run, step, list(callbacks.values()))
+        loggers = build_loggers(cfg, run, step) if is_main_process() else []
+        trainer = build_trainer(cfg, run, list(callbacks.values()), loggers)
         if is_main_process():
             write_settings(run, cfg, overrides or [])
             device = f"{trainer.world_size} x {trainer.strategy.root_device}, {trainer.precision}"
@@ -87,11 +92,6 @@ def advice(cfg: DictConfig, size: int) -> str:
     from fcn import memory
 
     return memory.advice(cfg, size)
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Settings as plain Python."""
-    return OmegaConf.to_container(cfg)  # type: ignore[return-value]
 
 
 def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, SegmentationModule]":
@@ -121,25 +121,8 @@ def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, Seg
     return datamodule, module
 
 
-def build_trainer(
-    cfg: DictConfig, run: Path, step: int, callbacks: "list[pl.Callback]"
-) -> "pl.Trainer":
-    """Lightning's Trainer with its loggers, for a run that begins at optimizer step `step`."""
-    from fcn.runs.process import is_main_process
-    from fcn.training.trainer import refuse_sweep_over_devices, trainer_arguments
-
-    loggers = build_loggers(cfg, run, step) if is_main_process() else []
-    arguments = trainer_arguments(plain(cfg), run, callbacks, loggers)
-    settings = OmegaConf.create({"trainer": cfg.trainer})
-    settings.trainer.pop("compile", None)  # `train` above applies it; Lightning does not know it
-    trainer = cli.build(settings, "trainer", **arguments)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        refuse_sweep_over_devices(trainer)
-    return trainer
-
-
 def build_loggers(cfg: DictConfig, run: Path, step: int) -> "list[pl.loggers.Logger]":
-    """metrics.csv, and the loggers of conf/logger, which write into the run folder."""
+    """metrics.csv, continued from optimizer step `step`, and the loggers of conf/logger."""
     from pytorch_lightning.loggers import Logger
 
     from fcn.runs.loggers import logger_settings
@@ -147,7 +130,7 @@ def build_loggers(cfg: DictConfig, run: Path, step: int) -> "list[pl.loggers.Log
 
     others = cli.build_each(logger_settings(cfg, run), "logger", Logger)
     for logger in others.values():
-        logger.log_hyperparams(plain(cfg))
+        logger.log_hyperparams(cli.plain(cfg))
     return [MetricsCSV(run / "metrics.csv", resume_step=step), *others.values()]
 
 

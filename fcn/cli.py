@@ -31,7 +31,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 # Errors of Hydra and OmegaConf, which a user can correct on the command line.
 MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
-PATHS = ("ckpt", "input", "output", "data.root", "model.weights", "resume", "hydra.run.dir")
+PATHS = re.compile(
+    r"\+*(ckpt|input|output|resume|model\.weights|data\.dataset\.(images|masks|train|val)"
+    r"|([\w.]+\.)?\w*(dir|path|root|folder|filename))"  # such as hydra.run.dir, callbacks.a.dirpath
+)
 # A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
 # character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
@@ -52,8 +55,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main function: paths may hold any character, and errors are short."""
     # With this setting Hydra raises errors to its caller, and `short_messages` reports them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    if not {"-m", "--multirun"} & set(sys.argv):  # In a sweep, a comma separates the values.
-        sys.argv[1:] = map(quoted, sys.argv[1:])
+    sweep = bool({"-m", "--multirun"} & set(sys.argv))
+    sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
     with short_messages():
         main()
 
@@ -92,7 +95,7 @@ def read_settings(arguments: Sequence[str] | None, module: str, doc: str | None)
         doc: the module's docstring.
 
     Returns:
-        Arguments KEY=VALUE for Hydra, in which a path may hold any character.
+        Arguments KEY=VALUE as they were given. `compose` takes them.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
@@ -100,7 +103,7 @@ def read_settings(arguments: Sequence[str] | None, module: str, doc: str | None)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of train.py")
-    return list(map(quoted, parser.parse_args(arguments).settings))
+    return list(parser.parse_args(arguments).settings)
 
 
 def _reader_has_gone() -> bool:
@@ -124,17 +127,68 @@ def short_message(error: BaseException) -> str:
     return _of_hydra(error) if cause is None else str(cause)
 
 
-def quoted(argument: str) -> str:
-    """Put quotes around the value of a path, which may hold characters of Hydra's grammar.
+def quoted(argument: str, *, sweep: bool = False) -> str:
+    """An argument key=value in a form that Hydra's grammar reads as it is meant.
 
-    `input=a,b=(1).jpg` becomes `input='a,b=(1).jpg'`. Other arguments stay as they are, and so does
-    a path that needs no quotes, or has them already.
+    A path may hold any character, so quotes are put around it: `input=a,b=(1).jpg` becomes
+    `input='a,b=(1).jpg'`. `None`, which is how W&B's agent writes it, becomes `null`. All else
+    stays as it is.
+
+    Args:
+        sweep: in a sweep, commas separate the values of a setting, which may be paths too.
     """
-    key, _, value = argument.partition("=")
-    if key not in PATHS or PLAIN.fullmatch(value) or re.fullmatch(r"|'.*'|\".*\"", value):
-        return argument
-    value = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
-    return f"{key}='{value}'".replace("${", "\\${")
+    key, equals, value = argument.partition("=")
+    value = re.sub(r"(^|[\[,]) *None *(?=[\],]|$)", r"\1null", value)
+    if key == "compare":
+        value = _quoted_pair(value)
+    elif key.startswith("hydra.") and PATHS.fullmatch(key):
+        # Such a folder may be named after the time, ${now:...}, or after the run, ${name}.
+        value = re.sub(r"\\(\$\{(now:|oc\.|hydra[.:]|name\}))", r"\1", _quoted_path(value))
+    elif PATHS.fullmatch(key):
+        swept = sweep and not os.path.exists(value)
+        if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)
+            value = ",".join(map(_quoted_path, value.split(",") if swept else [value]))
+    return f"{key}{equals}{value}"
+
+
+def _quoted_path(path: str) -> str:
+    """A path in quotes, unless it has some already, or holds only characters that need none."""
+    if PLAIN.fullmatch(path) or re.fullmatch(r"|'.*'|\".*\"", path):
+        return path
+    text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)
+    return f"'{text}'".replace("${", "\\${")
+
+
+def _quoted_pair(value: str) -> str:
+    """The value `[A,B]` of evaluate.py's setting compare, with quotes around A and B.
+
+    Where a path holds a comma, the two parts that exist are taken.
+    """
+    inner = value.strip()[1:-1]
+    commas = [place for place, character in enumerate(inner) if character == ","]
+    pairs = [(inner[:place].strip(), inner[place + 1 :].strip()) for place in commas]
+    found = [pair for pair in pairs if all(map(os.path.exists, pair))]
+    if value.strip() != f"[{inner}]" or len(found or pairs) != 1:
+        return value
+    return f"[{','.join(map(_quoted_path, (found or pairs)[0]))}]"
+
+
+def literal(text: str) -> str:
+    """A text in a form in which OmegaConf takes it as it is: "${" would stand for another value."""
+    return text.replace("${", "\\${")
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """A copy of settings in which every ${...} is replaced by what it stands for."""
+
+    def copy(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: copy(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return list(map(copy, node))
+        return literal(node) if isinstance(node, str) else node
+
+    return OmegaConf.create(copy(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
@@ -145,15 +199,21 @@ def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
         config: the script's name: train, evaluate, predict or export.
     """
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config, list(overrides))
+        return hydra.compose(config, list(map(quoted, overrides)))
 
 
-def build(cfg: DictConfig, key: str, **more: Any) -> Any:
+def plain(cfg: DictConfig) -> Any:
+    """Settings as plain Python: dicts, lists, numbers and texts."""
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def build(cfg: DictConfig, key: str, *, without: Sequence[str] = (), **more: Any) -> Any:
     """Call the `_target_` of one part of the configuration.
 
     Args:
         cfg: the configuration.
         key: the part, such as "data" or "callbacks.panels".
+        without: names in that part which are no arguments of the call.
         more: further arguments of the call.
 
     Raises:
@@ -166,6 +226,8 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
             raise ConfigError(f"{key} has a new name: {RENAMED[key]}")
         raise ConfigError(f"{key}: this needs a _target_, the class or function to call")
     try:
+        if without:
+            node = OmegaConf.masked_copy(node, [name for name in node if name not in without])
         return instantiate(node, _convert_="all", **more)
     except InstantiationException as error:
         part = re.search(r"full_key: (\S+)", str(error))  # such as data.dataset, within data
@@ -225,7 +287,16 @@ def _of_hydra(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         why = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
-        return f"{error.override}: this does not read as setting=value ({why})"
+        return (
+            f"{error.override}: this does not read as setting=value ({why}). A text with characters "
+            "such as = ( ) [ ] needs quotes around it and its setting: \"key='a text'\""
+        )
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", lines[0])
+    if several:
+        return (
+            f"{several[1]}: these are several values. To train with each of them, add -m: python "
+            "train.py -m ...; a list is written in brackets, key=[1,2]"
+        )
     first = lines[0].replace("Could not override", "There is no setting")
     key = re.search(r"'([\w.]+)'", first)
     if key and key[1] in RENAMED:

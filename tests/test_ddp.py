@@ -24,7 +24,7 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, DataError
 from fcn.runs.metrics import read_metrics
-from train import build_data_and_module, build_trainer
+from train import build_data_and_module, train
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -147,7 +147,8 @@ def test_a_sweep_over_several_devices_is_refused(
     monkeypatch.setattr("train.HydraConfig.initialized", lambda: True)
     monkeypatch.setattr("train.HydraConfig.get", lambda: DictConfig({"mode": RunMode.MULTIRUN}))
     with pytest.raises(ConfigError, match=r"^trainer\.devices=2 in a sweep"):
-        build_trainer(cfg, tmp_path, 0, [])
+        train(cfg, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Process:

@@ -1,8 +1,10 @@
 """Settings: what is in conf/ is accepted, and what cannot work is named before anything runs."""
 
+import inspect
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import PROJECT, compose_config
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +13,8 @@ from pytorch_lightning import Callback
 from fcn import cli
 from fcn.errors import ConfigError
 from fcn.network import FCN
-from fcn.training.settings import check_settings, dummy_parameters
+from fcn.training.settings import NOT_TAKEN, check_settings, dummy_parameters
+from fcn.training.trainer import build_trainer
 
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 
@@ -22,6 +25,9 @@ def check(cfg: DictConfig) -> None:
     check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     if cfg.optimizer.get("fused") == "auto":
         cfg.optimizer.fused = None
+    if cfg.trainer.precision == "auto":
+        cfg.trainer.precision = "32-true"
+    build_trainer(cfg)
     cli.build_each(cfg, "callbacks", Callback)
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
     cli.build(cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1)
@@ -37,7 +43,7 @@ def defaults() -> DictConfig:
 
 def changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
     cfg = cfg.copy()
-    OmegaConf.update(cfg, key, value, merge=False)
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
 
 
@@ -129,9 +135,14 @@ BAD_VALUES = [
     ("trainer.accumulate_grad_batches", 0),
     ("trainer.gradient_clip_val", 0),
     ("trainer.precision", "fp8"),
-    ("trainer.devices", 0),
+    ("trainer.devices", 257),
+    ("trainer.profiler", "xla"),
+    ("trainer.min_steps", 0),
+    ("trainer.num_sanity_val_steps", -2),
+    ("trainer.detect_anomaly", "no"),
     ("trainer.limit_val_batches", 0),
     ("trainer.deterministic", "yes"),
+    ("trainer.benchmark", "yes"),
     ("trainer.enable_progress_bar", 1),
     ("callbacks.loss_statistics.half_life", 0),
     ("callbacks.loss_statistics.window", 0),
@@ -151,6 +162,36 @@ def test_bad_value_is_named(key: str, value: Any, defaults: DictConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("devices", 0, r"devices=0"),
+        ("devices", "two", r"`devices` "),
+        ("accelerator", "gpuu", r"accelerator.*gpuu"),
+        ("strategy", "ddpp", r"strategy.*ddpp"),
+        ("gradient_clip_algorithm", "max", r"gradient_clip_algorithm. max"),
+        ("patience", 3, r"argument 'patience'"),
+    ],
+)
+def test_lightning_refuses_the_rest(
+    key: str, value: Any, message: str, defaults: DictConfig
+) -> None:
+    with pytest.raises(ConfigError, match=f"^trainer: .*{message}") as caught:
+        check(changed(defaults, f"trainer.{key}", value))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_argument_of_lightnings_trainer(defaults: DictConfig) -> None:
+    """Each is a setting of ours, or passed on, or refused with the reason."""
+    passed_on = {"detect_anomaly", "gradient_clip_algorithm", "inference_mode", "min_steps"}
+    passed_on |= {"num_nodes", "num_sanity_val_steps", "strategy"}
+    arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    assert arguments - set(defaults.trainer) - passed_on == set(NOT_TAKEN)
+    for name in NOT_TAKEN:
+        with pytest.raises(ConfigError, match=rf"^trainer\.{name} is not a setting of a run: ."):
+            check(changed(defaults, f"trainer.{name}", None))
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("data.batch_size", 7),
@@ -162,7 +203,11 @@ def test_bad_value_is_named(key: str, value: Any, defaults: DictConfig) -> None:
         ("optimizer.lr", 1),
         ("trainer.max_time", "00:00:15:00"),
         ("trainer.max_time", {"minutes": 15}),
-        ("trainer.devices", [0, 1]),
+        ("trainer.devices", 2),
+        ("trainer.min_steps", 3),
+        ("trainer.gradient_clip_algorithm", "value"),
+        ("trainer.inference_mode", False),
+        ("trainer.num_sanity_val_steps", -1),
         ("trainer.devices", "auto"),
         ("trainer.limit_val_batches", 0.5),
         ("trainer.deterministic", "warn"),

@@ -28,7 +28,32 @@ from fcn.precision import PRECISIONS
 Settings = Mapping[str, Any]
 
 GROUPS = ("data", "model", "optimizer", "scheduler", "trainer")
-PROFILERS = ("simple", "advanced", "pytorch")
+SWITCHES = ["compile", "enable_progress_bar", "enable_model_summary", "detect_anomaly"]
+SWITCHES += ["inference_mode"]
+# Arguments of Lightning's Trainer that would be replaced, or have no effect, with what serves
+# instead.
+ONE_EPOCH = "a run is one endless epoch, and all settings count optimizer steps"
+ONLY_TRAINS = "train.py only trains and validates; evaluate.py scores, predict.py predicts"
+NOT_TAKEN = {
+    "barebones": "it would switch off checkpoints and metrics.csv",
+    "callbacks": "callbacks are entries of conf/callbacks: +callbacks.NAME._target_=CLASS",
+    "check_val_every_n_epoch": f"{ONE_EPOCH}; use trainer.val_check_interval",
+    "default_root_dir": "hydra.run.dir=FOLDER chooses the run folder",
+    "enable_autolog_hparams": "every logger gets all settings",
+    "enable_checkpointing": "checkpoints are callbacks; callbacks.best_checkpoint=null removes one",
+    "fast_dev_run": "trainer.max_steps=1 trainer.limit_val_batches=1 is a short trial",
+    "limit_predict_batches": ONLY_TRAINS,
+    "limit_test_batches": ONLY_TRAINS,
+    "limit_train_batches": "data.limit=N uses the first N images of each split",
+    "logger": "loggers are entries of conf/logger: logger=none, logger=tensorboard",
+    "min_epochs": f"{ONE_EPOCH}; use trainer.min_steps",
+    "model_registry": "it belongs to a paid service of Lightning's makers",
+    "overfit_batches": "data.limit=N data.val_split=train validates on the N images it trains on",
+    "plugins": "trainer.precision and trainer.strategy choose Lightning's own",
+    "reload_dataloaders_every_n_epochs": ONE_EPOCH,
+    "sync_batchnorm": "the network has no batch normalisation",
+    "use_distributed_sampler": "the data module gives each process its own images",
+}
 
 
 def check_settings(config: Settings) -> None:
@@ -84,33 +109,38 @@ def check_optimizer(settings: Settings) -> None:
 def check_trainer(settings: Settings) -> None:
     """Refuse settings of conf/trainer that Lightning would refuse too late, or not at all.
 
+    All others are refused by Lightning's Trainer, which train.py builds once before anything else.
+
     Raises:
         ConfigError: the message begins with the setting and its value.
     """
+    for name, why in NOT_TAKEN.items():
+        if name in settings:
+            raise ConfigError(f"trainer.{name} is not a setting of a run: {why}")
     for name in ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         check_whole(f"trainer.{name}", settings.get(name), 1)
     max_steps, max_time = settings.get("max_steps"), settings.get("max_time")
     if max_steps != -1:
         check_whole("trainer.max_steps", max_steps, 1)
-    check_whole("trainer.max_epochs", settings.get("max_epochs"), 1, optional=True)
+    for name in ("max_epochs", "min_steps"):
+        check_whole(f"trainer.{name}", settings.get(name), 1, optional=True)
     if not _is_duration(max_time):
         refuse("trainer.max_time", max_time, "null or a time DD:HH:MM:SS")
     if max_steps == -1 and not settings.get("max_epochs") and not max_time:
         raise ConfigError("training would never end: set trainer.max_steps, max_epochs or max_time")
+    check_whole("trainer.num_sanity_val_steps", settings.get("num_sanity_val_steps", 0), -1)
+    check_whole("trainer.num_nodes", settings.get("num_nodes", 1), 1)
     clip = settings.get("gradient_clip_val")
     check_number("trainer.gradient_clip_val", clip, above=0, optional=True)
     check_choice("trainer.precision", settings.get("precision"), ("auto", *PRECISIONS))
-    check_choice("trainer.profiler", settings.get("profiler"), PROFILERS, optional=True)
     check_choice("trainer.benchmark", settings.get("benchmark"), (True, False), optional=True)
     exact = settings.get("deterministic", False)
     check_choice("trainer.deterministic", exact, (True, False, "warn"))
-    for name in ("compile", "enable_progress_bar", "enable_model_summary"):
+    for name in SWITCHES:
         check_flag(f"trainer.{name}", settings.get(name, False))
-    wanted = "auto, cpu, gpu, mps or another of Lightning's"
-    check_text("trainer.accelerator", settings.get("accelerator"), wanted=wanted)
-    check_whole("trainer.num_nodes", settings.get("num_nodes", 1), 1)
-    _check_devices(settings.get("devices"))
-    _check_strategy(settings.get("strategy", "auto"))
+    devices = settings.get("devices")
+    if isinstance(devices, int) and devices > 256:  # each would be a process
+        refuse("trainer.devices", devices, "at most 256")
     share = settings.get("limit_val_batches")
     if not isinstance(share, float):
         check_whole("trainer.limit_val_batches", share, 1, optional=True)
@@ -125,19 +155,3 @@ def _is_duration(value: Any) -> bool:
     if not isinstance(value, str):
         return value is None
     return re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None and value.strip("0:") != ""
-
-
-def _check_devices(value: Any) -> None:
-    if value in ("auto", -1) or (isinstance(value, list) and value):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
-        refuse("trainer.devices", value, "a count up to 256, a list or auto")
-
-
-def _check_strategy(value: Any) -> None:
-    """Refuse what is neither the name of a strategy of Lightning's nor a table as in ddp.yaml."""
-    if not isinstance(value, Mapping):
-        check_text("trainer.strategy", value, wanted="the name of a strategy, or a table")
-        return
-    for name in ("broadcast_buffers", "gradient_as_bucket_view"):
-        check_flag(f"trainer.strategy.{name}", value.get(name, True))

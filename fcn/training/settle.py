@@ -1,7 +1,7 @@
 """Settings that depend on the machine and the data: precision, batch size, number of steps.
 
     settle_precision(cfg)                          # as train.py calls them
-    settle_length(cfg, datamodule, module)
+    settle_length(cfg, datamodule, module, trainer)
 
 `config` is what conf/train.yaml composes to, resolved. It is changed in place: where it says "auto"
 it gets the value that is used, so that the run's config.yaml and its checkpoints hold that value.
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError
@@ -35,25 +34,30 @@ def settle_precision(config: Any) -> None:
 
 
 def settle_length(
-    config: Any, datamodule: SegmentationDataModule, module: SegmentationModule
+    config: Any,
+    datamodule: SegmentationDataModule,
+    module: SegmentationModule,
+    trainer: pl.Trainer,
 ) -> None:
     """Replace data.batch_size=auto by what fits, and epochs by optimizer steps.
+
+    Args:
+        trainer: a Trainer with the run's devices and precision; it takes no steps.
 
     Raises:
         ConfigError: there is no GPU, or more than one, to find a batch size for.
     """
-    data, trainer = config["data"], config["trainer"]
+    data, settings = config["data"], config["trainer"]
     assert datamodule.train_data is not None
     images = len(datamodule.train_data)
     if data["batch_size"] == "auto":
-        data["batch_size"] = _find_batch_size(data, trainer, module, images)
+        data["batch_size"] = _find_batch_size(config, images, module, trainer)
         datamodule.batch_size = data["batch_size"]
         print(f"data.batch_size={data['batch_size']} is the largest that fits", flush=True)
-    if trainer["max_epochs"] is not None:
-        processes, _ = _devices(trainer)
-        step = data["batch_size"] * trainer["accumulate_grad_batches"] * processes
-        trainer["max_steps"] = math.ceil(trainer["max_epochs"] * images / step)
-        trainer["max_epochs"] = None
+    if settings["max_epochs"] is not None:
+        step = data["batch_size"] * settings["accumulate_grad_batches"] * trainer.world_size
+        settings["max_steps"] = math.ceil(settings["max_epochs"] * images / step)
+        settings["max_epochs"] = None
 
 
 def image_size(data: Mapping[str, Any]) -> tuple[int, int]:
@@ -68,22 +72,14 @@ def image_size(data: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _find_batch_size(
-    data: Mapping[str, Any], trainer: Mapping[str, Any], module: SegmentationModule, images: int
+    config: Mapping[str, Any], images: int, module: SegmentationModule, trainer: pl.Trainer
 ) -> int:
-    processes, device = _devices(trainer)
-    if processes > 1 or device.type == "cpu":
+    device = trainer.strategy.root_device
+    if trainer.world_size > 1 or device.type == "cpu":
         raise ConfigError(
-            "data.batch_size=auto looks for what fits on one GPU; here are "
-            f"{processes} x {device}. Give a number; `python -m fcn.memory` tells what fits"
+            f"data.batch_size=auto looks for what fits on one GPU; here are {trainer.world_size} x "
+            f"{device}. Give a number; `python -m fcn.memory` tells what fits"
         )
     names = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
-    options = {name: trainer[name] for name in names if name in trainer}
-    return largest_batch(module, image_size(data), most=images, **options)
-
-
-def _devices(trainer: Mapping[str, Any]) -> tuple[int, torch.device]:
-    """How many processes train with these settings, and the device of this process."""
-    names = ("accelerator", "devices", "num_nodes")
-    given = {name: trainer[name] for name in names if name in trainer}
-    stand_in = pl.Trainer(**given, barebones=True)
-    return stand_in.world_size, stand_in.strategy.root_device
+    options = {name: config["trainer"][name] for name in names if name in config["trainer"]}
+    return largest_batch(module, image_size(config["data"]), most=images, **options)
