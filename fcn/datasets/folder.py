@@ -9,10 +9,16 @@ settings there; the data is then `data=<name>`. On disk:
     <images>/<id>.jpg    JPEG, PNG, WebP, TIFF, BMP, GIF, ...: see FORMATS in pictures.py
     <masks>/<id>.png     the label of each pixel, or the colour of its class
     <train>, <val>       optional text lists, with one id (or file name) on each line
+
+Instead of lists there may be a folder for each split: <images>/train and <images>/val with
+<masks>/train and <masks>/val, or train/<images>, val/<images> and so on. Ids are then "train/<id>"
+and "val/<id>". A folder "test" beside them is the split `test`.
 """
 
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,10 +38,13 @@ class Folder(reading.Pairs):
     """Pairs of an image and a mask whose names are equal, except for the endings.
 
     Args:
-        split: `train`, `val` or `all`.
+        split: `train`, `val`, `all`, or `test` if there is a folder for it.
         root: what relative paths start from; None: the current folder.
         download: has no effect, as there is nothing to download.
-        images, masks: the two folders, absolute or relative to `root`.
+        images, masks: the two folders, absolute or relative to `root`. They may be the same one, if
+            `mask_suffix` tells the masks from the images.
+        image_suffix, mask_suffix: what follows the id in the names of the files: with "_mask", the
+            mask of a.jpg is a_mask.png.
         classes: their names, in the order of the labels.
         palette: None: masks are palette or grey pictures of the labels 0, 1, 2, ... Otherwise a
             colour (R, G, B) for each class: RGB and palette pictures are read by their colours. A
@@ -47,15 +56,19 @@ class Folder(reading.Pairs):
         val_share: if there are no lists, the fraction of the pairs to validate on, which are drawn
             at random.
         seed: fixes that draw. An image that is added later changes it for hardly any other image.
+        value_range: the values of 16-bit or float images that become black and white; None: the
+            whole range of their type. The check proposes it.
+        max_pixels: the largest number of pixels of an image.
 
     Raises:
         ConfigError: a setting is missing or cannot work, or two of them contradict each other.
-        DataError: a folder or a list is missing, an image has no mask or a mask no image, or two
-            files have the same name except for the endings. While reading: a file is damaged, an
-            image and its mask differ in size, or a mask holds an unknown label or colour.
+        DataError: a folder or a list is missing, an image has no mask or a mask no image, two files
+            have the same name except for the endings, or a list names an id twice. While reading: a
+            file is damaged, an image and its mask differ in size, or a mask holds an unknown label
+            or colour.
     """
 
-    splits: tuple[str, ...] = ("train", "val", "all")
+    splits: tuple[str, ...] = ("train", "val", "test", "all")
 
     @classmethod
     def labels(
@@ -108,6 +121,8 @@ class Folder(reading.Pairs):
         download: bool = False,
         images: str = "images",
         masks: str = "masks",
+        image_suffix: str = "",
+        mask_suffix: str = "",
         classes: Sequence[str] | None = None,
         palette: Colours | None = None,
         void: Void = VOID,
@@ -115,10 +130,14 @@ class Folder(reading.Pairs):
         val: str | None = None,
         val_share: float = 0.2,
         seed: int = 0,
+        value_range: reading.Range | None = None,
+        max_pixels: int = reading.MAX_PIXELS,
     ) -> None:
         self.classes, self.palette = self.labels(classes=classes, palette=palette, void=void)
         check_text("data.dataset.images", images, wanted="the folder of the images")
         check_text("data.dataset.masks", masks, wanted="the folder of the masks")
+        check_text("data.dataset.image_suffix", image_suffix or "x", wanted="a text")
+        check_text("data.dataset.mask_suffix", mask_suffix or "x", wanted="a text")
         check_text("data.dataset.train", train, wanted="a text list of ids", optional=True)
         check_text("data.dataset.val", val, wanted="a text list of ids", optional=True)
         check_number("data.dataset.val_share", val_share, above=0, below=1)
@@ -131,21 +150,28 @@ class Folder(reading.Pairs):
         self._grey = all(r == g == b for r, g, b in class_colours)
 
         base = Path(root or ".").expanduser()
-        folders = [base / Path(folder).expanduser() for folder in (images, masks)]
-        found_images, found_masks = map(_pictures, folders)
-        names = sorted(found_images.keys() | found_masks.keys())
-        lists = {"train": _read_list(base, train), "val": _read_list(base, val)}
-        if not any(lists.values()):
-            lists["val"] = _draw(names, val_share, seed)
-        rest = set(names).difference(*lists.values())
-        ids = names if split == "all" else lists[split] or sorted(rest)
+        image_files = Files(base, images, image_suffix)
+        mask_files = Files(base, masks, mask_suffix)
+        for name in [n for n, path in image_files.items() if path in mask_files.values()]:
+            del image_files[name]  # it is a mask in the folder of the images
+        if not image_files.keys() & mask_files.keys():
+            raise DataError(
+                f"{base / images}: no image has a mask of its name in {base / masks}; with "
+                "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
+            )
+        names, given = sorted(image_files.keys() | mask_files.keys()), {"train": train, "val": val}
+        lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
+        if "" not in image_files.parts:
+            if lists:
+                raise ConfigError(f"data.dataset.{min(lists)}: folders train and val say this")
+            lists = {p[:-1]: [n for n in names if n.startswith(p)] for p in image_files.parts}
+        lists = lists or {"val": _draw(names, val_share, seed)}
+        rest = sorted(set(names).difference(*lists.values()))
+        ids = ({"all": names, "train": rest, "val": rest, "test": []} | lists)[split]
         if not ids:
-            raise DataError(f"{folders[0]}: no pairs are left for the split '{split}'")
-        pairs = {}
-        for name in ids:  # the error about a missing file will show where it should be
-            image, mask = (folder / f"{name}.*" for folder in folders)
-            pairs[name] = found_images.get(name, image), found_masks.get(name, mask)
-        super().__init__(pairs)
+            raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
+        pairs = {name: (image_files.path(name), mask_files.path(name)) for name in ids}
+        super().__init__(pairs, value_range=value_range, max_pixels=max_pixels)
 
     def read_mask(self, path: Path) -> np.ndarray:
         """A mask (H, W) uint8 of labels and VOID, from a picture of labels or of colours.
@@ -153,7 +179,7 @@ class Folder(reading.Pairs):
         Raises:
             DataError: it is damaged, or holds unknown labels or colours.
         """
-        picture = reading.read_picture(path, "mask")
+        picture = reading.read_picture(path, "mask", max_pixels=self.max_pixels)
         if not self._colours or (picture.mode in reading.LABEL_MODES[1:] and not self._grey):
             labels = reading.labels_of(picture, path)
             return reading.to_mask(labels, len(self.classes), void=self._void, path=path)
@@ -190,29 +216,72 @@ def _number(r: Any, g: Any, b: Any) -> Any:
     return r << 16 | g << 8 | b
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder by their names without ending. Hidden files are ignored.
+class Files(dict[str, Path]):
+    """The images, or the masks, by their ids.
+
+    Args:
+        base: what `folder` is relative to.
+        folder: the folder. It may have a folder for each split in it, or the other way round:
+            `folder`/train, or train/`folder`. Ids then begin with "train/".
+        suffix: what follows the id in the name of a file, before the ending.
 
     Raises:
-        DataError: there is no such folder, no picture in it, or there are two of one name.
+        DataError: there is no such folder, or no picture in it, or there are two of one name.
+    """
+
+    def __init__(self, base: Path, folder: str, suffix: str) -> None:
+        self.suffix, self.parts = suffix, {"": base / Path(folder).expanduser()}
+        for pattern in (f"{folder}/{{}}", f"{{}}/{folder}"):
+            parts = {
+                f"{split}/": base / pattern.format(split) for split in ("train", "val", "test")
+            }
+            parts = {part: path for part, path in parts.items() if path.is_dir()}
+            if {"train/", "val/"} <= parts.keys():
+                if any(map(is_picture, self.parts[""].glob("*"))):
+                    raise DataError(f"{self.parts['']}: pictures lie outside of train and val too")
+                self.parts = parts
+                break
+        for part, path in self.parts.items():
+            self |= {part + name: file for name, file in _pictures(path, suffix).items()}
+
+    def path(self, name: str) -> Path:
+        """The file of an id. If there is none, the path shows where it belongs."""
+        part = name[: name.find("/") + 1]
+        folder = self.parts.get(part, next(iter(self.parts.values())))
+        return self.get(name, folder / f"{name.removeprefix(part)}{self.suffix}.*")
+
+
+def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
+    """The pictures in a folder whose names end with `suffix`, by what stands before it.
+
+    Hidden files are ignored. "é" is one character or two, depending on the system that wrote the
+    name; both become the same id.
     """
     if not folder.is_dir():
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if is_picture(path) and not path.name.startswith("."):
-            if path.stem in files:
-                raise DataError(f"{path}: {files[path.stem].name} has the same stem; keep one")
-            files[path.stem] = path
+        if is_picture(path) and path.stem.endswith(suffix) and not path.name.startswith("."):
+            name = unicodedata.normalize("NFC", path.stem).removesuffix(suffix)
+            if name in files:
+                raise DataError(f"{path}: {files[name].name} has the same stem; keep one")
+            files[name] = path
     if not files:
-        raise DataError(f"{folder.absolute()}: there is no picture in this folder")
+        which = f" whose name ends with {suffix}" if suffix else ""
+        raise DataError(f"{folder.absolute()}: there is no picture{which} in this folder")
     return files
 
 
-def _read_list(base: Path, file: str | None) -> list[str]:
-    """The ids in a text list; a line may also hold the name of a picture. Without a list, none."""
-    lines = reading.read_lines(base / Path(file).expanduser()) if file else []
-    return [PurePath(line).stem if is_picture(PurePath(line)) else line for line in lines]
+def _read_list(file: Path, suffix: str) -> list[str]:
+    """The ids in a text list. A line may also be the name or the path of an image."""
+    ids = []
+    for line in reading.read_lines(file.expanduser()):
+        name = unicodedata.normalize("NFC", re.split(r"[/\\]", line)[-1])
+        if is_picture(PurePath(name)):
+            name = PurePath(name).stem.removesuffix(suffix)
+        ids.append(name)
+    reading.check_once(ids, file)
+    return ids
 
 
 def _draw(names: Sequence[str], share: float, seed: int) -> list[str]:
