@@ -41,17 +41,19 @@ def export(cfg: DictConfig) -> Path:
     from fcn.checkpoint import find_checkpoint, read_checkpoint, write_safetensors
     from fcn.inference.export import export_path, export_program
     from fcn.inference.photos import create_folder
+    from fcn.inference.predictor import image_settings
     from fcn.module import SegmentationModule
 
     ckpt = find_checkpoint(cfg.ckpt)
     path = export_path(cfg.output, ckpt, cfg.format)
-    module = SegmentationModule.load_from_checkpoint(ckpt)
+    module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
     if cfg.format == "safetensors":
         create_folder(path.parent)
-        write_safetensors(read_checkpoint(ckpt), module.state_dict(), path)
+        write_safetensors(checkpoint, module.state_dict(), path)
         says = "takes the place of a checkpoint"
     else:
-        difference, equal = export_program(module, path, argmax=cfg.argmax)
+        value_range, _ = image_settings(ckpt, checkpoint)
+        difference, equal = export_program(module, path, argmax=cfg.argmax, value_range=value_range)
         says = (
             f"agrees with the network; scores differ by {difference:.2g} at most, {equal:.4%} of "
             "the mask's pixels are equal"

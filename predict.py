@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fcn import cli
-from fcn.errors import ConfigError, DataError, check_choice
+from fcn.errors import ConfigError, DataError, check_choice, check_whole
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="predict")
@@ -47,24 +47,27 @@ def predict(cfg: DictConfig) -> Path:
         raise ConfigError("choose input=FILE, FOLDER or GLOB, or format=voc for a list of VOC's")
 
     from fcn.checkpoint import find_checkpoint
+    from fcn.datasets.pictures import MAX_PIXELS
     from fcn.datasets.voc2012 import VOC2012
-    from fcn.inference.photos import create_folder, find_photos, results_folder, voc_photos
-    from fcn.inference.predictor import data_root, load_predictor, predict_files
+    from fcn.inference import photos
+    from fcn.inference.predictor import load_predictor, predict_files
     from fcn.inference.tta import TestTime
 
+    check_whole("max_pixels", cfg.max_pixels, 1, 2**40, optional=True)
     ckpt = find_checkpoint(cfg.ckpt)
-    output = results_folder(cfg.output, ckpt)
-    if voc:
-        jobs = voc_photos(cfg.data.root or data_root(ckpt), cfg.split, cfg.comp, output)
-    else:
-        jobs = find_photos(cfg.input, output)
+    output = photos.results_folder(cfg.output, ckpt)
     predictor = load_predictor(ckpt, cfg.device, cfg.precision)
-    if voc and list(predictor.class_names) != list(VOC2012.classes):
-        number = len(predictor.class_names)
-        raise ConfigError(f"format=voc: the {number} classes of {ckpt} are not VOC's")
+    if voc:
+        if list(predictor.class_names) != list(VOC2012.classes):
+            number = len(predictor.class_names)
+            raise ConfigError(f"format=voc: the {number} classes of {ckpt} are not VOC's")
+        root = cfg.data.root or predictor.data_root
+        jobs, left_out = photos.voc_photos(root, cfg.split, cfg.comp, output), photos.LeftOut()
+    else:
+        jobs, left_out = photos.find_photos(cfg.input, output)
     flip, scales = (OmegaConf.select(cfg, f"tta.{name}") for name in ("flip", "scales"))
     network = TestTime(predictor.scores, flip=flip, scales=scales, tile=cfg.tile)
-    create_folder(output)
+    photos.create_folder(output)
 
     started = time.perf_counter()
     failed = predict_files(
@@ -72,10 +75,12 @@ def predict(cfg: DictConfig) -> Path:
         network,
         predictor.write_mask if voc else predictor.write_results,
         batch_size=cfg.batch_size,
-        upright=not voc,  # VOC's masks follow the stored pixels, whatever EXIF says
+        value_range=predictor.value_range,
+        max_pixels=cfg.max_pixels or MAX_PIXELS,
     )
     speed = len(jobs) / (time.perf_counter() - started)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} images, {speed:.2f} a second; see {output}")
+    print(*photos.describe(left_out), sep="\n", end="\n" if left_out else "")
     if failed:
         lines = [f"  {path}: {why}" for path, why in failed.items()]
         message = "\n".join([f"{len(failed)} of {len(jobs)} images failed:", *lines])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, compose_config, write_tiny_voc
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -19,7 +20,7 @@ from fcn.cli import quoted
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import ConfigError, DataError, WeightsError
-from fcn.inference.photos import find_photos
+from fcn.inference.photos import OWN_RESULT, find_photos
 from fcn.inference.predictor import load_predictor
 from fcn.module import SegmentationModule
 from fcn.network import FCN
@@ -118,7 +119,7 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
     output = photos / "results"
     with pytest.raises(DataError, match="2 of 8 images failed") as error:
         run(ckpt, f"input={photos}", f"output={output}", "batch_size=2")
-    assert "broken.jpg: cannot identify" in str(error.value)
+    assert "broken.jpg: cannot read this image: cannot identify" in str(error.value)
     assert "cut.png: " in str(error.value)
     stems = ["a/x", "b/x.jpg", "b/x.png", "b/x.jpg.png", "b/c/x", "it's = {ä,ö}"]
     files = {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.jpg")}
@@ -130,15 +131,27 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
         alone = run(ckpt, f"input={photos / name}", f"output={tmp_path / str(seed)}")
         with Image.open(next(alone.glob("*.png"))) as mask:
             assert np.array_equal(together, np.array(mask))
-    # Results in the folder itself are no photographs of the next time.
-    assert len(find_photos(str(photos), output)) == 8
+    # Results are no photographs of the next time, wherever that puts its own.
+    for folder in (output, photos / "other"):
+        jobs, left_out = find_photos(str(photos), folder)
+        assert len(jobs) == 8
+        assert list(left_out.values()).count(OWN_RESULT) == 12
+        assert left_out[photos / ".hidden.jpg"] == "it is hidden"
+        assert "ending" in left_out[photos / "b" / "notes.txt"]
+        assert len(left_out) == 14
 
 
-def test_limits_of_pillow(tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (100, 80)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    with pytest.raises(DataError, match=r"bomb\.png: Image size \(8000 pixels\) exceeds"):
-        run(ckpt, f"input={tmp_path / 'bomb.png'}", f"output={tmp_path / 'out'}")
+def test_image_above_the_limit_of_pixels(tmp_path: Path, ckpt: Path) -> None:
+    """Pillow would call it a decompression bomb."""
+    photo = tmp_path / "x.tif"
+    Image.new("1", (14_000, 13_000)).save(photo, compression="group4")
+    options = (f"input={photo}", f"output={tmp_path / 'out'}", "tile=1024")
+    with pytest.raises(DataError, match=r"14000×13000 .*limit is 179.*max_pixels=182000"):
+        run(ckpt, *options)
+    Image.new("RGB", (100, 80)).save(photo)
+    with pytest.raises(DataError, match=r"it has 100×80 pixels, 0\.0 million"):
+        run(ckpt, *options, "max_pixels=7999")
+    run(ckpt, *options, "max_pixels=8000")
 
 
 def test_voc_folder(tmp_path: Path, voc_ckpt: Path, tiny_voc: Path) -> None:
@@ -166,18 +179,21 @@ def test_voc_folder(tmp_path: Path, voc_ckpt: Path, tiny_voc: Path) -> None:
 def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -> None:
     photo = tmp_path / "x.png"
     Image.new("RGB", (9, 7)).save(photo)
-    output = f"output={tmp_path / 'out'}"
-    for overrides, message in (
-        ([], "choose input="),
-        ([f"input={photo}", "format=voc"], "choose input="),
-        ([f"input={photo}", "format=coco"], "format=coco: must be null or one of voc"),
-        (["format=voc", f"data.root={tiny_voc}"], "8 classes of .* are not VOC's"),
-        ([f"input={photo}", "tile=10"], "tile=10: must be"),
-        ([f"input={photo}", "tta.scales=[0]"], r"tta\.scales=\[0\]: must be"),
-        ([f"input={photo}", "tta=3"], r"tta\.flip=null: must be"),
+    given = {"ckpt": str(ckpt), "device": "cpu", "output": str(tmp_path / "out")}
+    cfg = OmegaConf.merge(compose_config("predict"), given)
+    for changes, message in (
+        ({}, "choose input="),
+        ({"input": str(photo), "format": "voc"}, "choose input="),
+        ({"input": str(photo), "format": "coco"}, "format=coco: must be null or one of voc"),
+        ({"format": "voc", "data": {"root": str(tiny_voc)}}, "8 classes of .* are not VOC's"),
+        ({"input": str(photo), "tile": 10}, "tile=10: must be"),
+        ({"input": str(photo), "max_pixels": 0}, "max_pixels=0: must be null or a whole number"),
+        ({"input": str(photo), "tta": {"scales": [0]}}, r"tta\.scales=\[0\]: must be"),
+        ({"input": str(photo), "tta": 3}, r"tta\.flip=null: must be"),
+        ({"input": str(photo), "output": str(photo)}, r"output=.*x\.png"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(ckpt, output, *overrides)
+            predict(DictConfig(OmegaConf.merge(cfg, changes)))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="precision=half: must be null or one of 32-true"):
         load_predictor(ckpt, precision="half")
@@ -188,12 +204,10 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
             load_predictor(ckpt, "cuda")
     with pytest.raises(WeightsError, match=r"none\.ckpt: no such file"):
         run(tmp_path / "none.ckpt", f"input={photo}")
-    with pytest.raises(ConfigError, match=r"output=.*x\.png"):
-        run(ckpt, f"input={photo}", f"output={photo}")
     with pytest.raises(ConfigError, match="ckpt=3: must be a checkpoint, or a run folder"):
         find_checkpoint(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="batch_size=0: must be a whole number from 1"):
-        run(ckpt, f"input={photo}", output, "batch_size=0")
+        predict(DictConfig(OmegaConf.merge(cfg, {"input": str(photo), "batch_size": 0})))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +263,7 @@ def test_script(
     assert exit_.value.code == 1
     printed = capsys.readouterr()
     assert "error: 1 of 2 images failed:\n" in printed.err
-    assert "ü=2.png: cannot identify image file" in printed.err
+    assert "ü=2.png: cannot read this image: cannot identify image file" in printed.err
     assert "Traceback" not in printed.err
     assert printed.out.startswith("1 of 2 images")
     assert {path.name for path in Path("o,u${t}").iterdir()} == {"ä (1).png", "ä (1)_overlay.jpg"}

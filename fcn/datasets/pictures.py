@@ -2,25 +2,25 @@
 
     pixels = read_image(Path("x.tif"), (0, 4095))      # (H, W, 3) uint8, upright, whatever the mode
     facts = image_facts(Path("x.tif"))                 # ("16-bit", 200, 4000)
-    problem = range_problem({path: facts}, None)       # what to do about 12 bits in 16; or None
 
 Whatever is wrong with a file, the error is a DataError that begins with the file's path.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path, PurePath
 from sys import byteorder
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
-from fcn.errors import DataError, check_whole, is_number, reason, refuse
+from fcn.datasets.value_range import FULL_RANGE, Facts, Range, measure, misfit, mixed_types
+from fcn.errors import DataError, reason
 
 log = logging.getLogger(__name__)
 
@@ -57,38 +57,21 @@ COLOUR_MODES = ("1", "L", "P", "RGB", "YCbCr")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 DEEP_MODES = re.compile("(RGBA?|RGBa|LA);16[BLN]")  # of Pillow's decoders: 16 bits for each colour
 
-Range = Sequence[float]  # the values that become 0 and 255
-FULL_RANGE = {"8-bit": (0, 255), "16-bit": (0, 65535), "float": (0, 1)}
-# Where all values lie in less than this share of the full range, the range is set wrongly: 12 bits
-# fill 6 % of 16, and 14 bits fill a quarter.
-SMALL_SHARE = 1 / 3
-
-
-class Facts(NamedTuple):
-    """The type of an image's values, and the lowest and the highest of them."""
-
-    type: str  # a key of FULL_RANGE
-    lowest: float
-    highest: float
-
 
 def is_picture(path: PurePath) -> bool:
     """Whether a file has the ending of one of FORMATS. Its content decides how it is decoded."""
     return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
-def check_reading(value_range: object, max_pixels: object) -> None:
-    """Refuse settings of a data set that `read_image` cannot work with.
-
-    Raises:
-        ConfigError: one of them is wrong.
-    """
-    numbers = value_range if isinstance(value_range, list | tuple) else ()
-    right = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
-    if value_range is not None and not right:
-        wanted = "null or two numbers [low, high], which become black and white"
-        refuse("data.dataset.value_range", value_range, wanted)
-    check_whole("data.dataset.max_pixels", max_pixels, 1, 2**40)
+def why_no_picture(path: PurePath) -> str | None:
+    """Why a file is no picture that this project reads, by its ending; None: it is one."""
+    if is_picture(path):
+        return None
+    if path.suffix.lower() in (".heic", ".heif", ".hif"):
+        return "pip install -r requirements/heic.txt is needed to read HEIC"
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        return "DICOM is not read; save its pixels as 16-bit PNG or TIFF"
+    return "its ending is not that of a picture that can be read"
 
 
 def open_picture(
@@ -132,7 +115,7 @@ def _why_not_opened(path: Path, error: Exception) -> str:
             f"it is a TIFF of {bands} bands of {bits} bits, which Pillow does not read; save 1, 3 "
             "or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or 32-bit float"
         )
-    return reason(error).splitlines()[0]
+    return why_no_picture(path) or reason(error).splitlines()[0]
 
 
 def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -280,9 +263,11 @@ def read_image(
     """
     values, found = _read_values(path, max_pixels)  # (H, W) or (H, W, 3)
     if expected not in (None, found):
-        raise DataError(f"{path}: {_mixed(found, 'the first image of its data set', expected)}")
-    facts = Facts(found, 0, 255) if found == "8-bit" else _measure(values, found)
-    problem = _misfit(facts, value_range)
+        raise DataError(
+            f"{path}: {mixed_types(found, 'the first image of its data set', expected)}"
+        )
+    facts = Facts(found, 0, 255) if found == "8-bit" else measure(values, found)
+    problem = misfit(facts, value_range)
     if problem:
         raise DataError(f"{path}: {problem}")
     low, high = FULL_RANGE[found] if value_range is None else value_range
@@ -301,7 +286,7 @@ def image_facts(path: Path, *, max_pixels: int = MAX_PIXELS) -> Facts:
     Args:
         path, max_pixels: as for `read_image`, which raises the same errors.
     """
-    return _measure(*_read_values(path, max_pixels))
+    return measure(*_read_values(path, max_pixels))
 
 
 def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | None:
@@ -310,86 +295,6 @@ def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | 
         with suppress(DataError), open_picture(path, max_pixels=max_pixels) as picture:
             return _type_of(picture)
     return None
-
-
-def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str | None:
-    """What is wrong with the values of a data set's images, and what to do; None: nothing.
-
-    Args:
-        facts: of all images, or of a sample of them.
-        value_range: the setting `data.dataset.value_range`.
-    """
-    if not facts:
-        return None
-    first, (found, _, _) = next(iter(facts.items()))
-    for path, fact in facts.items():
-        if fact.type != found:
-            return f"{path}: {_mixed(fact.type, str(first), found)}"
-    lowest, highest = min(f.lowest for f in facts.values()), max(f.highest for f in facts.values())
-    together = Facts(found, lowest, highest)
-    images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
-    problem = _misfit(together, value_range)
-    low, high = FULL_RANGE[found]
-    outside = value_range is not None and (lowest >= value_range[1] or highest <= value_range[0])
-    if not problem and value_range is not None and outside:
-        problem = (
-            f"their {found} values from {lowest:g} to {highest:g} all lie outside of "
-            f"data.dataset.value_range={_written(value_range)}; {_proposal(together)}"
-        )
-    share = (highest - lowest) / (high - low)
-    if not problem and value_range is None and found != "8-bit" and share < SMALL_SHARE:
-        problem = (
-            f"their {found} values from {lowest:g} to {highest:g} fill only {share:.0%} of the "
-            f"range from {low} to {high}, so that the network would see hardly any contrast; "
-            f"{_proposal(together)}, and {_written((low, high))} leaves them as they are"
-        )
-    return images + problem if problem else None
-
-
-def _measure(values: np.ndarray, found: str) -> Facts:
-    if found == "float":
-        values = values[np.isfinite(values)]
-    if values.size == 0:  # nothing but NaN
-        return Facts(found, 0, 0)
-    return Facts(found, float(values.min()), float(values.max()))
-
-
-def _mixed(found: str, first: str, expected: str | None) -> str:
-    """What is wrong with an image of another type than the first one."""
-    return f"this image is {found}, but {first} is {expected}; save all images in one type"
-
-
-def _misfit(facts: Facts, value_range: Range | None) -> str | None:
-    """Why images with these values cannot be read with this range; None: they can be."""
-    if value_range is not None:
-        low, high = value_range
-        other = low < 0 or high > 255 if facts.type == "8-bit" else high - low <= 1
-        if other and facts.type != "float":
-            setting = f"data.dataset.value_range={_written(value_range)}"
-            return f"{setting} is for images of another type, and these values are {facts.type}"
-        return None
-    low, high = FULL_RANGE[facts.type]
-    if low <= facts.lowest <= facts.highest <= high:
-        return None
-    return (
-        f"{facts.type} values from {facts.lowest:g} to {facts.highest:g} exceed the range from "
-        f"{low} to {high}; {_proposal(facts)}"
-    )
-
-
-def _proposal(facts: Facts) -> str:
-    """A range for these values: that of 8, 10, 12, 14 or 16 bits if it fits, else their own."""
-    found, lowest, highest = facts
-    tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
-    top = next((top for top in tops if highest <= top), highest)
-    fits = lowest >= 0 and highest - lowest >= SMALL_SHARE * top
-    best = (0, top) if fits or lowest == highest else (lowest, highest)
-    return f"data.dataset.value_range={_written(best)} spreads them from black to white"
-
-
-def _written(value_range: Range) -> str:
-    """A range as it is written on the command line."""
-    return f"[{value_range[0]:.7g},{value_range[1]:.7g}]"
 
 
 _with_alpha: list[Path] = []  # the first image with transparent pixels; one warning is enough

@@ -7,8 +7,10 @@
 Whatever is wrong with a single file, the error is a DataError that begins with the file's path.
 """
 
+import codecs
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,14 +27,13 @@ from fcn.datasets import VOID, Sample
 from fcn.datasets.pictures import (
     MAX_PIXELS,
     WIDE_MODES,
-    Range,
-    check_reading,
     image_type,
     is_turned,
     read_image,
     read_picture,
 )
-from fcn.errors import DataError, reason
+from fcn.datasets.value_range import Range, check_range
+from fcn.errors import DataError, check_whole, reason
 
 # Pillow's modes of a picture of labels: palette, and grey with 8, 1, 16 and 32 bits.
 LABEL_MODES = ("P", "L", "1", *WIDE_MODES)
@@ -57,7 +58,9 @@ def read_lines(path: Path) -> list[str]:
         DataError: the list cannot be read, or is empty.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot read this list of ids: {reason(e)}") from e
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -83,7 +86,20 @@ def read_ids(path: Path, *, files: bool = False) -> list[str]:
     for name in ids:
         if not re.fullmatch(r"[\w.-]+", name) or ".." in name:
             raise DataError(f"{path}: '{name}' is no id: only letters, digits, '_', '-' and '.'")
+    check_once(ids, path)
     return ids
+
+
+def check_once(ids: Sequence[str], path: Path) -> None:
+    """Refuse a list that names an id twice: its image would be trained on and scored twice.
+
+    Raises:
+        DataError: there is such an id.
+    """
+    twice = [name for name, number in Counter(ids).items() if number > 1]
+    if twice:
+        more = f", and so are {len(twice) - 1} others" if len(twice) > 1 else ""
+        raise DataError(f"{path}: '{twice[0]}' is in this list more than once{more}")
 
 
 def check_split(data: str, split: str, splits: Iterable[str]) -> None:
@@ -306,7 +322,8 @@ class Pairs(Dataset[Sample]):
         value_range: Range | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        check_reading(value_range, max_pixels)
+        check_range(value_range)
+        check_whole("data.dataset.max_pixels", max_pixels, 1, 2**40)
         self.pairs, self.ids = pairs, list(pairs)
         self.value_range, self.max_pixels = value_range, max_pixels
         images, masks = zip(*pairs.values(), strict=True)

@@ -10,6 +10,7 @@ sizes, and its scores are compared with the network's.
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,13 +81,21 @@ def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
     return path
 
 
-def export_program(module: SegmentationModule, path: Path, *, argmax: bool = False) -> Agreement:
+def export_program(
+    module: SegmentationModule,
+    path: Path,
+    *,
+    argmax: bool = False,
+    value_range: Sequence[float] | None = None,
+) -> Agreement:
     """Write the network as an ONNX file or a torch.export program, if that agrees with it.
 
     Args:
         module: stays on the CPU in float32, in evaluation mode.
         path: ends with .onnx or .pt2.
         argmax: whether the program also gives the mask.
+        value_range: the values of an image's file that are 0 and 255 for the program. The file
+            holds them for the program that reads the image.
 
     Raises:
         ConfigError: a package is missing, or the folder cannot be made.
@@ -100,7 +109,7 @@ def export_program(module: SegmentationModule, path: Path, *, argmax: bool = Fal
     network = module.network.eval().cpu().float().to(memory_format=torch.contiguous_format)
     exported = ExportedNetwork(network, argmax).eval()
     settings = dict(module.hparams, weights=None)
-    about = (module.class_names, settings.get("palette"), module.void, settings)
+    about = (module.class_names, settings.get("palette"), module.void, settings, value_range)
     metadata = {name: json.dumps(value) for name, value in zip(METADATA, about, strict=True)}
     create_folder(path.parent)
     with atomic_write(path) as part:

@@ -1,6 +1,6 @@
 """Running an ONNX file that export.py has written; predict.py and the check of an export do it.
 
-    scores, class_names, palette = open_onnx(Path("export/best.onnx"))
+    scores, class_names, palette, value_range = open_onnx(Path("export/best.onnx"))
     logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
 
 This needs onnxruntime: pip install -r requirements/export.txt
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,16 @@ from fcn.errors import ConfigError, WeightsError
 from fcn.inference.tiles import Scores
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
-METADATA = ("class_names", "palette", "void", "hyper_parameters")
+METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range")
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
 
 
-def open_onnx(path: Path) -> tuple[Scores, list[str], list[list[int]] | None]:
-    """The network of an ONNX file, the names of its classes, and their colours if it has any.
+def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any]:
+    """The network of an ONNX file, and three facts that export.py has put beside it.
+
+    Returns:
+        The scores; the names of the classes; their colours, or None; and the values of an image's
+        file that are black and white, or None, as `fcn.datasets.pictures.read_image` takes them.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -31,10 +36,13 @@ def open_onnx(path: Path) -> tuple[Scores, list[str], list[list[int]] | None]:
     """
     need_packages("onnxruntime")
     program, metadata = open_session(path)
+    metadata = {"value_range": "null"} | metadata  # older files do not have it
     if not set(METADATA) <= set(metadata):
         raise WeightsError(f"ckpt={path} was not written by export.py")
-    class_names, palette = json.loads(metadata["class_names"]), json.loads(metadata["palette"])
-    return lambda image: program(image)[0], class_names, palette
+    names, palette, value_range = (
+        json.loads(metadata[key]) for key in ("class_names", "palette", "value_range")
+    )
+    return lambda image: program(image)[0], names, palette, value_range
 
 
 def open_session(path: Path) -> tuple[Program, dict[str, str]]:

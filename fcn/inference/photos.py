@@ -1,30 +1,28 @@
-"""Photographs on disk: finding them, reading them, and where the results of each go.
+"""Photographs on disk: finding them, and where the results of each go.
 
-    jobs = find_photos("photos/**/*.jpg", Path("predictions"))       # {photograph: target}
+    jobs, left_out = find_photos("photos", Path("predictions"))      # {photograph: target}
     jobs = voc_photos("/data", None, "comp5", Path("predictions"))   # for VOC's evaluation server
-    image = read_photo(Path("photo.jpg"))                            # (3, H, W) uint8
 
 A target is the path of a result without its ending: `mask_path` and `overlay_path` complete it.
 """
 
 import os
-import warnings
 from collections import Counter
+from contextlib import suppress
 from glob import escape, glob, has_magic
 from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-
-from fcn.datasets.reading import check_exist, is_picture, open_picture, read_ids
+from fcn.datasets.pictures import open_picture, why_no_picture
+from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
-from fcn.errors import ConfigError, check_choice, check_text, reason, refuse
+from fcn.errors import ConfigError, DataError, check_choice, check_text, reason, refuse
 from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs, and the target of each
+LeftOut = dict[Path, str]  # files, and why they are no photographs to segment
+MARK = "fcn predict.py"  # in each result: PNG's text "Software" or JPEG's comment
+OWN_RESULT = "it is a result of an earlier run"
 
 
 def results_folder(output: str | None, checkpoint: Path) -> Path:
@@ -55,7 +53,7 @@ def overlay_path(target: Path) -> Path:
     return target.with_name(f"{target.name}_overlay.jpg")
 
 
-def find_photos(pattern: str, output: Path) -> Jobs:
+def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     """Find photographs, and choose the names of their results.
 
     Sub-folders are kept: photos/a/x.jpg becomes output/a/x.png and output/a/x_overlay.jpg. Where a
@@ -64,9 +62,13 @@ def find_photos(pattern: str, output: Path) -> Jobs:
 
     Args:
         pattern: a file; or a folder, which stands for all pictures in it and in all folders below;
-            or a glob such as 'photos/**/*.jpg'. From folders and globs, hidden files are left out,
-            and so are files in `output`, which are the results of an earlier run.
+            or a glob such as 'photos/**/*.jpg'.
         output: the folder for results.
+
+    Returns:
+        The photographs and their targets; and the other files that were found, and why they are
+        left out: files that are no pictures, hidden pictures, and results of earlier runs. A single
+        file is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one.
@@ -76,21 +78,49 @@ def find_photos(pattern: str, output: Path) -> Jobs:
     if given.is_file():
         root, found = given.parent, [str(given)]
     elif given.is_dir():
-        root, found = given, glob(f"{escape(str(given))}/**/*", recursive=True)
+        root, found = given, glob(f"{escape(str(given))}/**/*", recursive=True, include_hidden=True)
     else:
         root = Path(*takewhile(lambda part: not has_magic(part), given.parts))
         found = glob(str(given), recursive=True)
-    paths = sorted({Path(os.path.abspath(path)) for path in found})
+    paths = sorted({Path(os.path.abspath(path)) for path in found if not os.path.isdir(path)})
     # A glob may lead out of its own root again: a/*/../../b/*.png
     root = Path(os.path.commonpath([os.path.abspath(root), *(path.parent for path in paths)]))
-    photos = paths
-    if not given.is_file():  # a single file is read whatever its ending is
-        photos = [path for path in paths if is_picture(path) and not path.is_dir()]
-        if output != root:
-            photos = [path for path in photos if output not in path.parents]
+    left_out: LeftOut = {}
+    if not given.is_file():
+        reasons = {path: _why_left_out(path, root, output) for path in paths}
+        left_out = {path: why for path, why in reasons.items() if why}
+    photos = [path for path in paths if path not in left_out]
     if not photos:
-        raise ConfigError(f"input={pattern}: no image there; it takes a file, a folder or a glob")
-    return _targets(photos, root, output)
+        lines = [f"input={pattern}: no image there; it takes a file, a folder or a glob"]
+        raise ConfigError("\n".join([*lines, *describe(left_out)]))
+    return _targets(photos, root, output), left_out
+
+
+def _why_left_out(path: Path, root: Path, output: Path) -> str | None:
+    """Why a file in a folder or a glob is no photograph to segment; None: it is one."""
+    if output != root and output in path.parents:
+        return OWN_RESULT
+    why = why_no_picture(path)
+    if why is None and any(part.startswith(".") for part in path.relative_to(root).parts):
+        return "it is hidden"
+    return OWN_RESULT if why is None and is_result(path) else why
+
+
+def describe(left_out: LeftOut) -> list[str]:
+    """Lines that name each file that was left out and why. Results of earlier runs are counted."""
+    own = sum(why == OWN_RESULT for why in left_out.values())
+    lines = [f"  {path}: {why}" for path, why in left_out.items() if why != OWN_RESULT]
+    if own:
+        lines.append(f"  {own} results of earlier runs")
+    return [f"{len(left_out)} files left out:", *lines] if lines else []
+
+
+def is_result(path: Path) -> bool:
+    """Whether predict.py has written this picture."""
+    with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
+        marks = picture.info.get("Software"), picture.info.get("comment")  # of PNG and JPEG
+        return bool({MARK, MARK.encode()} & set(marks))
+    return False
 
 
 def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
@@ -141,41 +171,3 @@ def voc_photos(root: str | Path | None, split: str | None, comp: str, output: Pa
     jobs = {folder / "JPEGImages" / f"{name}.jpg": results / name for name in ids}
     check_exist(jobs, what="images")
     return jobs
-
-
-def read_photo(path: Path, *, upright: bool = True) -> Tensor:
-    """Read a photograph, whatever its mode: transparency over white, 16 bits cut to 8.
-
-    Args:
-        upright: whether to turn it as its EXIF orientation says.
-
-    Returns:
-        (3, H, W) uint8 RGB.
-
-    Raises:
-        Exception: of nearly any type, from Pillow, for a damaged file.
-    """
-    with warnings.catch_warnings(action="ignore"), open_picture(path) as file:
-        photo = ImageOps.exif_transpose(file) if upright else file
-        if photo.mode[0] in "IF":  # I, I;16, I;16B and F, which convert("RGB") would clip at 255
-            return _grey_to_rgb(np.asarray(photo, np.float32), sixteen_bits=";" in photo.mode)
-        if photo.has_transparency_data:
-            photo = photo.convert("RGBA")
-            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-        pixels = np.array(photo.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), a view
-
-
-def _grey_to_rgb(values: np.ndarray, *, sixteen_bits: bool) -> Tensor:
-    """Grey values (H, W) of more than 8 bits -> (3, H, W) uint8.
-
-    Where the file does not say which value is white, the smallest that the values allow is taken:
-    1, 255 or 65535, and above that the largest value.
-    """
-    values = np.nan_to_num(values)
-    largest = values.max()
-    divisor = next((d for d in (1 / 256, 1, 256) if largest <= 256 * d), largest / 255)
-    if sixteen_bits:
-        divisor = 256
-    grey = (values / divisor).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(grey).expand(3, -1, -1).contiguous()  # (H, W) -> (3, H, W)

@@ -12,20 +12,33 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from fcn.checkpoint import data_settings, read_checkpoint
+from fcn.datasets.pictures import MAX_PIXELS, read_image
+from fcn.datasets.value_range import Range, check_range
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import ConfigError, WriteError, check_choice, check_whole, reason, refuse
+from fcn.errors import (
+    ConfigError,
+    DataError,
+    WeightsError,
+    WriteError,
+    check_choice,
+    check_whole,
+    reason,
+    refuse,
+)
 from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import open_onnx
-from fcn.inference.photos import mask_path, overlay_path, read_photo
+from fcn.inference.photos import MARK, mask_path, overlay_path
 from fcn.inference.tiles import Scores
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
@@ -43,11 +56,16 @@ class Predictor:
         scores: images (N, 3, H, W) uint8 -> logits (N, K, H, W).
         class_names: the names of the K classes.
         palette: K colours (R, G, B), 0 to 255. None stands for VOC's.
+        value_range: the values of an image's file that are black and white for the network; see
+            `fcn.datasets.pictures.read_image`.
+        data_root: where the run that trained the network had its data, if that is known.
     """
 
     scores: Scores
     class_names: Sequence[str]
     palette: Sequence[Sequence[int]] | None
+    value_range: Range | None = None
+    data_root: str | None = None
 
     def __post_init__(self) -> None:
         own = (self.palette or ())[: len(self.class_names)]
@@ -61,7 +79,9 @@ class Predictor:
             WriteError: the file cannot be written.
         """
         with atomic_write(mask_path(target)) as part:
-            to_palette_image(mask, self.colours).save(part, "PNG")
+            note = PngInfo()
+            note.add_text("Software", MARK)
+            to_palette_image(mask, self.colours).save(part, "PNG", pnginfo=note)
 
     def write_results(self, image: Tensor, mask: Tensor, target: Path) -> None:
         """Write the mask (H, W) uint8, and its colours over the image (3, H, W) above a legend.
@@ -78,7 +98,7 @@ class Predictor:
         canvas.paste(picture)
         canvas.paste(legend, (0, picture.height))
         with atomic_write(overlay_path(target)) as part:
-            canvas.save(part, "JPEG", quality=90, subsampling=0)
+            canvas.save(part, "JPEG", quality=90, subsampling=0, comment=MARK)
 
 
 def load_predictor(path: Path, device: str = "auto", precision: str | None = None) -> Predictor:
@@ -101,7 +121,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
         return Predictor(*open_onnx(path))
     module = SegmentationModule.load_from_checkpoint(path)
-    trained = str(read_checkpoint(path)["precision"])
+    checkpoint = read_checkpoint(path)
+    trained = str(checkpoint["precision"])
     # A network that was trained in float16, on a GPU without bfloat16, runs in float16 on any GPU.
     # Apple's mps has no float64.
     keep = place.type == "cuda" and trained == "16-mixed"
@@ -116,18 +137,26 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         with torch.autocast(place.type, dtype, enabled=dtype is not None):
             return network(image.to(place))
 
-    return Predictor(scores, module.class_names, module.hparams.get("palette"))
+    value_range, root = image_settings(path, checkpoint)
+    palette = module.hparams.get("palette")
+    return Predictor(scores, module.class_names, palette, value_range, root)
 
 
-def data_root(path: Path) -> str | None:
-    """Where the run that made a checkpoint had its data; None if a file does not say.
+def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
+    """The `value_range` of the data that a network was trained on, and the root of this data.
+
+    Both are None for a network whose checkpoint has no data settings, such as one of the authors'.
 
     Raises:
-        WeightsError: the file is missing, broken, not ours, or could run code.
+        ConfigError: there is a `value_range` that cannot work.
     """
-    if path.suffix == ".onnx":
-        return None
-    return data_settings(path, read_checkpoint(path)).get("root")
+    try:
+        data = data_settings(path, checkpoint)
+    except WeightsError:
+        return None, None
+    value_range = data["dataset"].get("value_range")
+    check_range(value_range)
+    return value_range, data.get("root")
 
 
 def find_device(name: str) -> torch.device:
@@ -153,7 +182,8 @@ def predict_files(
     write: Write,
     *,
     batch_size: int = 1,
-    upright: bool = True,
+    value_range: Range | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[Path, str]:
     """Write the results of photographs. Photographs of the same size share a batch.
 
@@ -162,7 +192,7 @@ def predict_files(
         network: predicts the mask of each image.
         write: a function that writes the results of one photograph.
         batch_size: images in a batch.
-        upright: whether photographs are turned as their EXIF orientation says.
+        value_range, max_pixels: as for `fcn.datasets.pictures.read_image`.
 
     Returns:
         The photographs that could not be segmented or written, and why.
@@ -175,10 +205,11 @@ def predict_files(
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
     for path in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
-            image = read_photo(path, upright=upright)
-        except Exception as error:  # a damaged file raises nearly anything in Pillow
-            failed[path] = reason(error).splitlines()[0]
+            pixels = read_image(path, value_range, max_pixels=max_pixels)
+        except DataError as error:
+            failed[path] = str(error).removeprefix(f"{path}: ")
             continue
+        image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), a view
         waiting.setdefault(image.shape, []).append((path, image))
         largest = max(waiting, key=lambda size: len(waiting[size]))
         # Where there are many sizes, a batch is predicted before it is full, to limit memory.

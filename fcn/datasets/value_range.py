@@ -1,0 +1,124 @@
+"""The values of images and the range of them that a network sees as black to white.
+
+    facts = {path: image_facts(path) for path in paths}      # see pictures.py
+    problem = range_problem(facts, None)                     # such as 12 bits in 16; or None
+
+The range belongs to the data set, never to a file: it is `data.dataset.value_range`, or the full
+range of the type. A 16-bit copy of an 8-bit image therefore has the same pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fcn.errors import is_number, refuse
+
+Range = Sequence[float]  # the values that become 0 and 255
+FULL_RANGE = {"8-bit": (0, 255), "16-bit": (0, 65535), "float": (0, 1)}
+# Where all values lie in less than this share of the full range, the range is set wrongly: 12 bits
+# fill 6 % of 16, and 14 bits fill a quarter.
+SMALL_SHARE = 1 / 3
+
+
+class Facts(NamedTuple):
+    """The type of an image's values, and the lowest and the highest of them."""
+
+    type: str  # a key of FULL_RANGE
+    lowest: float
+    highest: float
+
+
+def check_range(value_range: object) -> None:
+    """Refuse what is no range of values.
+
+    Raises:
+        ConfigError: it is neither None nor two numbers, the lower one first.
+    """
+    numbers = value_range if isinstance(value_range, list | tuple) else ()
+    right = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
+    if value_range is not None and not right:
+        wanted = "null or two numbers [low, high], which become black and white"
+        refuse("data.dataset.value_range", value_range, wanted)
+
+
+def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str | None:
+    """What is wrong with the values of a data set's images, and what to do; None: nothing.
+
+    Args:
+        facts: of all images, or of a sample of them.
+        value_range: the setting `data.dataset.value_range`.
+    """
+    if not facts:
+        return None
+    first, (found, _, _) = next(iter(facts.items()))
+    for path, fact in facts.items():
+        if fact.type != found:
+            return f"{path}: {mixed_types(fact.type, str(first), found)}"
+    lowest, highest = min(f.lowest for f in facts.values()), max(f.highest for f in facts.values())
+    together = Facts(found, lowest, highest)
+    images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
+    problem = misfit(together, value_range)
+    low, high = FULL_RANGE[found]
+    outside = value_range is not None and (lowest >= value_range[1] or highest <= value_range[0])
+    if not problem and value_range is not None and outside:
+        problem = (
+            f"their {found} values from {lowest:g} to {highest:g} all lie outside of "
+            f"data.dataset.value_range={_written(value_range)}; {_proposal(together)}"
+        )
+    share = (highest - lowest) / (high - low)
+    if not problem and value_range is None and found != "8-bit" and share < SMALL_SHARE:
+        problem = (
+            f"their {found} values from {lowest:g} to {highest:g} fill only {share:.0%} of the "
+            f"range from {low} to {high}, so that the network would see hardly any contrast; "
+            f"{_proposal(together)}, and {_written((low, high))} leaves them as they are"
+        )
+    return images + problem if problem else None
+
+
+def measure(values: np.ndarray, found: str) -> Facts:
+    """The lowest and highest of values (H, W) or (H, W, 3), without NaN and infinity."""
+    if found == "float":
+        values = values[np.isfinite(values)]
+    if values.size == 0:  # nothing but NaN
+        return Facts(found, 0, 0)
+    return Facts(found, float(values.min()), float(values.max()))
+
+
+def mixed_types(found: str, first: str, expected: str | None) -> str:
+    """What is wrong with an image of another type than the first one."""
+    return f"this image is {found}, but {first} is {expected}; save all images in one type"
+
+
+def misfit(facts: Facts, value_range: Range | None) -> str | None:
+    """Why images with these values cannot be read with this range; None: they can be."""
+    if value_range is not None:
+        low, high = value_range
+        other = low < 0 or high > 255 if facts.type == "8-bit" else high - low <= 1
+        if other and facts.type != "float":
+            setting = f"data.dataset.value_range={_written(value_range)}"
+            return f"{setting} is for images of another type, and these values are {facts.type}"
+        return None
+    low, high = FULL_RANGE[facts.type]
+    if low <= facts.lowest <= facts.highest <= high:
+        return None
+    return (
+        f"{facts.type} values from {facts.lowest:g} to {facts.highest:g} exceed the range from "
+        f"{low} to {high}; {_proposal(facts)}"
+    )
+
+
+def _proposal(facts: Facts) -> str:
+    """A range for these values: that of 8, 10, 12, 14 or 16 bits if it fits, else their own."""
+    found, lowest, highest = facts
+    tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
+    top = next((top for top in tops if highest <= top), highest)
+    fits = lowest >= 0 and highest - lowest >= SMALL_SHARE * top
+    best = (0, top) if fits or lowest == highest else (lowest, highest)
+    return f"data.dataset.value_range={_written(best)} spreads them from black to white"
+
+
+def _written(value_range: Range) -> str:
+    """A range as it is written on the command line."""
+    return f"[{value_range[0]:.7g},{value_range[1]:.7g}]"
