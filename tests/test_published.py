@@ -46,26 +46,25 @@ THIN = 8  # The nets of these tests are so many times thinner than VGG-16.
 
 
 @pytest.fixture(autouse=True)
-def thin_vgg16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes torchvision's VGG-16 thin, but for the test that compares all of it."""
+def thin_vgg16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes torchvision's VGG-16 thin."""
     torch.manual_seed(0)
-    if "full_state" not in request.fixturenames:
-        configurations = torchvision.models.vgg.cfgs
-        thin = [n if n == "M" else n // THIN for n in configurations["D"]]
-        monkeypatch.setitem(configurations, "D", thin)
+    configurations = torchvision.models.vgg.cfgs
+    thin = [n if n == "M" else n // THIN for n in configurations["D"]]
+    monkeypatch.setitem(configurations, "D", thin)
 
 
-def random_state(stride: int, width: int = 8, classes: int = 21, thin: int = THIN) -> State:
+def random_state(stride: int, width: int = 8, classes: int = 21) -> State:
     """As torchfcn names them, of any width; logits are some units large."""
     shapes = {
-        f"conv{i}_{j}": (after // thin, before if before == 3 else before // thin, 3, 3)
+        f"conv{i}_{j}": (after // THIN, before if before == 3 else before // THIN, 3, 3)
         for i, channels in enumerate(VGG16, 1)
         for j, (before, after) in enumerate(pairwise(channels), 1)
     }
-    shapes |= {"fc6": (width, 512 // thin, 7, 7), "fc7": (width, width, 1, 1)}
+    shapes |= {"fc6": (width, 512 // THIN, 7, 7), "fc7": (width, width, 1, 1)}
     shapes |= {"score_fr": (classes, width, 1, 1)}
     skips = {32: {}, 16: {"pool4": 512}, 8: {"pool4": 512, "pool3": 256}}[stride]
-    shapes |= {f"score_{pool}": (classes, wide // thin, 1, 1) for pool, wide in skips.items()}
+    shapes |= {f"score_{pool}": (classes, wide // THIN, 1, 1) for pool, wide in skips.items()}
     state = {}
     for name, shape in shapes.items():
         std = (2 / torch.Size(shape[1:]).numel()) ** 0.5 / (70 if name == "conv1_1" else 1)
@@ -104,9 +103,17 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 # ---- the same logits as PyPI's torchfcn
 
 
-@pytest.fixture(scope="module")
+class ThinConv2d(nn.Conv2d):
+    """A convolution as thin as ours."""
+
+    def __init__(self, before: int, after: int, *size: int, **options: int) -> None:
+        before, after = (n if n in (3, 21) else n // THIN for n in (before, after))
+        super().__init__(before, after, *size, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
 def torchfcn_models() -> Iterator[ModuleType]:
-    """torchfcn.models; the rest of the package wants others that are not needed here."""
+    """torchfcn.models, thin; the rest of the package wants others that are not needed here."""
     spec = find_spec("torchfcn")
     if spec is None or spec.submodule_search_locations is None:
         pytest.skip("no torchfcn: pip install --no-deps -r requirements/torchfcn.txt")
@@ -117,20 +124,12 @@ def torchfcn_models() -> Iterator[ModuleType]:
         yield import_module("torchfcn.models")
 
 
-@pytest.fixture
-def full_state() -> State:
-    """540 MB: the tensors of all four nets."""
-    return random_state(32, 1, thin=1) | random_state(16, 1, thin=1) | random_state(8, 4096, thin=1)
-
-
-@pytest.mark.slow
 @torch.inference_mode()
 def test_logits_equal_torchfcns(
-    torchfcn_models: ModuleType, full_state: State, monkeypatch: pytest.MonkeyPatch
+    torchfcn_models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nothing draws 134 M random values that are replaced at once.
-    monkeypatch.setattr(FCN, "reset_parameters", lambda _: None)
-    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda *_, **__: None)
+    width = 4096 // THIN
+    all_tensors = random_state(32) | random_state(16) | random_state(8, width)  # of all four nets
     wide, flat, tall = (33, 47), (5, 74), (100, 61)  # (H, W)
     kinds = {
         "FCN32s": (32, [wide]),
@@ -139,24 +138,25 @@ def test_logits_equal_torchfcns(
         "FCN8sAtOnce": (8, [tall]),
     }
     for kind, (stride, sizes) in kinds.items():
-        with torch.device("meta"):
+        with monkeypatch.context() as patch:
+            patch.setattr(nn, "Conv2d", ThinConv2d)
             theirs = getattr(torchfcn_models, kind)(n_class=21).eval()
-        state = {name: full_state[name] for name in theirs.state_dict()}
+        state = {name: all_tensors[name] for name in theirs.state_dict()}
         scales = AT_ONCE if kind == "FCN8sAtOnce" else (1.0, 1.0, 1.0)
         for pool, scale in zip(("pool4", "pool3"), scales[1:], strict=True):
             if scale != 1:  # its skips count as much as the others'
                 state[f"score_{pool}.weight"] = state[f"score_{pool}.weight"] / scale
-        theirs.load_state_dict(state, assign=True)
+        theirs.load_state_dict(state)
 
         monkeypatch.setattr("fcn.weights.read_weights", lambda *_, state=state: (state, MEAN, STD))
-        ours = FCN(21, stride, "vgg16", alignment="caffe", pool_scales=scales).eval()
+        ours = FCN(21, stride, "vgg16", head_width=width, alignment="caffe", pool_scales=scales)
+        ours.eval()
         assert load_weights(ours, "fcn_from_caffe.pth") == []
         for size in sizes:
             image = photo(*size)
             expected = theirs(bgr(image))
             assert expected.std() > 0.3
             torch.testing.assert_close(ours(image), expected, rtol=0, atol=1e-4)
-        del ours  # 540 MB
 
 
 # ---- geometry

@@ -100,11 +100,14 @@ def randomised(**options: Any) -> FCN:
 # ---- torchvision's names
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["weights.pth", "float16.pth", "weights.safetensors"])
 def test_torchvision_file(name: str, save: Callable, caplog: pytest.LogCaptureFixture) -> None:
     state = vgg_state() | classifier()
+    if name == "float16.pth":
+        state = {layer: value.half() for layer, value in state.items()}
     network, fresh = loaded(save(state, name))
     assert caplog.records == []
+    state = {layer: value.float() for layer, value in state.items()}
     features = [n for n in state if n.startswith("features.")]
     ours = [n for n in network.state_dict() if n.startswith("stages.")]
     assert len(features) == len(ours) == 16
@@ -116,13 +119,6 @@ def test_torchvision_file(name: str, save: Callable, caplog: pytest.LogCaptureFi
     assert network.get_parameter("conv7.bias").equal(state["classifier.3.bias"])
     assert fresh == ["score", "upsample.to_image_32"]
     assert network.score.weight.eq(0).all()
-
-
-def test_float16_becomes_float32(save: Callable) -> None:
-    state = {name: value.half() for name, value in (vgg_state() | classifier()).items()}
-    network, _ = loaded(Path(save(state)))
-    assert {p.dtype for p in network.parameters()} == {torch.float32}
-    assert network.get_parameter("stages.0.0.weight").equal(state["features.0.weight"].float())
 
 
 def without(state: State, prefix: str) -> State:
@@ -168,16 +164,6 @@ def test_one_warning_names_the_layers_that_start_at_random(
         if layer not in random:
             weight = network.get_parameter(f"{layer}.weight")
             assert weight.flatten().equal(part[f"{linear}.weight"].flatten())
-
-
-def test_no_warning_where_nothing_was_loaded(
-    save: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = vgg_state()
-    del state["features.0.bias"]
-    with pytest.raises(WeightsError):
-        loaded(save(state))
-    assert caplog.records == []
 
 
 def test_real_features(caplog: pytest.LogCaptureFixture) -> None:
@@ -270,11 +256,6 @@ def vgg_edited(change: Callable[[State], object]) -> Callable[[], object]:
 
 
 MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = {
-    "vgg16 in vgg11": (  # vgg_tiny has the layers of vgg11
-        lambda: vgg_state("vgg16", 16),
-        {},
-        ["unexpected: features.2.weight", "features.28.bias"],
-    ),
     "vgg16 in vgg19": (
         lambda: vgg_state("vgg16", 16),
         {"backbone": "vgg19"},
@@ -282,11 +263,6 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
     ),
     "missing feature": (
         vgg_edited(lambda s: s.pop("features.8.weight")), {}, ["missing: features.8.weight"],
-    ),
-    "unexpected feature": (
-        vgg_edited(lambda s: s.update({"features.1.weight": torch.zeros(1)})),
-        {},
-        ["unexpected: features.1.weight"],
     ),
     "batch norm": (
         vgg_edited(lambda s: s.update({"features.1.running_mean": torch.zeros(1)})),
@@ -297,11 +273,6 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
         vgg_edited(lambda s: s.update({"features.0.weight": torch.zeros(4, 1, 3, 3)})),
         {},
         ["wrong shape: features.0.weight (4, 1, 3, 3), not (4, 3, 3, 3)"],
-    ),
-    "feature with NaN": (
-        vgg_edited(lambda s: s["features.3.bias"].fill_(torch.nan)),
-        {},
-        ["NaN or Inf: features.3.bias"],
     ),
     "other number of classes": (
         from_checkpoint(num_classes=7), {}, ["score.weight (7, 8, 1, 1), not (5, 8, 1, 1)"],
@@ -316,14 +287,6 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
         {"stride": 16, "fusion": "feature"},
         ["unexpected: skips.pool4.weight", "to_pool4.weight (5, 5, 4, 4), not (5, 16, 4, 4)"],
     ),
-    "score in finer feature": (
-        from_checkpoint(stride=16), {"stride": 8, "fusion": "feature"}, ["skips.pool4.weight"],
-    ),
-    "old layer missing in coarser": (
-        edited(lambda s: s.pop("skips.pool4.weight"), stride=16),
-        {"stride": 8},
-        ["missing: skips.pool4.weight"],
-    ),
     "old layer missing at all in coarser": (
         edited(lambda s: [s.pop("upsample.to_pool4.weight")], stride=16),
         {"stride": 8},
@@ -333,14 +296,6 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
         edited(lambda s: s.update({"skips.pool4.weight": torch.zeros(5, 16, 1, 1)})),
         {"stride": 16},
         ["missing: skips.pool4.bias"],
-    ),
-    "head missing": (
-        edited(lambda s: s.pop("conv6.weight")), {}, ["missing: conv6.weight"],
-    ),
-    "surplus": (
-        edited(lambda s: s.update({"conv8.weight": torch.zeros(1)})),
-        {},
-        ["unexpected: conv8.weight"],
     ),
     "odd stride": (
         edited(lambda s: s.update({"upsample.to_image_x.weight": torch.zeros(1)})),
@@ -364,7 +319,9 @@ MISFITS: dict[str, tuple[Callable[[], object], dict[str, object], list[str]]] = 
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_misfit_lists_layers_and_leaves_the_network_alone(case: str, save: Callable) -> None:
+def test_misfit_lists_layers_and_leaves_the_network_alone(
+    case: str, save: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     make, options, named = MISFITS[case]
     network = small(head_kernel=1, **options)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -375,6 +332,7 @@ def test_misfit_lists_layers_and_leaves_the_network_alone(case: str, save: Calla
         assert part in str(caught.value)
     for name, value in network.state_dict().items():
         assert value.equal(before[name]), name
+    assert caplog.records == []  # nothing was loaded
 
 
 # ---- files that are no weights, or hostile
@@ -403,12 +361,10 @@ def test_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, save: Callab
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt"])
-@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "html"])
-def test_damaged_file(suffix: str, damage: str, tmp_path: Path, save: Callable) -> None:
+@pytest.mark.parametrize("damage", [b"", None, b"hello"])
+def test_damaged_file(suffix: str, damage: bytes | None, save: Callable) -> None:
     path = Path(save({"a": torch.zeros(100)}, f"weights{suffix}"))
-    content = path.read_bytes()
-    damaged = {"empty": b"", "truncated": content[:-50], "text": b"hello", "html": b"<html></html>"}
-    path.write_bytes(damaged[damage])
+    path.write_bytes(path.read_bytes()[:-50] if damage is None else damage)
     with pytest.raises(WeightsError, match=r"cannot be read: .") as caught:
         loaded(path)
     assert str(path) in str(caught.value)
