@@ -115,7 +115,8 @@ def _why_not_opened(path: Path, error: Exception) -> str:
             f"it is a TIFF of {bands} bands of {bits} bits, which Pillow does not read; save 1, 3 "
             "or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or 32-bit float"
         )
-    return why_no_picture(path) or reason(error).splitlines()[0]
+    ending = why_no_picture(path) if path.exists() else None
+    return ending or reason(error).splitlines()[0]
 
 
 def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -147,6 +148,9 @@ def _decode(
             found = _type_of(picture)
             if isinstance(picture, TiffImageFile):
                 _check_tiff(picture, found)
+                # Without a name, Pillow does not map the file into memory. It would map a TIFF that
+                # is to be turned by 90 degrees with width and height exchanged (Pillow 13.0).
+                picture.filename = ""
             if low_bytes:
                 picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
             picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation

@@ -1,0 +1,436 @@
+"""One reader of pictures: training, the check, evaluation and prediction see the same pixels."""
+
+import hashlib
+import logging
+import re
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fcn.datamodule import SegmentationDataModule
+from fcn.datasets import pictures
+from fcn.datasets.folder import Folder
+from fcn.datasets.pictures import image_facts, image_type, read_image
+from fcn.datasets.reading import read_mask
+from fcn.datasets.survey import Survey
+from fcn.datasets.value_range import Facts, range_problem
+from fcn.errors import ConfigError, DataError
+from fcn.inference.photos import find_photos
+from fcn.inference.predictor import predict_files
+from fcn.inference.tta import TestTime
+
+SIZE = (7, 9)  # height and width of each upright image
+# How an upright picture is stored, for each EXIF orientation: as cameras do, written down from the
+# standard, so that it is independent of the reader.
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+def save(path: Path, picture: Image.Image, orientation: int = 1) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {} if orientation == 1 else {"exif": exif}
+    if path.suffix == ".webp":
+        options["lossless"] = True
+    picture.save(path, **options)
+
+
+def tiff(values: np.ndarray, *, tags: dict[int, tuple[int, ...]] | None = None) -> bytes:
+    """An uncompressed TIFF of values (H, W, bands) of any type, as programs for research write it.
+
+    Args:
+        tags: further tags, or other values for these.
+    """
+    height, width, bands = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    bits = (8 * values.itemsize,) * bands
+    all_tags: dict[int, tuple[int, ...]] = {256: (width,), 257: (height,), 258: bits, 259: (1,)}
+    all_tags |= {
+        262: (2 if bands >= 3 else 1,),
+        277: (bands,),
+        278: (height,),
+        339: (kind,) * bands,
+    }
+    all_tags |= {279: (values.nbytes,), 273: (0,)} | (tags or {})
+    body, entries = b"", b""
+    start = 8 + 2 + 12 * len(all_tags) + 4
+    lengths = {tag: 4 * len(numbers) for tag, numbers in all_tags.items() if len(numbers) > 1}
+    all_tags[273] = (start + sum(lengths.values()),)
+    for tag, numbers in sorted(all_tags.items()):
+        content = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(content) > 4:
+            body, content = body + content, struct.pack("<I", start + len(body))
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + content
+    head = b"II*\0" + struct.pack("<IH", 8, len(all_tags)) + entries + bytes(4)
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return head + body + little.tobytes()
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of values (H, W, 2, 3 or 4) uint16, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    height, width, bands = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+def with_palette(indices: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(indices)
+    colours = [(k, 255 - k, k // 2) for k in range(256)]
+    picture.putpalette([channel for colour in colours for channel in colour])
+    return picture
+
+
+def write_images(folder: Path, kind: str) -> dict[str, np.ndarray]:
+    """Images of one type in all formats, modes and orientations; the pixels (H, W, 3) of each."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (*SIZE, 4), np.uint8)
+    rgb, grey = colours[..., :3], colours[..., 0].copy()
+    grey_rgb = np.stack([grey] * 3, 2)
+    palette = np.stack([grey, 255 - grey, grey // 2], 2)
+    bits = np.where(grey_rgb > 99, 255, 0)
+    wide = {"uint16": grey.astype(np.uint16) * 257, "float32": grey.astype(np.float32) / 255}
+    deep = colours.astype(np.uint16) * 257
+
+    def picture(values: np.ndarray) -> Image.Image:
+        return Image.fromarray(values)
+
+    def twice(values: np.ndarray) -> Image.Image:
+        return Image.merge("LA", [Image.fromarray(values)] * 2)
+
+    # For each mode: the values to store, what is to be read, the writer, and endings of files.
+    kinds: dict[str, dict[str, tuple[Any, np.ndarray, Callable, str]]] = {
+        "8-bit": {
+            "RGB": (rgb, rgb, picture, "png tif webp bmp ppm tga jp2"),
+            "RGBA": (colours, rgb, picture, "png tif"),
+            "L": (grey, grey_rgb, picture, "png tif bmp tga jp2 gif"),
+            "LA": (grey, grey_rgb, twice, "png tif"),
+            "P": (grey, palette, with_palette, "png tif gif bmp"),
+            "1": (grey > 99, bits, picture, "png tif bmp"),
+        },
+        "16-bit": {
+            "I;16": (wide["uint16"], grey_rgb, picture, "png tif jp2"),
+            "I;16B": (wide["uint16"].astype(">u2"), grey_rgb, picture, "tif"),
+            "I": (wide["uint16"].astype(np.int32), grey_rgb, picture, "tif ppm"),
+            "RGB": (deep[..., :3], rgb, deep_png, "png"),
+            "RGBA": (deep, rgb, deep_png, "png"),
+            "RGB in TIFF": (deep[..., :3], rgb, tiff, "tif"),
+        },
+        "float": {
+            "F": (wide["float32"], grey_rgb, picture, "tif"),
+            "F by hand": (wide["float32"][..., None], grey_rgb, tiff, "tif"),
+        },
+    }
+    expected = {}
+    for mode, (values, pixels, write, endings) in kinds[kind].items():
+        for ending in endings.split():
+            with_exif = ending in ("png", "tif", "webp") and write not in (tiff, deep_png)
+            for orientation in STORED if with_exif else (1,):
+                name = f"{mode} {ending} {orientation}".replace(";", "_")
+                path = folder / f"{name}.{ending}"
+                stored = write(np.ascontiguousarray(STORED[orientation](values)))
+                if isinstance(stored, bytes):
+                    path.write_bytes(stored)
+                else:
+                    save(path, stored, orientation)
+                expected[name] = pixels
+    return expected
+
+
+def write_masks(folder: Path, names: Sequence[str]) -> np.ndarray:
+    """For each image a mask of another mode and orientation; all have the same labels (H, W)."""
+    folder.mkdir(parents=True)
+    labels = np.random.default_rng(1).integers(0, 2, SIZE).astype(np.uint8)
+    writers: list[tuple[str, Callable[[np.ndarray], Image.Image]]] = [
+        ("png", Image.fromarray),
+        ("png", with_palette),
+        ("tif", lambda a: Image.fromarray(a.astype(">u2"))),
+        ("png", lambda a: Image.fromarray(a.astype(np.uint16))),
+        ("tif", lambda a: Image.fromarray(a.astype(np.int32))),
+        ("tif", lambda a: Image.fromarray(a.astype(np.float32))),
+        ("png", lambda a: Image.fromarray(a > 0)),
+        ("png", lambda a: Image.fromarray(a).convert("LA")),
+        ("tif", lambda a: Image.fromarray(a).convert("RGB")),
+        ("png", lambda a: Image.fromarray(a).convert("RGBA")),
+    ]
+    for number, name in enumerate(names):
+        ending, make = writers[number % len(writers)]
+        orientation = 1 + number % 8
+        stored = make(np.ascontiguousarray(STORED[orientation](labels)))
+        save(folder / f"{name}.{ending}", stored, orientation)
+    return labels
+
+
+@pytest.mark.parametrize("kind", ["8-bit", "16-bit", "float"])
+def test_all_four_see_the_same(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training, the check, evaluation and prediction, for each format, mode and orientation."""
+    expected = write_images(tmp_path / "images", kind)
+    labels = write_masks(tmp_path / "masks", list(expected))
+    settings = {"classes": ["a", "b"], "val_share": 0.5}
+    dataset = partial(Folder, **settings)  # type: ignore[arg-type]
+    datamodule = SegmentationDataModule(dataset=dataset, root=tmp_path, num_workers=0)
+    datamodule.setup("fit")
+    seen = []
+    for data in (datamodule.train_data, datamodule.val_data):
+        assert data is not None
+        survey = Survey("x", data, images=True)
+        assert not survey.errors
+        for index, name in enumerate(data.ids):
+            sample = data[index]
+            assert np.array_equal(sample["image"].permute(1, 2, 0), expected[name]), name
+            assert np.array_equal(sample["mask"], labels), name
+            pixels = np.ascontiguousarray(expected[name], np.uint8)
+            content = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt="7×9".encode())
+            assert survey.pairs[index].content == content.digest(), name
+            seen.append(name)
+        assert survey.pixels[:2].tolist() == (np.bincount(labels.ravel()) * len(data)).tolist()
+    assert sorted(seen) == sorted(expected)
+
+    config = {"dataset": {"class": "fcn.datasets.folder.Folder", **settings}, "num_workers": 0}
+    evaluated = SegmentationDataModule.from_settings({**config, "root": str(tmp_path)})
+    for batch in evaluated.eval_dataloader(evaluated.open("all")):
+        (name,) = batch["id"]
+        assert np.array_equal(batch["image"][0].permute(1, 2, 0), expected[name]), name
+        assert np.array_equal(batch["mask"][0], labels), name
+
+    jobs, left_out = find_photos(str(tmp_path / "images"), tmp_path / "out")
+    assert not left_out
+    predicted = {}
+
+    def write(image: Tensor, mask: Tensor, target: Path) -> None:
+        predicted[target.name] = image.permute(1, 2, 0).numpy()
+
+    network = TestTime(lambda image: torch.zeros(len(image), 2, *image.shape[-2:]))
+    assert predict_files(jobs, network, write, batch_size=5) == {}
+    assert len(predicted) == len(expected)
+    by_path = {target.name: path.stem for path, target in jobs.items()}
+    for target, image in predicted.items():
+        assert np.array_equal(image, expected[by_path[target]]), target
+    # One warning about transparent pixels, although every RGBA image was read several times.
+    warnings = [r.message for r in caplog.records if "transparent pixels" in r.message]
+    assert len(warnings) <= 1
+
+
+def test_alpha_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pictures, "_with_alpha", [])
+    Image.new("RGBA", (3, 2), (9, 8, 7, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (3, 2), (9, 8, 7, 255)).save(tmp_path / "opaque.png")
+    with caplog.at_level(logging.WARNING):
+        assert read_image(tmp_path / "opaque.png")[0, 0].tolist() == [9, 8, 7]
+        assert not caplog.records
+        for _ in range(2):
+            assert read_image(tmp_path / "clear.png")[0, 0].tolist() == [9, 8, 7]
+    assert len(caplog.records) == 1
+    assert "clear.png has transparent pixels" in caplog.text
+
+
+def test_range_of_values(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, SIZE).astype(np.uint16)
+    expected = np.stack([grey] * 3, 2)
+    images = {
+        "twelve.png": (grey * 16, (0, 4080)),
+        "thermal.tif": (grey * 10 + 29000, (29000, 31550)),
+        "signed.tif": ((grey * 10).astype(np.int32) - 1000, (-1000, 1550)),
+        "float.tif": (grey.astype(np.float32) * 2 - 255, (-255.0, 255.0)),
+        "eight.png": (grey.astype(np.uint8), (0, 255)),
+    }
+    for name, (values, value_range) in images.items():
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.array_equal(read_image(tmp_path / name, value_range), expected), name
+    # Values outside become black and white; NaN becomes black.
+    values = np.array([[-5, 0, 0.5, 1, 7, np.nan, np.inf, -np.inf]], np.float32)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    read = read_image(tmp_path / "x.tif", (0, 1))[0, :, 0]
+    assert read.tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
+    assert image_facts(tmp_path / "x.tif") == Facts("float", -5, 7)
+
+
+@pytest.mark.parametrize(
+    ("facts", "value_range", "message"),
+    [
+        ([("8-bit", 0, 9)], None, None),  # dark images in 8 bits are never refused
+        ([("16-bit", 20000, 60000)], None, None),
+        ([("16-bit", 0, 25000)], None, None),
+        ([("16-bit", 200, 4000)], None, r"fill only 6% .*value_range=\[0,4095\]"),
+        ([("16-bit", 900, 16000)], None, r"value_range=\[0,16383\].*\[0,65535\] leaves them"),
+        ([("16-bit", 20, 250)], None, r"value_range=\[0,255\]"),
+        ([("16-bit", 29000, 31000)], None, r"value_range=\[29000,31000\]"),
+        ([("16-bit", -1024, 3071)], None, r"exceed .*0 to 65535; .*value_range=\[-1024,3071\]"),
+        ([("16-bit", 0, 0)], None, r"fill only 0%.*\[0,255\]"),
+        ([("float", 0, 1)], None, None),
+        ([("float", 0, 0.9), ("float", 0.01, 0.1)], None, None),
+        ([("float", 0, 0.1)], None, r"fill only 10% .*value_range=\[0,0\.1\]"),
+        ([("float", 0, 250)], None, r"exceed the range from 0 to 1; .*value_range=\[0,255\]"),
+        ([("float", -1, 1)], None, r"value_range=\[-1,1\]"),
+        ([("16-bit", 200, 4000)], [0, 4095], None),
+        ([("16-bit", 200, 4000)], [0, 65535], None),
+        ([("16-bit", 300, 4000)], [0, 255], r"all lie outside of .*=\[0,255\]; .*=\[0,4095\]"),
+        ([("8-bit", 0, 255)], [0, 4095], r"=\[0,4095\] is for images of another type.* 8-bit"),
+        ([("16-bit", 0, 99)], [0, 1], r"=\[0,1\] is for images of another type.* 16-bit"),
+        (
+            [("8-bit", 0, 9), ("16-bit", 0, 65535)],
+            None,
+            r"1\.png: this image is 16-bit, but .*0\.png",
+        ),
+    ],
+)
+def test_range_problem(
+    facts: list[tuple[str, float, float]], value_range: list[float] | None, message: str | None
+) -> None:
+    by_path = {Path(f"{number}.png"): Facts(*fact) for number, fact in enumerate(facts)}
+    problem = range_problem(by_path, value_range)
+    if message is None:
+        assert problem is None
+    else:
+        assert problem is not None
+        assert re.search(message, problem), problem
+
+
+def test_refused_by_name(tmp_path: Path) -> None:
+    """What this project cannot read as RGB, with what to do."""
+    rng = np.random.default_rng(0)
+
+    def noise(bands: int, kind: str = "uint8") -> np.ndarray:
+        return rng.integers(0, 99, (*SIZE, bands)).astype(kind)
+
+    frames = [Image.fromarray(noise(3)) for _ in range(3)]
+    stack: dict[str, Any] = {"save_all": True, "append_images": frames[1:]}
+    for name in ("stack.tif", "stack.gif", "stack.webp", "stack.png"):
+        frames[0].save(tmp_path / name, **stack)
+    Image.new("CMYK", SIZE).save(tmp_path / "cmyk.jpg")
+    Image.new("LAB", SIZE).save(tmp_path / "lab.tif")
+    files = {
+        "five.tif": tiff(noise(5), tags={338: (0, 0)}),
+        "infrared.tif": tiff(noise(4), tags={338: (0,)}),
+        "four.tif": tiff(noise(4), tags={262: (1,), 338: (0, 0, 0)}),
+        "two.tif": tiff(noise(2), tags={338: (0,)}),
+        "signed.tif": tiff(noise(1, "int8")),
+        "double.tif": tiff(noise(1, "float64")),
+        "float colours.tif": tiff(noise(3, "float32")),
+        "negative.tif": tiff(noise(1, "uint16"), tags={262: (0,)}),
+        "alpha.png": deep_png(noise(2, "uint16")),
+        "photo.heic": b"\0\0\0\x18ftypheic" + bytes(200),
+        "scan.dcm": bytes(300),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    messages = {
+        "stack": "it has 3 pages; save each page as a file of its own",
+        "cmyk": "mode CMYK is not read; save it as RGB",
+        "lab": "mode LAB is not read; save it as RGB",
+        "five": "it has 5 bands, and images have 1, 3 or 4",
+        "infrared": "it has 4 bands, and images have 1, 3 or 4",
+        "four": "it is a TIFF of 4 bands of 8 bits",
+        "two": "it has 2 bands",
+        "signed": "its values are signed",
+        "double": "it is a TIFF of 1 bands of 64 bits",
+        "float colours": "it is a TIFF of 3 bands of 32 bits",
+        "negative": "its value 0 is white",
+        "alpha": "Pillow reads only 8 of its 16 bits",
+        "photo": "pip install -r requirements/heic.txt",
+        "scan": "DICOM is not read",
+    }
+    for path in tmp_path.iterdir():
+        if path.suffix == ".heic" and "HEIF" in pictures.FORMATS:
+            continue
+        with pytest.raises(DataError) as error:
+            read_image(path)
+        assert str(error.value).startswith(f"{path}: ")
+        assert messages[path.stem] in str(error.value)
+
+
+def test_smaller_copies_are_no_pages(tmp_path: Path) -> None:
+    """A TIFF may hold smaller copies of its picture, and an MPO what a second lens saw."""
+    first, second = (Image.new("RGB", size, "red") for size in ((40, 30), (20, 15)))
+    second.encoderinfo = {"tiffinfo": {254: 1}}  # type: ignore[attr-defined]
+    first.save(tmp_path / "x.tif", save_all=True, append_images=[second])
+    first.save(tmp_path / "x.mpo", save_all=True, append_images=[second])
+    for name in ("x.tif", "x.mpo"):
+        assert read_image(tmp_path / name).shape == (30, 40, 3), name
+
+
+def test_another_type_is_refused(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number, kind in enumerate((np.uint8, np.uint8, np.uint16)):
+        Image.fromarray(np.ones(SIZE, kind)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(np.ones(SIZE, np.uint8)).save(tmp_path / "masks" / f"{number}.png")
+    data = Folder(split="all", root=tmp_path, classes=["a", "b"])
+    assert data[1]["id"] == "1"
+    with pytest.raises(DataError, match=r"2\.png: this image is 16-bit, but .* is 8-bit"):
+        data[2]
+    assert image_type(sorted((tmp_path / "images").iterdir())) == "8-bit"
+    with pytest.raises(DataError, match=r"value_range=\[0,4095\] is for images of another type"):
+        Folder(split="all", root=tmp_path, classes=["a", "b"], value_range=[0, 4095])[0]
+    for wrong in ([1, 0], [0], "0,1", [0, float("nan")]):
+        with pytest.raises(ConfigError, match=r"value_range=.*must be null or two numbers"):
+            Folder(split="all", root=tmp_path, classes=["a", "b"], value_range=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("turned", ["image", "mask"])
+def test_mask_that_fits_only_what_is_stored(tmp_path: Path, turned: str) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    save(tmp_path / "images" / "x.jpg", Image.new("RGB", (9, 7)), 6 if turned == "image" else 1)
+    save(tmp_path / "masks" / "x.png", Image.new("L", (9, 7)), 6 if turned == "mask" else 1)
+    data = Folder(split="all", root=tmp_path, classes=["a", "b"])
+    name = "x.jpg" if turned == "image" else "x.png"
+    with pytest.raises(DataError, match=rf"the mask is .*EXIF orientation of {name} turns it"):
+        data[0]
+
+
+def test_masks_that_are_unclear(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    labels = np.random.default_rng(0).integers(0, 2, SIZE).astype(np.uint8)
+    colours = np.stack([labels, 0 * labels, labels], 2)
+    clear = Image.merge("LA", [Image.fromarray(labels), Image.fromarray(labels)])
+    read = partial(read_mask, num_classes=2)
+    for picture, message in (
+        (Image.fromarray(colours), "mode RGB needs data.dataset.palette"),
+        (clear, "has transparent pixels; save it without alpha"),
+        (Image.fromarray(labels + 1), "found 2; if the labels begin with 1 and 0 is void, set"),
+    ):
+        picture.save(path)
+        with pytest.raises(DataError, match=rf"x\.png: .*{message}"):
+            read(path)
+    Image.fromarray(labels * np.float32(0.5)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif: this mask holds fractions"):
+        read(tmp_path / "x.tif")
+    path.write_bytes(deep_png(np.ones((*SIZE, 3), np.uint16)))
+    with pytest.raises(DataError, match="colours in 16 bits is not read"):
+        read(path)
+    Image.fromarray(labels * 255).save(tmp_path / "x.jpg")
+    with pytest.raises(DataError, match="JPEG changes the values of pixels"):
+        read(tmp_path / "x.jpg")
+
+
+def test_labels_that_begin_with_1(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "x.png")
+    read = read_mask(tmp_path / "x.png", 2, void=0)
+    assert read.tolist() == [[255, 0, 1]]
