@@ -12,16 +12,13 @@ and a mask of different sizes, or an image in both train and val. Such an image 
 or by its content: two files are one image if their pixels are equal once decoded.
 """
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
-from tqdm.contrib.concurrent import thread_map
 
 from fcn import cli
 from fcn.datasets import Sample, SegmentationDataset
@@ -31,6 +28,7 @@ from fcn.datasets.reading import (
     check_disjoint,
     missing_allowed,
 )
+from fcn.datasets.survey import Survey, balanced_weights, find_errors
 from fcn.errors import DataError
 from fcn.figures.legend import legend_entries, one_line
 from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
@@ -49,74 +47,30 @@ KINDS: dict[type[DataError], str] = {
 }
 
 
-class Facts(NamedTuple):
-    """What is noted of one pair of image and mask."""
+def describe(survey: Survey) -> Iterator[str]:
+    """Lines that say how many pairs there are, what is wrong with some, their sizes and types."""
+    kinds = Counter(KINDS.get(type(error), "missing or broken") for error in survey.errors)
+    bad = "".join(f", {number} {kind}" for kind, number in kinds.items())
+    yield f"{survey.split}: {len(survey.data)} pairs, {len(survey.good)} good{bad}"
+    pairs = survey.pairs.values()
+    sizes = Counter(pair.size for pair in pairs if pair.size is not None)
+    if sizes:
+        heights, widths = zip(*sizes, strict=True)
+        common = ", ".join(f"{w}×{h} ({n})" for (h, w), n in sizes.most_common(3))
+        yield (
+            f"  {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high; "
+            f"most often {common}"
+        )
+    facts = [fact for pair in pairs for fact in pair.facts.values() if fact.type != "8-bit"]
+    if facts:
+        low, high = min(f.lowest for f in facts), max(f.highest for f in facts)
+        yield f"  images with {facts[0].type} values, {low:g} to {high:g}"
 
-    size: tuple[int, int]  # height and width
-    pixels: np.ndarray  # (256,), the number of pixels with each label
-    content: bytes  # a hash of the image's pixels
 
-
-class Survey:
-    """What is in one split. Every pair is read, whatever is wrong with the ones before it.
-
-    Attributes:
-        errors: of the pairs that cannot be used.
-        good: indices of the others.
-        sizes: how many images there are of each (height, width).
-        pixels, images: (256,), how many pixels have each label, and how many masks.
-        contents: for the hash of each image, the id of the first one that has it.
-    """
-
-    def __init__(self, split: str, data: SegmentationDataset) -> None:
-        self.split, self.data = split, data
-        self.errors: list[DataError] = []
-        self.good: list[int] = []
-        self.sizes: Counter[tuple[int, int]] = Counter()
-        self.pixels = np.zeros(256, np.int64)
-        self.images = np.zeros(256, np.int64)
-        self.contents: dict[bytes, str] = {}
-        # Threads are enough, since Pillow releases Python's lock while it decodes.
-        found = thread_map(self._read, range(len(data)), desc=split, leave=False, disable=None)
-        for index, facts in enumerate(found):
-            if isinstance(facts, DataError):
-                self.errors.append(facts)
-                continue
-            self.good.append(index)
-            self.sizes[facts.size] += 1
-            self.pixels += facts.pixels
-            self.images += facts.pixels > 0
-            self.contents.setdefault(facts.content, data.ids[index])
-
-    def _read(self, index: int) -> Facts | DataError:
-        try:
-            sample = self.data[index]
-        except DataError as error:
-            return error
-        height, width = sample["mask"].shape
-        image = sample["image"].permute(1, 2, 0).numpy().tobytes()  # (3, H, W) -> (H, W, 3)
-        # The size is part of the hash: images of 2×8 and 4×4 pixels can have the same bytes.
-        content = hashlib.blake2b(image, digest_size=16, salt=f"{height}×{width}".encode())
-        pixels = np.bincount(sample["mask"].numpy().ravel(), minlength=256)
-        return Facts((height, width), pixels, content.digest())
-
-    def describe(self) -> Iterator[str]:
-        """Lines that say how many pairs there are, what is wrong with some, and their sizes."""
-        kinds = Counter(KINDS.get(type(error), "missing or broken") for error in self.errors)
-        bad = "".join(f", {number} {kind}" for kind, number in kinds.items())
-        yield f"{self.split}: {len(self.data)} pairs, {len(self.good)} good{bad}"
-        if self.sizes:
-            heights, widths = zip(*self.sizes, strict=True)
-            common = ", ".join(f"{w}×{h} ({n})" for (h, w), n in self.sizes.most_common(3))
-            yield (
-                f"  {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high; "
-                f"most often {common}"
-            )
-
-    def samples(self) -> list[Sample]:
-        """Some of the good pairs, from all over the split."""
-        step = max(1, len(self.good) // PICTURED)
-        return [self.data[index] for index in self.good[::step][:PICTURED]]
+def some_samples(survey: Survey) -> list[Sample]:
+    """Some of the good pairs, from all over the split."""
+    step = max(1, len(survey.good) // PICTURED)
+    return [survey.data[index] for index in survey.good[::step][:PICTURED]]
 
 
 def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterator[str]:
@@ -129,12 +83,16 @@ def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterato
         line = f"{k:>5} {name:{wide}}"
         for s in surveys:
             share = 100 * s.pixels[k] / max(s.pixels.sum(), 1)
-            line += f"{s.pixels[k]:>18,} {share:>6.2f} {s.images[k]:>7,}"
+            line += f"{s.pixels[k]:>18,} {share:>6.2f} {s.masks[k]:>7,}"
         yield line
+    weights = ", ".join(
+        f"{w:.4g}" for w in balanced_weights(surveys[0].pixels[: len(data.classes)])
+    )
+    yield f"model.class_weights=balanced would be [{weights}]"
     for s in surveys:
-        unseen = [names[k] for k in range(len(data.classes)) if not s.pixels[k]]
+        unseen = [one_line(name, 60) for name in s.unseen_classes()]
         if unseen:
-            yield f"never in {s.split}: {', '.join(unseen)}"
+            yield f"warning: never in {s.split}: {', '.join(unseen)}"
 
 
 def images_in_both(train: Survey, val: Survey) -> Iterator[DataError]:
@@ -143,9 +101,12 @@ def images_in_both(train: Survey, val: Survey) -> Iterator[DataError]:
         check_disjoint(train.data.ids, val.data.ids)
     except DataError as error:
         yield error
-    for content, name in train.contents.items():
-        other = val.contents.get(content, name)
-        if other != name:  # an id that is in both splits is in the error above
+    first = {}
+    for index, pair in reversed(train.pairs.items()):
+        first[pair.content] = train.data.ids[index]
+    for index, pair in val.pairs.items():
+        name, other = first.get(pair.content), val.data.ids[index]
+        if pair.content and name not in (None, other):  # an id in both is in the error above
             yield DataError(f"{name} of {train.split} and {other} of {val.split}: one picture")
 
 
@@ -190,13 +151,14 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
         except DataError as error:
             errors.append(error)
             continue
-        survey = Survey(split, data)
-        surveys.append(survey)
-        errors += survey.errors
-        print(*survey.describe(), sep="\n")
+        surveys.append(Survey(split, data, images=True))
+        print(*describe(surveys[-1]), sep="\n")
     if len(surveys) == 2:
+        errors += find_errors(*surveys, limit=datamodule.limit)
         errors += images_in_both(*surveys)
-    samples = [sample for survey in surveys for sample in survey.samples()]
+    else:
+        errors += [error for survey in surveys for error in survey.errors]
+    samples = [sample for survey in surveys for sample in some_samples(survey)]
     if samples:
         data = surveys[0].data
         print(*class_table(surveys, data), sep="\n")

@@ -24,8 +24,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fcn.datasets import VOID, Labels, reading
+from fcn.datasets.palettes import Appearance, appearance
 from fcn.datasets.pictures import is_picture
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
@@ -180,7 +182,7 @@ class Folder(reading.Pairs):
             DataError: it is damaged, or holds unknown labels or colours.
         """
         picture = reading.read_picture(path, "mask", max_pixels=self.max_pixels)
-        if not self._colours or (picture.mode in reading.LABEL_MODES[1:] and not self._grey):
+        if self._holds_labels(picture):
             labels = reading.labels_of(picture, path)
             return reading.to_mask(labels, len(self.classes), void=self._void, path=path)
         pixels = np.array(picture.convert("RGB"), np.int32)  # (H, W, 3)
@@ -196,6 +198,24 @@ class Folder(reading.Pairs):
             raise reading.UnknownLabelError(message)
         labels = np.array([self._colours[c] for c in known.tolist()], np.uint8)
         return labels[place]  # (H, W)
+
+    def _holds_labels(self, picture: Image.Image) -> bool:
+        """Whether the values in a mask are labels, and not colours of data.dataset.palette."""
+        is_grey = picture.mode in reading.LABEL_MODES[1:]
+        return not self._colours or (is_grey and not self._grey)
+
+    def appearance(self, path: Path) -> Appearance:
+        """How the file of a mask shows its labels, so that masks can be compared.
+
+        Raises:
+            DataError: the file is damaged, or holds no labels.
+        """
+        picture = reading.read_picture(path, "mask", max_pixels=self.max_pixels)
+        if self._holds_labels(picture):
+            return appearance(picture, path)
+        first = 1 if self._void == 0 else 0
+        colours = {first + k: colour for k, colour in enumerate(self.palette)}
+        return Appearance(is_grey=False, colours=colours)
 
 
 def _is_byte(value: object) -> bool:
@@ -230,15 +250,17 @@ class Files(dict[str, Path]):
     """
 
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
-        self.suffix, self.parts = suffix, {"": base / Path(folder).expanduser()}
-        for pattern in (f"{folder}/{{}}", f"{{}}/{folder}"):
-            parts = {
-                f"{split}/": base / pattern.format(split) for split in ("train", "val", "test")
-            }
-            parts = {part: path for part, path in parts.items() if path.is_dir()}
+        one = base / Path(folder).expanduser()
+        self.suffix, self.parts = suffix, {"": one}
+        for inside in (True, False):
+            parts = {}
+            for split in ("train", "val", "test"):
+                path = one / split if inside else base / split / folder
+                if path.is_dir() and path != one:  # they are equal if `folder` is absolute
+                    parts[f"{split}/"] = path
             if {"train/", "val/"} <= parts.keys():
-                if any(map(is_picture, self.parts[""].glob("*"))):
-                    raise DataError(f"{self.parts['']}: pictures lie outside of train and val too")
+                if any(map(is_picture, one.glob("*"))):
+                    raise DataError(f"{one}: there are pictures outside of train and val too")
                 self.parts = parts
                 break
         for part, path in self.parts.items():

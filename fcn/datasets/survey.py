@@ -1,0 +1,229 @@
+"""What is in a data set: pixels of each class, kinds of images, and what is wrong with them.
+
+    before_training(datamodule)                  # train.py: masks of both splits, for some seconds
+    train = Survey("train", data, images=True)   # the check: all pairs of a split
+    balanced_weights(train.pixels[:21])          # the weight of each class, see model.class_weights
+
+A data set is surveyed before training if it has a method `read_labels(index)`, which returns the
+mask (H, W) of a sample without reading its image. Data sets of files have it, see reading.Pairs.
+"""
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.contrib.concurrent import thread_map
+
+from fcn.datasets import SegmentationDataset
+from fcn.datasets.folder import Folder
+from fcn.datasets.palettes import Appearance, contradiction
+from fcn.datasets.pictures import image_facts, image_type, is_turned, open_picture
+from fcn.datasets.reading import Pairs
+from fcn.datasets.value_range import Facts, range_problem
+from fcn.errors import DataError
+
+if TYPE_CHECKING:
+    from fcn.datamodule import SegmentationDataModule
+
+SECONDS = 10.0  # before training, for each of the two splits; masks that are left then are not read
+SHOWN = 3  # errors in a message before training
+
+
+@dataclass
+class Pair:
+    """What is noted of one pair of image and mask; None is what was not read."""
+
+    error: DataError | None = None
+    # For the file of the image: the type of its values, the lowest and the highest.
+    facts: dict[Path, Facts] = field(default_factory=dict)
+    # For the file of the mask: how it shows its labels.
+    appearance: dict[Path, Appearance] = field(default_factory=dict)
+    pixels: np.ndarray | None = None  # (256,), the number of pixels with each label
+    size: tuple[int, int] | None = None  # height and width
+    content: bytes | None = None  # a hash of the image's pixels
+
+
+class Survey:
+    """What is in one split. Every pair is read, whatever is wrong with the ones before it.
+
+    Args:
+        split: the name of the split.
+        data: its data set.
+        images: whether to read the images too, or only the masks and the heads of the images.
+        seconds: after this time, no further pair is read. The order is random, so that those which
+            were read are a sample of all. None: all are read.
+
+    Attributes:
+        pairs: what was noted of each pair that was read, by its index.
+        errors: of the pairs that cannot be used.
+        good: indices of the others.
+        pixels, masks: (256,), how many pixels have each label, and how many masks.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        data: SegmentationDataset,
+        *,
+        images: bool = False,
+        seconds: float | None = None,
+    ) -> None:
+        self.split, self.data, self._with_images = split, data, images
+        self._deadline = time.monotonic() + (math.inf if seconds is None else seconds)
+        order = np.random.default_rng(0).permutation(len(data)).tolist()
+        # Threads are enough, since Pillow releases Python's lock while it decodes.
+        found = thread_map(self._read, order, desc=split, leave=False, disable=None)
+        noted = {index: pair for index, pair in zip(order, found, strict=True) if pair is not None}
+        self.pairs: dict[int, Pair] = {index: noted[index] for index in sorted(noted)}
+        self.errors = [pair.error for pair in self.pairs.values() if pair.error is not None]
+        self.good = [index for index, pair in self.pairs.items() if pair.error is None]
+        self.pixels, self.masks = np.zeros((2, 256), np.int64)
+        for pair in self.pairs.values():
+            if pair.pixels is not None:
+                self.pixels += pair.pixels
+                self.masks += pair.pixels > 0
+
+    def _read(self, index: int) -> Pair | None:
+        if time.monotonic() > self._deadline:
+            return None
+        pair = Pair()
+        try:
+            self._note(index, pair)
+        except DataError as error:
+            pair.error = error
+        return pair
+
+    def _note(self, index: int, pair: Pair) -> None:
+        data: Any = self.data
+        if isinstance(data, Pairs):
+            image, mask = data.pairs[data.ids[index]]
+            is_8_bit = image_type([image], max_pixels=data.max_pixels) in (None, "8-bit")
+            facts = None if is_8_bit else image_facts(image, max_pixels=data.max_pixels)
+            pair.facts[image] = facts or Facts("8-bit", 0, 255)
+        if isinstance(data, Folder):
+            pair.appearance[mask] = data.appearance(mask)
+        if self._with_images or not hasattr(data, "read_labels"):
+            sample = data[index]
+            labels = sample["mask"].numpy()
+            values = sample["image"].permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+            # The size is part of the hash: images of 2×8 and 4×4 pixels can have the same bytes.
+            salt = "×".join(map(str, labels.shape)).encode()
+            pair.content = hashlib.blake2b(values.tobytes(), digest_size=16, salt=salt).digest()
+        else:
+            labels = data.read_labels(index)
+            if isinstance(data, Pairs) and stored_size(image, data.max_pixels) != labels.shape:
+                data[index]  # this raises the error that says what differs
+        pair.size = labels.shape
+        pair.pixels = np.bincount(labels.ravel(), minlength=256)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every pair of the split on disk has been read without an error."""
+        return len(self.good) == len(self.data)
+
+    def unseen_classes(self) -> list[str]:
+        """The classes without a pixel in the masks that were read."""
+        return [name for k, name in enumerate(self.data.classes) if not self.pixels[k]]
+
+
+def stored_size(image: Path, max_pixels: int) -> tuple[int, int]:
+    """Height and width of an image as it is seen upright, from the head of its file."""
+    with open_picture(image, max_pixels=max_pixels) as picture:
+        width, height = picture.size
+    return (width, height) if is_turned(image) else (height, width)
+
+
+def balanced_weights(pixels: np.ndarray) -> list[float]:
+    """Weights of the classes in inverse proportion to their pixels; over all pixels they average 1.
+
+    Args:
+        pixels: (K,), the training pixels of each class. A class without any has the weight 1.
+    """
+    present = pixels > 0
+    weights = pixels.sum() / np.maximum(present.sum() * pixels, 1)
+    return [round(float(weight), 6) for weight in np.where(present, weights, 1.0)]
+
+
+def find_errors(train: Survey, val: Survey, *, limit: int | None) -> list[DataError]:
+    """What must be mended before a run can start: first what concerns many files, then single ones.
+
+    Args:
+        train, val: what is in the two splits.
+        limit: the setting data.limit.
+    """
+    facts: dict[Path, Facts] = {}
+    appearances: dict[Path, Appearance] = {}
+    for pair in (*train.pairs.values(), *val.pairs.values()):
+        facts |= pair.facts
+        appearances |= pair.appearance
+    problems = [range_problem(facts, getattr(train.data, "value_range", None))]
+    problems += [contradiction(appearances), void_problem(train) if limit is None else None]
+    return [*(DataError(text) for text in problems if text), *train.errors, *val.errors]
+
+
+def void_problem(train: Survey) -> str | None:
+    """What is wrong if all pixels of a class are ignored, since its label is taken for void.
+
+    In own data, a class without a pixel while others are void is taken for that mistake. In the
+    published data sets, whose labels are known, all classes but one must be missing.
+    """
+    unseen, void = train.unseen_classes(), train.pixels[train.data.void]
+    own = isinstance(train.data, Folder)
+    if not (unseen and void and train.is_complete):
+        return None
+    if not own and len(unseen) < len(train.data.classes) - 1:
+        return None
+    share = void / train.pixels.sum()
+    message = (
+        f"no pixel of {', '.join(unseen)} in the {len(train.data)} training masks, but {share:.1%} "
+        "of their pixels are void, which is ignored. "
+    )
+    if own:
+        message += (
+            "If these pixels are the missing class, as in masks of the values 0 and 255, set "
+            "data.dataset.void=null 'data.dataset.palette=[[0,0,0],[255,255,255]]', a colour for "
+            "each class. "
+        )
+    return f"{message}If the class is missing on purpose, data.limit={len(train.data)} trains"
+
+
+def before_training(
+    datamodule: "SegmentationDataModule", *, every_mask: bool = False
+) -> Survey | None:
+    """Read the masks of both splits, so that a bad one ends a run in its first minute.
+
+    Args:
+        datamodule: with both splits open.
+        every_mask: whether to read all of them, however long that takes, and of whatever data set.
+            Else it takes 2 * SECONDS at most, and a data set without `read_labels` is not read.
+
+    Returns:
+        The survey of the training data; None if it was not read.
+
+    Raises:
+        DataError: something must be mended; see `find_errors`.
+    """
+    train_data, val_data = datamodule.train_data, datamodule.val_data
+    assert train_data is not None
+    assert val_data is not None
+    if not every_mask and not hasattr(train_data, "read_labels"):
+        return None
+    started, seconds = time.monotonic(), None if every_mask else SECONDS
+    train = Survey(datamodule.train_split, train_data, seconds=seconds)
+    val = Survey(datamodule.val_split, val_data, seconds=seconds)
+    counts = [f"{len(s.pairs)} of {len(s.data)} masks of {s.split}" for s in (train, val)]
+    print(f"read {' and '.join(counts)} in {time.monotonic() - started:.1f} s", flush=True)
+    errors = find_errors(train, val, limit=datamodule.limit)
+    if errors:
+        lines = [str(error) for error in errors[:SHOWN]]
+        if len(errors) > SHOWN:
+            lines.append(f"and {len(errors) - SHOWN} more: python -m fcn.datasets.check shows all")
+        raise DataError("\n".join(lines))
+    unseen = train.unseen_classes()
+    if unseen and train.is_complete:
+        print(f"warning: never in {train.split}: {', '.join(unseen)}", flush=True)
+    return train
