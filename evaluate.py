@@ -14,7 +14,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -49,7 +49,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     Raises:
         fcn.errors.FCNError: the checkpoint, a setting or the data is wrong.
     """
-    OmegaConf.resolve(cfg)
+    cfg = cli.resolved(cfg)
     chosen = chosen_checkpoints(cfg)
     check_text("split", cfg.split, wanted="the name of a split, such as val")
     check_text("output", cfg.output, wanted="a folder", optional=True)
@@ -70,7 +70,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
     quiet_lightning()
     keep_freed_memory()
-    tta, data = (cast(dict[str, Any], OmegaConf.to_container(cfg[key])) for key in ("tta", "data"))
+    tta, data = cli.plain(cfg.tta), cli.plain(cfg.data)
     plain = tta == {"flip": False, "scales": [1]} and cfg.tile is None
     options = {"accelerator": cfg.accelerator, "precision": cfg.precision}
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)

@@ -56,8 +56,8 @@ def run(main: Callable[[], None]) -> None:
     # With this setting Hydra raises errors to its caller, and `short_messages` reports them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sweep = bool({"-m", "--multirun"} & set(sys.argv))
-    sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
     with short_messages():
+        sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
         main()
 
 
@@ -144,6 +144,8 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     elif key.startswith("hydra.") and PATHS.fullmatch(key):
         # Such a folder may be named after the time, ${now:...}, or after the run, ${name}.
         value = re.sub(r"\\(\$\{(now:|oc\.|hydra[.:]|name\}))", r"\1", _quoted_path(value))
+        if "\\${" in value:
+            raise ConfigError(f"{argument}: Hydra takes no name with ${{ for this folder")
     elif PATHS.fullmatch(key):
         swept = sweep and not os.path.exists(value)
         if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)
@@ -175,20 +177,21 @@ def _quoted_pair(value: str) -> str:
 
 def literal(text: str) -> str:
     """A text in a form in which OmegaConf takes it as it is: "${" would stand for another value."""
-    return text.replace("${", "\\${")
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
     """A copy of settings in which every ${...} is replaced by what it stands for."""
+    return OmegaConf.create(_literals(plain(cfg)))
 
-    def copy(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: copy(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return list(map(copy, node))
-        return literal(node) if isinstance(node, str) else node
 
-    return OmegaConf.create(copy(OmegaConf.to_container(cfg, resolve=True)))
+def _literals(value: Any) -> Any:
+    """Plain settings with every text as `literal` gives it."""
+    if isinstance(value, dict):
+        return {key: _literals(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return list(map(_literals, value))
+    return literal(value) if isinstance(value, str) else value
 
 
 def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
@@ -228,6 +231,8 @@ def build(cfg: DictConfig, key: str, *, without: Sequence[str] = (), **more: Any
     try:
         if without:
             node = OmegaConf.masked_copy(node, [name for name in node if name not in without])
+        if "${" in str(plain(node)):  # within a text, such as a path; Hydra evaluates texts twice
+            node = OmegaConf.create(_literals(_literals(plain(node))))
         return instantiate(node, _convert_="all", **more)
     except InstantiationException as error:
         part = re.search(r"full_key: (\S+)", str(error))  # such as data.dataset, within data
@@ -288,8 +293,8 @@ def _of_hydra(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         why = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
         return (
-            f"{error.override}: this does not read as setting=value ({why}). A text with characters "
-            "such as = ( ) [ ] needs quotes around it and its setting: \"key='a text'\""
+            f"{error.override}: this does not read as setting=value ({why}). A text with = ( ) or "
+            "[ ] in it needs quotes of its own: \"key='a text'\""
         )
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", lines[0])
     if several:

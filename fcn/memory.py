@@ -223,9 +223,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError, or an error of Hydra's or OmegaConf's: an override is wrong.
     """
-    cfg = cli.compose(["name=plan", *overrides])
-    OmegaConf.resolve(cfg)
-    check_settings(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+    cfg = cli.resolved(cli.compose(["name=plan", *overrides]))
+    check_settings(cli.plain(cfg))
     check_whole("data.batch_size", cfg.data.batch_size, 1)  # "auto" is no number to plan for
     if cfg.optimizer.get("fused") == "auto":
         cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"
@@ -235,7 +234,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def combinations(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     """The overrides of each row: every combination of the values in lists, such as `a=1,2`."""
     choices: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
+    readable = [cli.quoted(argument, sweep=True) for argument in arguments]
+    for override in OverridesParser.create().parse_overrides(readable):
         choices.append([override.input_line or ""])
         if override.is_sweep_override():
             key, values = override.get_key_element(), override.sweep_string_iterator()

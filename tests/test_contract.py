@@ -16,9 +16,10 @@ import torch
 from conftest import compose_config, train_tiny
 from forks import fork, kill_at_call, wait
 from omegaconf import OmegaConf
+from test_runs_resume import assert_same
 
 from evaluate import evaluate
-from fcn.checkpoint import last_checkpoint, read_checkpoint
+from fcn.checkpoint import last_checkpoint
 from fcn.cli import RENAMED
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
@@ -117,13 +118,7 @@ def test_resumed_after_a_kill_bit_by_bit(run: Path, tmp_path: Path) -> None:
     killed, log = tmp_path / "killed", tmp_path / "log"
     assert wait(fork(partial(killed_run, killed), log)) == -9, log.read_text("utf-8")
     train(resumed_config(killed, []), killed)
-    one, two = (read_checkpoint(last_checkpoint(r))["state_dict"] for r in (run, killed))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
-    for row, other in zip(rows(run), rows(killed), strict=True):
-        del row["train/images_per_second"], other["train/images_per_second"]
-        assert row == other
+    assert_same(killed, run)
 
 
 @pytest.mark.parametrize("name", RECIPES)

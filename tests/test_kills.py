@@ -21,10 +21,11 @@ import torch
 from conftest import TINY, train_tiny
 from forks import fork, kill_at_call, kill_self, wait
 from PIL import Image
+from test_runs_resume import assert_same
 
 import fcn.module
 import fcn.training.curves
-from fcn.checkpoint import last_checkpoint, read_checkpoint
+from fcn.checkpoint import read_checkpoint
 from fcn.files import SUFFIX
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
@@ -146,14 +147,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def result(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
-    checkpoint = read_checkpoint(last_checkpoint(run))
-    rows = read_metrics(run / "metrics.csv")
-    for row in rows:
-        del row["train/images_per_second"]  # the one column that time decides
-    return checkpoint["state_dict"], rows
-
-
 def check_what_is_left(run: Path) -> None:
     steps = [int(row["step"]) for row in read_metrics(run / "metrics.csv")]
     assert steps == list(range(1, len(steps) + 1))
@@ -196,11 +189,3 @@ def test_killed_at_any_moment(tmp_path: Path, undisturbed: Path) -> None:
     assert_same(run, undisturbed)
     assert wanted - killed == set(), "these moments did not come"
     assert [*run.rglob(f".*{SUFFIX}")] == []
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    (weights, rows), (expected_weights, expected_rows) = result(run), result(undisturbed)
-    assert weights.keys() == expected_weights.keys()
-    for name, value in expected_weights.items():
-        assert torch.equal(weights[name], value), name
-    assert rows == expected_rows

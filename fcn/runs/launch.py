@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fcn.cli import short_messages
+from fcn.cli import literal, short_messages
 from fcn.errors import DataError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
@@ -65,7 +65,7 @@ def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str
 
     def job(earlier: Path | None) -> None:
         if earlier is not None:
-            cfg.resume = str(earlier)
+            cfg.resume = literal(str(earlier))
         _launch(cfg, train, folder, overrides if earlier is None else [], named=True)
 
     run_job(folder, overrides, job)
@@ -91,7 +91,7 @@ def _launch(
             print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
             return
         if last is not None:
-            cfg.resume, overrides = str(last), []
+            cfg.resume, overrides = literal(str(last)), []
     run = Path(cfg.resume) if cfg.resume else folder
     if cfg.resume:
         cfg = resumed_config(run, overrides)

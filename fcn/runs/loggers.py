@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fcn.cli import literal
+
 
 def logger_settings(cfg: DictConfig, run: Path) -> DictConfig:
     """The group `logger`, ready to be built.
@@ -26,5 +28,5 @@ def logger_settings(cfg: DictConfig, run: Path) -> DictConfig:
     settings = OmegaConf.create({"logger": group})  # a copy: a run folder may be moved later
     for entry in filter(OmegaConf.is_dict, settings.logger.values()):
         if "save_dir" in entry:
-            entry.save_dir = entry.save_dir or str(run)
+            entry.save_dir = entry.save_dir or literal(str(run))
     return settings

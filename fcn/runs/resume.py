@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from fcn.cli import CONF, RENAMED
+from fcn.cli import CONF, RENAMED, literal, plain, resolved
 from fcn.errors import ConfigError
 from fcn.runs.folder import is_training, read_overrides, started_with
 
@@ -96,9 +96,9 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
     for change in OverridesParser.create().parse_overrides(list(overrides)):
         _apply(change, cfg)
-    OmegaConf.resolve(cfg)  # before the check, because a ${...} can stand for a _target_ too
+    cfg = resolved(cfg)  # before the check, because a ${...} can stand for a _target_ too
     _check_targets(run, cfg, overrides)
-    cfg.resume = str(run)
+    cfg.resume = literal(str(run))
     return cfg
 
 
@@ -154,7 +154,7 @@ def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
     now = {override.lstrip("+") for override in overrides}
     first = {override.lstrip("+") for override in read_overrides(run)[0]}
-    for key, target in _targets(OmegaConf.to_container(cfg)):
+    for key, target in _targets(plain(cfg)):
         named = f"{key}={target}"
         if target in known or named in now:
             continue

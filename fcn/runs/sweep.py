@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from fcn.checkpoint import last_checkpoint
-from fcn.cli import MENDABLE, short_message
+from fcn.cli import MENDABLE, literal, quoted, short_message
 from fcn.errors import FCNError, Stopped
 from fcn.files import write_csv, write_text
 from fcn.runs.folder import (
@@ -51,9 +51,9 @@ class ContinueSweep(Callback):
         if sweep is not None:
             print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
             with read_write(config.hydra):
-                config.hydra.sweep.dir = str(sweep)
+                config.hydra.sweep.dir = literal(str(sweep))
                 # A launcher composes the settings of each job again, from the overrides.
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep}'")
+                config.hydra.overrides.hydra.append(quoted(f"hydra.sweep.dir={sweep}"))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs have finished or crashed. The exit code is 1 if one has crashed."""
