@@ -73,7 +73,9 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         callbacks = cli.build_each(cfg, "callbacks", Callback)
         datamodule, module = build_data_and_module(cfg)
         settle_length(cfg, datamodule, module, trial)
-        checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
+        checkpoint, step = None, 0
+        if cfg.resume:
+            checkpoint, step = find_checkpoint(run, module, cli.plain(cfg))
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
         if is_main_process() and not cfg.resume:
@@ -102,6 +104,8 @@ def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, Seg
     Raises:
         FCNError: a setting cannot work, or the data or the weights cannot be had.
     """
+    from fcn.datasets.survey import before_training
+    from fcn.runs.process import is_main_process
     from fcn.training.settings import dummy_parameters
     from fcn.weights import find_weights
 
@@ -116,6 +120,8 @@ def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, Seg
         find_weights(cfg.model.backbone, weights)
     datamodule.prepare_data()
     datamodule.setup("fit")
+    if is_main_process() and not cfg.resume:
+        before_training(datamodule)
     if weights is not None:
         module.load_pretrained(weights)
     return datamodule, module
