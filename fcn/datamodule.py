@@ -41,7 +41,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             larger number pads images to a common size, which changes scores in the last digits.
         num_workers: loader processes; None: one less than there are cores, at most 8.
         limit: use only the first so many images of each split; None: all.
-        crop_size, scale, flip, jitter: see `fcn.transforms.train_transform`.
+        crop_size, scale, flip, jitter, rotate, blur: see `fcn.transforms.train_transform`.
         seed: fixes the order of the images and their augmentation.
 
     Raises:
@@ -65,6 +65,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         scale: Sequence[float] | None = None,
         flip: float = 0.5,
         jitter: float | None = None,
+        rotate: float | None = None,
+        blur: float | None = None,
         seed: int = 0,
     ) -> None:
         if not callable(dataset):
@@ -81,7 +83,9 @@ class SegmentationDataModule(pl.LightningDataModule):
         check_whole("limit", limit, 1, optional=True)
         check_whole("seed", seed, 0, 2**32 - 1)
         super().__init__()
-        self.augment = train_transform(crop_size=crop_size, scale=scale, flip=flip, jitter=jitter)
+        self.augment = train_transform(
+            crop_size=crop_size, scale=scale, flip=flip, jitter=jitter, rotate=rotate, blur=blur
+        )
         self.make_dataset = dataset
         self.root, self.download = root, download
         self.train_split, self.val_split = train_split, val_split

@@ -41,35 +41,57 @@ def train_transform(
     scale: Sequence[float] | None,
     flip: float = 0.5,
     jitter: float | None = None,
+    rotate: float | None = None,
+    blur: float | None = None,
 ) -> Transform:
-    """Random scale, padding and crop to one size, horizontal flip and colour, in this order.
+    """Random rotation, scale, padding and crop to one size, flip, colour, blur, in this order.
 
     Args:
         crop_size: (height, width) in pixels of every result, or one number for both; None: the
             whole image, whatever its size.
         scale: the smallest and the largest factor. A factor is drawn uniformly on a logarithmic
             scale, so that halving is as likely as doubling. None: no scaling.
-        flip: the probability of a flip.
+        flip: the probability of a horizontal flip.
         jitter: the largest relative change of brightness, contrast and saturation, from 0 to 1;
             the hue changes by at most a quarter of it. None: no change of colour.
+        rotate: the largest angle in degrees, to either side, up to 180. What comes into view is
+            filled as padding is: with FILL in the image and VOID in the mask. None: no rotation.
+        blur: the largest standard deviation of a Gaussian blur, in pixels of the result. It is
+            drawn uniformly, beginning with 0.1, which changes nothing. None: no blur.
 
     Raises:
         ConfigError: an argument cannot work. The message begins with "name=value".
     """
     check_number("flip", flip, 0, 1)
     check_number("jitter", jitter, 0, 1, optional=True)
+    check_number("rotate", rotate, 0, 180, optional=True)
+    check_number("blur", blur, 0.1, 100, optional=True)
     steps: list[torch.nn.Module] = [
         RandomScaleCrop(crop_size=crop_size, scale=scale),
         v2.RandomHorizontalFlip(flip),
     ]
+    if rotate:
+        fill: dict[Any, Any] = {tv_tensors.Image: FILL, tv_tensors.Mask: VOID}
+        steps.insert(0, v2.RandomRotation(rotate, InterpolationMode.BILINEAR, fill=fill))
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter, jitter / 4))
+    if blur:
+        steps.append(Blur(kernel_size=2 * math.ceil(3 * blur) + 1, sigma=(0.1, blur)))
     return v2.Compose(steps)
 
 
 def eval_transform() -> Transform:
     """No change at all: a score is taken over every pixel of the image as it is on disk."""
     return v2.Identity()
+
+
+class Blur(v2.GaussianBlur):
+    """A Gaussian blur of images that are larger than what it reflects at the border."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Blur an image (3, H, W), and leave a mask (H, W) as it is."""
+        is_small = min(inpt.shape[-2:]) <= max(self.kernel_size) // 2
+        return inpt if is_small else super().transform(inpt, params)
 
 
 class RandomScaleCrop(v2.Transform):
