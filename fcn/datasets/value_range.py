@@ -110,12 +110,15 @@ def misfit(facts: Facts, value_range: Range | None) -> str | None:
 
 
 def _proposal(facts: Facts) -> str:
-    """A range for these values: that of 8, 10, 12, 14 or 16 bits if it fits, else their own."""
+    """A range for these values: that of 8, 10, 12, 14 or 16 bits if they fill it, else their own."""
     found, lowest, highest = facts
     tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
-    top = next((top for top in tops if highest <= top), highest)
-    fits = lowest >= 0 and highest - lowest >= SMALL_SHARE * top
-    best = (0, top) if fits or lowest == highest else (lowest, highest)
+    tops = (*(top for top in tops if highest <= top), highest)
+    filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
+    if lowest == highest:
+        best = (0, tops[0])
+    else:
+        best = (0, filled[0]) if filled else (lowest, highest)
     return f"data.dataset.value_range={_written(best)} spreads them from black to white"
 
 

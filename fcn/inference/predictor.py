@@ -8,6 +8,7 @@
 This is what predict.py does. From Python, `predictor.scores` alone gives class scores.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fcn.checkpoint import data_settings, read_checkpoint
-from fcn.datasets.pictures import MAX_PIXELS, read_image
-from fcn.datasets.value_range import Range, check_range
+from fcn.datasets.pictures import MAX_PIXELS, image_facts, image_type, read_image
+from fcn.datasets.value_range import Range, check_range, range_problem
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import (
     ConfigError,
@@ -43,6 +44,8 @@ from fcn.inference.tiles import Scores
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST, PRECISIONS, best_precision, cast_weights
+
+log = logging.getLogger(__name__)
 
 Write = Callable[[Tensor, Tensor, Path], None]  # image (3, H, W), mask (H, W), target
 Loaded = list[tuple[Path, Tensor]]  # photographs, and the image (3, H, W) uint8 of each
@@ -202,6 +205,7 @@ def predict_files(
     """
     check_whole("batch_size", batch_size, 1, 2**14)
     failed: dict[Path, str] = {}
+    warned = False
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
     for path in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
@@ -209,6 +213,8 @@ def predict_files(
         except DataError as error:
             failed[path] = str(error).removeprefix(f"{path}: ")
             continue
+        if value_range is None and not warned:
+            warned = _warn_about_range(path, max_pixels)
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), a view
         waiting.setdefault(image.shape, []).append((path, image))
         largest = max(waiting, key=lambda size: len(waiting[size]))
@@ -219,6 +225,18 @@ def predict_files(
     for batch in waiting.values():
         failed |= _predict_batch(batch, jobs, network, write)
     return failed
+
+
+def _warn_about_range(path: Path, max_pixels: int) -> bool:
+    """Whether the values of an image fill little of the range of their type; if so, a warning."""
+    if image_type([path], max_pixels=max_pixels) == "8-bit":
+        return False
+    problem = range_problem({path: image_facts(path, max_pixels=max_pixels)}, None)
+    if problem:
+        log.warning(
+            "%s (the run that trained the network has no data.dataset.value_range)", problem
+        )
+    return problem is not None
 
 
 def _predict_batch(
