@@ -110,15 +110,15 @@ def misfit(facts: Facts, value_range: Range | None) -> str | None:
 
 
 def _proposal(facts: Facts) -> str:
-    """A range for these values: that of 8, 10, 12, 14 or 16 bits if they fill it, else their own."""
+    """Advice with a range for these values: that of 8, 10, 12, ... bits if they fill it, or else
+    from 0 or from the lowest value to the highest."""
     found, lowest, highest = facts
     tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
     tops = (*(top for top in tops if highest <= top), highest)
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
-    if lowest == highest:
+    best: Range = (0, filled[0]) if filled else (lowest, highest)
+    if lowest == highest:  # nothing can be said of a single value
         best = (0, tops[0])
-    else:
-        best = (0, filled[0]) if filled else (lowest, highest)
     return f"data.dataset.value_range={_written(best)} spreads them from black to white"
 
 
