@@ -73,9 +73,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         callbacks = cli.build_each(cfg, "callbacks", Callback)
         datamodule, module = build_data_and_module(cfg)
         settle_length(cfg, datamodule, module, trial)
-        checkpoint, step = None, 0
-        if cfg.resume:
-            checkpoint, step = find_checkpoint(run, module, cli.plain(cfg))
+        checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
         if is_main_process() and not cfg.resume:

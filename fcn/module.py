@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -165,6 +165,8 @@ class SegmentationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split, at the number of optimizer steps taken so far."""
+        if self.trainer.sanity_checking:  # trainer.num_sanity_val_steps: no whole split
+            return
         confusion = self.confusion.compute()  # (K, K), summed over all processes
         self.scores = segmentation_scores(confusion)
         # fsum rounds once, so that the sum does not depend on which process saw which image.
@@ -176,7 +178,8 @@ class SegmentationModule(pl.LightningModule):
         for name, iou in zip(self.class_names, self.scores["iou"], strict=True):
             named[f"val/iou/{name}"] = iou
         named["val/loss"] = self.val_loss
-        self.log_dict(named, logger=False)  # for checkpoints and the progress bar, as float32
+        # For checkpoints and early stopping, as float32. Each process has the same numbers.
+        self.log_dict(named, logger=False, sync_dist=True)
         for logger in self.loggers:
             logger.log_metrics(named, step=self.global_step)
 
@@ -207,6 +210,10 @@ class SegmentationModule(pl.LightningModule):
             decay = {"weight_decay": 0.0} if is_bias else {}
             settings.append({"params": parameters, **rates, **decay})
         optimizer = self.make_optimizer(settings)
+        self.group_settings = [
+            {name: value for name, value in group.items() if name not in ("params", "fused")}
+            for group in optimizer.param_groups
+        ]
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(
@@ -218,6 +225,22 @@ class SegmentationModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Give a resumed run the rates, momentum, weight decay and schedule of its settings.
+
+        What Lightning has just restored from the checkpoint are those of the time before. If no
+        setting has changed, they are equal.
+        """
+        (optimizer,) = self.trainer.optimizers
+        for group, settings in zip(optimizer.param_groups, self.group_settings, strict=True):
+            group.update(settings)
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if isinstance(schedule, LambdaLR):  # as all of fcn/schedules.py
+                schedule.base_lrs = [settings["lr"] for settings in self.group_settings]
+                for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                    group["lr"] *= factor(schedule.last_epoch)
 
     def time_used(self) -> float:
         """The share of `trainer.max_time` that has passed, from 0 to 1; 0 without a limit."""

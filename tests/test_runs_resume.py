@@ -115,9 +115,9 @@ def change_settings(run: Path, change: dict[str, Any]) -> None:
 
 
 def test_changes_of_a_resumed_run(run: Path) -> None:
-    given = ["trainer.max_steps=5", "data.root='a: b'", "+trainer.overfit_batches=1", "seed=1"]
+    given = ["trainer.max_steps=5", "data.root='a: b'", "+trainer.min_steps=1"]
     cfg = resumed_config(run, [*given, "resume=x"])
-    assert (cfg.trainer.max_steps, cfg.trainer.overfit_batches) == (5, 1)
+    assert (cfg.trainer.max_steps, cfg.trainer.min_steps) == (5, 1)
     assert (cfg.data.root, cfg.resume) == ("a: b", str(run))
     assert cfg.optimizer == resumed_config(run, []).optimizer
     without = resumed_config(run, ["callbacks.panels=null", "+callbacks.curves=null"]).callbacks

@@ -21,12 +21,17 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from fcn.checkpoint import last_checkpoint
 from fcn.cli import CONF, RENAMED, literal, plain, resolved
 from fcn.errors import ConfigError
 from fcn.runs.folder import is_training, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
+# Settings of conf/model and conf/optimizer that a resumed run may change.
+CHANGEABLE = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
+CHANGEABLE |= {"head_lr_multiplier", "bias_lr_multiplier", "class_weights", "dropout"}
+CHANGEABLE |= {"checkpoint_stages", "channels_last"}
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
@@ -93,11 +98,13 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     if not isinstance(cfg, DictConfig) or "resume" not in cfg:
         raise ConfigError(f"resume={run}: its config.yaml does not hold the settings of a run")
     _convert_old_settings(cfg)
+    before = cfg.copy()
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
     for change in OverridesParser.create().parse_overrides(list(overrides)):
         _apply(change, cfg)
     cfg = resolved(cfg)  # before the check, because a ${...} can stand for a _target_ too
     _check_targets(run, cfg, overrides)
+    _check_kept(run, before, cfg)
     cfg.resume = literal(str(run))
     return cfg
 
@@ -126,6 +133,10 @@ def _apply(change: Override, cfg: DictConfig) -> None:
     key, text = change.key_or_group, change.input_line
     if key in RENAMED:
         raise ConfigError(f"{key} has a new name: {RENAMED[key]}")
+    option = CONF / key / f"{change.value()}.yaml"
+    if key == "scheduler" and option.is_file():  # the one group that may change
+        cfg.scheduler = OmegaConf.load(option)
+        return
     is_table = OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None))
     removed = key.startswith(("callbacks.", "logger.")) and change.value() is None
     if key == "experiment" or (is_table and not removed):
@@ -136,6 +147,28 @@ def _apply(change: Override, cfg: DictConfig) -> None:
         )
     new = change.is_add() or change.is_force_add()
     OmegaConf.update(cfg, key, change.value(), force_add=new)
+
+
+def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
+    """Refuse changes that the run's checkpoint could not follow.
+
+    Rates, momentum, weight decay, schedule and length may change, and most settings of data,
+    trainer, callbacks and loggers.
+
+    Raises:
+        ConfigError: the message names the setting, and what it was.
+    """
+    kept = ["seed", "trainer.accumulate_grad_batches"]  # the order of images; batches are counted
+    for group in ("model", "optimizer"):
+        names = {*(before.get(group) or ()), *(after.get(group) or ())} - CHANGEABLE
+        kept += [f"{group}.{name}" for name in sorted(names)]
+    for key in kept:
+        old, new = (OmegaConf.select(cfg, key) for cfg in (before, after))
+        if old != new:
+            raise ConfigError(
+                f"{key}={new}: a resumed run keeps this setting, which was {old}. To change it, "
+                f"start a new run from these weights: model.weights={last_checkpoint(run)}"
+            )
 
 
 def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:

@@ -62,7 +62,8 @@ class LastCheckpoint(Checkpoint):
         if not is_whole_step(trainer):
             return  # a checkpoint cannot hold gradients that are still being accumulated
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
-        due = trainer.should_stop or trainer.global_step % interval == 0
+        ends = trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0)
+        due = ends or trainer.global_step % interval == 0
         self.validation_due = bool(due and trainer.enable_validation)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         ending = any(c.pending for c in callbacks if isinstance(c, Interruption))

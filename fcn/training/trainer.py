@@ -57,7 +57,7 @@ def build_trainer(
             max_time=None,  # the callback Clock ends the run in Lightning's place
             check_val_every_n_epoch=None,
             val_check_interval=trainer.val_check_interval * trainer.accumulate_grad_batches,
-            num_sanity_val_steps=0,
+            num_sanity_val_steps=trainer.get("num_sanity_val_steps", 0),
             use_distributed_sampler=False,  # the data module gives each process its own images
             profiler=make_profiler(trainer.get("profiler"), run),
             plugins=[AtomicCheckpointIO()],
