@@ -154,13 +154,18 @@ class Folder(reading.Pairs):
         base = Path(root or ".").expanduser()
         image_files = Files(base, images, image_suffix)
         mask_files = Files(base, masks, mask_suffix)
-        for name in [n for n, path in image_files.items() if path in mask_files.values()]:
-            del image_files[name]  # it is a mask in the folder of the images
         if not image_files.keys() & mask_files.keys():
+            image, mask = (files[min(files)].name for files in (image_files, mask_files))
             raise DataError(
-                f"{base / images}: no image has a mask of its name in {base / masks}; with "
-                "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
+                f"{base / images}: no image has a mask of its name in {base / masks}: the first files "
+                f"are {image} and {mask}. With data.dataset.mask_suffix=_x, the mask of a.jpg is "
+                "a_x.png"
             )
+        are_masks = set(mask_files.values())  # they may lie in the folder of the images
+        for name in [name for name, path in image_files.items() if path in are_masks]:
+            del image_files[name]
+        if not image_files:
+            refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
         names, given = sorted(image_files.keys() | mask_files.keys()), {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
         if "" not in image_files.parts:
