@@ -152,32 +152,31 @@ class Folder(reading.Pairs):
         self._grey = all(r == g == b for r, g, b in class_colours)
 
         base = Path(root or ".").expanduser()
-        image_files = Files(base, images, image_suffix)
-        mask_files = Files(base, masks, mask_suffix)
-        if not image_files.keys() & mask_files.keys():
-            image, mask = (files[min(files)].name for files in (image_files, mask_files))
-            raise DataError(
-                f"{base / images}: no image has a mask of its name in {base / masks}: the first files "
-                f"are {image} and {mask}. With data.dataset.mask_suffix=_x, the mask of a.jpg is "
-                "a_x.png"
-            )
-        are_masks = set(mask_files.values())  # they may lie in the folder of the images
-        for name in [name for name, path in image_files.items() if path in are_masks]:
-            del image_files[name]
-        if not image_files:
+        of_images, of_masks = Files(base, images, image_suffix), Files(base, masks, mask_suffix)
+        if of_images == of_masks:
             refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
-        names, given = sorted(image_files.keys() | mask_files.keys()), {"train": train, "val": val}
+        are_masks = set(of_masks.values())  # they may lie in the folder of the images
+        found = {name for name, path in of_images.items() if path not in are_masks}
+        if not found & of_masks.keys():
+            raise DataError(
+                f"{base / images}: no image has a mask of its name in {base / masks}; the first "
+                f"files are {min(of_images.values()).name} and {min(are_masks).name}. With "
+                "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
+            )
+        names = sorted(found | of_masks.keys())
+        given = {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
-        if "" not in image_files.parts:
+        if "" not in of_images.parts:  # there is a folder for each split
             if lists:
                 raise ConfigError(f"data.dataset.{min(lists)}: folders train and val say this")
-            lists = {p[:-1]: [n for n in names if n.startswith(p)] for p in image_files.parts}
-        lists = lists or {"val": _draw(names, val_share, seed)}
+            lists = {p[:-1]: [n for n in names if n.startswith(p)] for p in of_images.parts}
+        elif not lists:
+            lists["val"] = _draw(names, val_share, seed)
         rest = sorted(set(names).difference(*lists.values()))
-        ids = ({"all": names, "train": rest, "val": rest, "test": []} | lists)[split]
+        ids = names if split == "all" else lists.get(split) or (rest if split != "test" else [])
         if not ids:
             raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
-        pairs = {name: (image_files.path(name), mask_files.path(name)) for name in ids}
+        pairs = {name: (of_images.path(name), of_masks.path(name)) for name in ids}
         super().__init__(pairs, value_range=value_range, max_pixels=max_pixels)
 
     def read_mask(self, path: Path) -> np.ndarray:
@@ -303,10 +302,8 @@ def _read_list(file: Path, suffix: str) -> list[str]:
     """The ids in a text list. A line may also be the name or the path of an image."""
     ids = []
     for line in reading.read_lines(file.expanduser()):
-        name = unicodedata.normalize("NFC", re.split(r"[/\\]", line)[-1])
-        if is_picture(PurePath(name)):
-            name = PurePath(name).stem.removesuffix(suffix)
-        ids.append(name)
+        name = PurePath(re.split(r"[/\\]", unicodedata.normalize("NFC", line))[-1])
+        ids.append(name.stem.removesuffix(suffix) if is_picture(name) else name.name)
     reading.check_once(ids, file)
     return ids
 
