@@ -32,7 +32,8 @@ def run(ckpt: Path, output: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("exported") / "best.ckpt")
+    data = {"dataset": {"class": "fcn.datasets.folder.Folder", "value_range": [0, 4095]}}
+    return write_checkpoint(tmp_path_factory.mktemp("exported") / "best.ckpt", data=data)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +95,7 @@ def test_onnx_file(ckpt: Path, onnx_file: Path) -> None:
 
 @pytest.mark.slow
 def test_prediction_with_an_onnx_file(tmp_path: Path, ckpt: Path, onnx_file: Path) -> None:
-    Image.fromarray(noise(70, 101)).save(tmp_path / "x.png")
+    Image.fromarray(noise(70, 101)[..., 0].astype(np.uint16) * 16).save(tmp_path / "x.png")
     masks = []
     for source in (ckpt, onnx_file):
         options = [f"input={tmp_path / 'x.png'}", f"output={tmp_path / source.suffix[1:]}"]
@@ -105,6 +106,8 @@ def test_prediction_with_an_onnx_file(tmp_path: Path, ckpt: Path, onnx_file: Pat
         assert (output / "x_overlay.jpg").is_file()
     assert np.mean(masks[0][0] == masks[1][0]) > 0.999
     assert masks[0][1] == masks[1][1]
+    for source in (ckpt, onnx_file):  # a program reads an image as the checkpoint does
+        assert load_predictor(source, "cpu").value_range == [0, 4095]
     with pytest.raises(ConfigError, match="an ONNX file runs with device=cpu precision=32-true"):
         load_predictor(onnx_file, "cpu", "bf16-mixed")
 

@@ -114,6 +114,7 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
         Image.fromarray(noise(33, 40 + seed % 2, seed)).save(photos / name)
     (photos / "b" / "notes.txt").write_text("no image")
     (photos / ".hidden.jpg").write_text("no image")
+    (photos / ".DS_Store").write_text("no image")
     (photos / "broken.jpg").write_text("no image")
     (photos / "cut.png").write_bytes((photos / "b" / "x.png").read_bytes()[:500])
     output = photos / "results"
@@ -136,7 +137,7 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
         jobs, left_out = find_photos(str(photos), folder)
         assert len(jobs) == 8
         assert list(left_out.values()).count(OWN_RESULT) == 12
-        assert left_out[photos / ".hidden.jpg"] == "it is hidden"
+        assert left_out[photos / ".hidden.jpg"] == "it is hidden"  # .DS_Store is not mentioned
         assert "ending" in left_out[photos / "b" / "notes.txt"]
         assert len(left_out) == 14
 

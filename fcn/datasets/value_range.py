@@ -113,8 +113,8 @@ def _proposal(facts: Facts) -> str:
     """Advice with a range for these values: that of 8, 10, 12, ... bits if they fill it, or else
     from 0 or from the lowest value to the highest."""
     found, lowest, highest = facts
-    tops = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
-    tops = (*(top for top in tops if highest <= top), highest)
+    known = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
+    tops = [*(float(top) for top in known if highest <= top), highest]
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
     best: Range = (0, filled[0]) if filled else (lowest, highest)
     if lowest == highest:  # nothing can be said of a single value

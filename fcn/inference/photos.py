@@ -67,8 +67,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
-        left out: files that are no pictures, hidden pictures, and results of earlier runs. A single
-        file is never left out.
+        left out: files that are no pictures, hidden pictures, and results of earlier runs. Hidden
+        files that are no pictures are not mentioned. A single file is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one.
@@ -85,11 +85,13 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     paths = sorted({Path(os.path.abspath(path)) for path in found if not os.path.isdir(path)})
     # A glob may lead out of its own root again: a/*/../../b/*.png
     root = Path(os.path.commonpath([os.path.abspath(root), *(path.parent for path in paths)]))
-    left_out: LeftOut = {}
-    if not given.is_file():
-        reasons = {path: _why_left_out(path, root, output) for path in paths}
-        left_out = {path: why for path, why in reasons.items() if why}
-    photos = [path for path in paths if path not in left_out]
+    photos, left_out = [], {}
+    for path in paths:
+        why = None if given.is_file() else _why_left_out(path, root, output)
+        if why is None:
+            photos.append(path)
+        elif why:
+            left_out[path] = why
     if not photos:
         lines = [f"input={pattern}: no image there; it takes a file, a folder or a glob"]
         raise ConfigError("\n".join([*lines, *describe(left_out)]))
@@ -97,13 +99,18 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
 
 def _why_left_out(path: Path, root: Path, output: Path) -> str | None:
-    """Why a file in a folder or a glob is no photograph to segment; None: it is one."""
-    if output != root and output in path.parents:
-        return OWN_RESULT
+    """Why a file in a folder or a glob is no photograph to segment; None: it is one.
+
+    An empty reason is for files that nobody would ask for: hidden ones that are no pictures.
+    """
     why = why_no_picture(path)
-    if why is None and any(part.startswith(".") for part in path.relative_to(root).parts):
-        return "it is hidden"
-    return OWN_RESULT if why is None and is_result(path) else why
+    if any(part.startswith(".") for part in path.relative_to(root).parts):
+        return "" if why else "it is hidden"
+    if why is None and is_result(path):
+        return OWN_RESULT
+    if output != root and output in path.parents:
+        return why or "it is in the folder for results"
+    return why
 
 
 def describe(left_out: LeftOut) -> list[str]:
@@ -112,7 +119,7 @@ def describe(left_out: LeftOut) -> list[str]:
     lines = [f"  {path}: {why}" for path, why in left_out.items() if why != OWN_RESULT]
     if own:
         lines.append(f"  {own} results of earlier runs")
-    return [f"{len(left_out)} files left out:", *lines] if lines else []
+    return [f"files left out: {len(left_out)}", *lines] if lines else []
 
 
 def is_result(path: Path) -> bool:
