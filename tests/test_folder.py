@@ -1,6 +1,7 @@
 """Own data: pairs by name, splits, labels and colours; errors name the setting that is wrong."""
 
 import traceback
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,85 @@ def test_folders(root: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none: there is no picture"):
         opened(root, images="none")
+
+
+@pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
+def test_a_folder_for_each_split(tmp_path: Path, layout: str) -> None:
+    for split, number in (("train", 3), ("val", 2), ("test", 1)):
+        for i in range(number):  # the same names in each split
+            images, masks = (layout.format(folder=f, split=split) for f in ("images", "masks"))
+            write(tmp_path / images, f"{i}", Image.new("RGB", (12, 8)), "jpg")
+            write(tmp_path / masks, f"{i}", np.full_like(MASK, number - 1))
+    assert opened(tmp_path, "train").ids == ["train/0", "train/1", "train/2"]
+    assert opened(tmp_path, "test").ids == ["test/0"]
+    assert len(opened(tmp_path, "all")) == 6
+    val = opened(tmp_path, "val")
+    assert val.ids == ["val/0", "val/1"]
+    assert (val[1]["mask"] == 1).all()
+    (tmp_path / "val.txt").write_text("0")
+    with pytest.raises(ConfigError, match=r"data\.dataset\.val: folders train and val"):
+        opened(tmp_path, val="val.txt")
+    (path := tmp_path / layout.format(folder="masks", split="val") / "1.png").unlink()
+    with pytest.raises(DataError, match="1 of 2 masks missing") as error:
+        opened(tmp_path, "val")
+    assert str(error.value).endswith(str(path.with_suffix(".*")))
+    write(tmp_path / "images", "0", MASK)
+    with pytest.raises(DataError, match="images: there are pictures outside of train and val"):
+        opened(tmp_path, "val")
+
+
+def test_one_folder_and_suffixes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path, name, Image.new("RGB", (12, 8)), "jpg")
+        write(tmp_path, f"{name}_mask", MASK)
+    here: dict[str, Any] = {"images": ".", "masks": "."}
+    data = opened(tmp_path, **here, mask_suffix="_mask")
+    assert data.ids == ["a", "b"]
+    assert np.array_equal(data[1]["mask"], MASK)
+    (tmp_path / "a.jpg").rename(tmp_path / "a_sat.jpg")
+    (tmp_path / "val.txt").write_text("a_sat.jpg")
+    both = here | {"image_suffix": "_sat", "mask_suffix": "_mask", "val": "val.txt"}
+    assert opened(tmp_path, "val", **both).ids == ["a"]
+    with pytest.raises(DataError, match=r"1 of 1 images missing, the first .*b_sat\.\*"):
+        opened(tmp_path, "train", **both)
+    with pytest.raises(ConfigError, match="mask_suffix=: must be set: the masks lie beside"):
+        opened(tmp_path, **here)
+    with pytest.raises(DataError, match="no picture whose name ends with _x"):
+        opened(tmp_path, **here, mask_suffix="_x")
+    with pytest.raises(DataError, match=r"first files are a_sat\.jpg and a_mask\.png\. With data"):
+        opened(tmp_path, **here, image_suffix="_sat", mask_suffix="mask")
+
+
+def test_forms_of_unicode(tmp_path: Path) -> None:
+    short, long = (unicodedata.normalize(form, "Ährenfeld é") for form in ("NFC", "NFD"))
+    assert short != long
+    write(tmp_path / "images", long, Image.new("RGB", (12, 8)), "jpg")
+    write(tmp_path / "masks", short, MASK)
+    write(tmp_path / "images", "x", Image.new("RGB", (12, 8)), "jpg")
+    write(tmp_path / "masks", "x", MASK)
+    assert opened(tmp_path).ids == ["x", short]
+    (tmp_path / "val.txt").write_text(long, "utf-8")
+    assert opened(tmp_path, "val", val="val.txt").ids == [short]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_lists_as_other_systems_write_them(root: Path, encoding: str) -> None:
+    text = "images\\photo 01.JPEG\r\nC:\\data/images/photo 04.jpg\r\n photo 07\r\n"
+    if encoding in ("utf-16-le", "utf-16-be"):
+        text = "\ufeff" + text
+    (root / "val.txt").write_bytes(text.encode(encoding))
+    assert opened(root, "val", val="val.txt").ids == ["photo 01", "photo 04", "photo 07"]
+
+
+@pytest.mark.parametrize("second", ["photo 01", "photo 01.JPEG", "images/photo 01.JPEG"])
+def test_an_image_twice_in_a_list(root: Path, second: str) -> None:
+    (root / "list.txt").write_text(f"photo 00\nphoto 01\n{second}\n")
+    with pytest.raises(DataError, match=r"list\.txt: 'photo 01' is in this list more than once$"):
+        opened(root, "val", val="list.txt")
+    with (root / "list.txt").open("a") as file:
+        file.write("photo 00")
+    with pytest.raises(DataError, match=r"'photo 00' is .* once, and 1 more of its ids"):
+        opened(root, "train", val="list.txt")
 
 
 def test_worker_hands_the_message_on(root: Path) -> None:

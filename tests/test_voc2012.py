@@ -113,7 +113,13 @@ def test_missing_files(own_voc: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("\n \n", "empty"), ("../../secret\n", "secret"), ("a/b\n", "a/b"), ("..\n", "'..'")],
+    [
+        ("\n \n", "empty"),
+        ("../../secret\n", "secret"),
+        ("a/b\n", "a/b"),
+        ("..\n", "'..'"),
+        (f"{FIRST}\n2007_000039\n{FIRST}\n", f"'{FIRST}' is in this list more than once"),
+    ],
 )
 def test_bad_list(own_voc: Path, text: str, message: str) -> None:
     path = folder(own_voc) / "ImageSets" / "Segmentation" / "train.txt"

@@ -98,7 +98,7 @@ def check_once(ids: Sequence[str], path: Path) -> None:
     """
     twice = [name for name, number in Counter(ids).items() if number > 1]
     if twice:
-        more = f", and so are {len(twice) - 1} others" if len(twice) > 1 else ""
+        more = f", and {len(twice) - 1} more of its ids" if len(twice) > 1 else ""
         raise DataError(f"{path}: '{twice[0]}' is in this list more than once{more}")
 
 
