@@ -12,6 +12,7 @@ folder is described in fcn/runs/folder.py. torch and Lightning, which take secon
 imported only where they are needed, so that `--help` and `--cfg job` answer at once.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     from fcn.runs.process import is_main_process, quiet_lightning
     from fcn.training.fit import find_checkpoint, fit
     from fcn.training.settings import check_settings
-    from fcn.training.settle import settle_length, settle_precision
+    from fcn.training.settle import settle_class_weights, settle_length, settle_precision
     from fcn.training.trainer import build_trainer, refuse_sweep_over_devices
 
     cfg = cli.resolved(cfg)
@@ -71,8 +72,10 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             refuse_sweep_over_devices(trial)
         callbacks = cli.build_each(cfg, "callbacks", Callback)
-        datamodule, module = build_data_and_module(cfg)
+        datamodule, module = build_data_and_module(cfg, callbacks)
         settle_length(cfg, datamodule, module, trial)
+        if not cfg.resume:  # its weights are numbers already
+            settle_class_weights(cfg, datamodule, module)
         checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
@@ -94,23 +97,27 @@ def advice(cfg: DictConfig, size: int) -> str:
     return memory.advice(cfg, size)
 
 
-def build_data_and_module(cfg: DictConfig) -> "tuple[SegmentationDataModule, SegmentationModule]":
+def build_data_and_module(
+    cfg: DictConfig, callbacks: "Mapping[str, pl.Callback] | None" = None
+) -> "tuple[SegmentationDataModule, SegmentationModule]":
     """The data module with open splits and the module with its weights.
 
-    Everything that can be checked without the data is checked before anything is downloaded.
+    Everything that can be checked without the data is checked before anything is downloaded; so
+    are the scores that `callbacks` wait for.
 
     Raises:
         FCNError: a setting cannot work, or the data or the weights cannot be had.
     """
     from fcn.datasets.survey import before_training
     from fcn.runs.process import is_main_process
-    from fcn.training.settings import dummy_parameters
+    from fcn.training.settings import check_monitors, dummy_parameters
     from fcn.weights import find_weights
 
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
     cli.build(cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1)
     datamodule = cli.build(cfg, "data")
     names, palette = list(datamodule.classes), [list(colour) for colour in datamodule.palette]
+    check_monitors(callbacks or {}, names)
     makers = {name: cli.build(cfg, name) for name in ("optimizer", "scheduler")}
     module = cli.build(cfg, "model", weights=None, class_names=names, palette=palette, **makers)
     weights = None if cfg.resume else cfg.model.weights  # the run's checkpoint has all weights

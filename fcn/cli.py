@@ -148,7 +148,7 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
             raise ConfigError(f"{argument}: Hydra takes no name with ${{ for this folder")
     elif PATHS.fullmatch(key):
         swept = sweep and not os.path.exists(value)
-        if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)
+        if not (swept and re.fullmatch(r"[a-z]+\(.*\)|'.*'|\".*\"", value)):  # such as choice(a,b)
             value = ",".join(map(_quoted_path, value.split(",") if swept else [value]))
     return f"{key}{equals}{value}"
 
@@ -230,7 +230,7 @@ def build(cfg: DictConfig, key: str, *, without: Sequence[str] = (), **more: Any
         raise ConfigError(f"{key}: this needs a _target_, the class or function to call")
     try:
         if without:
-            node = OmegaConf.masked_copy(node, [name for name in node if name not in without])
+            node = OmegaConf.masked_copy(node, [str(name) for name in node if name not in without])
         if "${" in str(plain(node)):  # within a text, such as a path; Hydra evaluates texts twice
             node = OmegaConf.create(_literals(_literals(plain(node))))
         return instantiate(node, _convert_="all", **more)
@@ -306,6 +306,8 @@ def _of_hydra(error: BaseException) -> str:
     key = re.search(r"'([\w.]+)'", first)
     if key and key[1] in RENAMED:
         return f"{key[1]} has a new name: {RENAMED[key[1]]}"
+    if first.startswith("Config group override must be"):  # such as data=1 or model=null
+        return "A group such as data or model takes the name of a file in conf/; see --help"
     missing = re.fullmatch(r"Missing mandatory value: ([\w.]+)", first)
     if missing:
         return f"{missing[1]}=VALUE is missing; --help shows an example and says what it can be"

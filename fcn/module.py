@@ -24,7 +24,7 @@ from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.checkpoint import check_sizes, read_checkpoint
-from fcn.errors import WeightsError, check_number, check_text, check_whole, refuse
+from fcn.errors import WeightsError, check_number, check_text, check_whole, is_number, refuse
 from fcn.metrics import Scores, segmentation_scores
 from fcn.network import FCN, head_layers
 from fcn.weights import load_weights
@@ -47,6 +47,10 @@ class SegmentationModule(pl.LightningModule):
             which no pretrained weights were loaded.
         bias_lr_multiplier: a factor on the learning rate of biases, 2 in the paper. Biases have no
             weight decay.
+        class_weights: K factors on the training loss of a pixel, by its label, for data in which
+            some classes are rare. None: all are 1. "balanced" is accepted as a placeholder, to be
+            replaced by `set_class_weights` before training. The loss of a validation is not
+            weighted.
         network: further arguments of `fcn.network.FCN`.
 
     Raises:
@@ -66,6 +70,7 @@ class SegmentationModule(pl.LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
         head_lr_multiplier: float = 1.0,
         bias_lr_multiplier: float = 2.0,
+        class_weights: Sequence[float] | str | None = None,
         **network: Any,
     ) -> None:
         check_whole("num_classes", num_classes, 2, 255, optional=True)
@@ -81,6 +86,7 @@ class SegmentationModule(pl.LightningModule):
         if len(class_names) != num_classes:
             wanted = f"null or {len(class_names)}, the number of class names"
             refuse("num_classes", num_classes, f"{wanted} (background is a class, void is not)")
+        _check_class_weights(class_weights, num_classes)
         self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
         self.class_names = list(class_names)
@@ -100,8 +106,18 @@ class SegmentationModule(pl.LightningModule):
         )
         # For each validation batch, the sum of the loss over its pixels.
         self.val_losses = CatMetric(nan_strategy="disable")
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", None, persistent=False)  # a hyperparameter
+        if class_weights is not None and not isinstance(class_weights, str):
+            self.set_class_weights(class_weights)
         self.scores: Scores | None = None  # of the last validation
         self.val_loss = math.nan
+
+    def set_class_weights(self, weights: Sequence[float]) -> None:
+        """Multiply the training loss of each pixel by the weight of its label, one of K."""
+        _check_class_weights(weights, len(self.class_names))
+        self.hparams["class_weights"] = list(weights)
+        self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
     def load_pretrained(self, source: str | Path) -> None:
         """Begin with pretrained weights, as `fcn.weights.load_weights` takes them.
@@ -115,13 +131,20 @@ class SegmentationModule(pl.LightningModule):
         """Images (N, 3, H, W), uint8 or float in [0, 1] -> logits (N, K, H, W)."""
         return self.network(image)
 
-    def loss(self, logits: Tensor, mask: Tensor, pixels: Tensor | float | None = None) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        pixels: Tensor | float | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Cross-entropy in float32, the mean over the pixels that are not void; 0 if all are void.
 
         Args:
             logits: (N, K, H, W).
             mask: (N, H, W).
             pixels: divide the sum by this number; None divides by the pixels that are not void.
+            weights: (K,), factors on the loss of a pixel by its label; None: all are 1.
 
         Returns:
             A scalar.
@@ -129,7 +152,11 @@ class SegmentationModule(pl.LightningModule):
         if pixels is None:
             pixels = (mask != self.void).sum().clamp(min=1)
         total = F.cross_entropy(
-            logits.float(), mask.long(), ignore_index=self.void, reduction="sum"
+            logits.float(),
+            mask.long(),
+            None if weights is None else weights.float(),
+            ignore_index=self.void,
+            reduction="sum",
         )
         return total / pixels
 
@@ -146,7 +173,8 @@ class SegmentationModule(pl.LightningModule):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(pixels)
             processes = distributed.get_world_size()
-        return self.loss(self(batch["image"]), mask, pixels.clamp(min=1) / processes)
+        pixels = pixels.clamp(min=1) / processes
+        return self.loss(self(batch["image"]), mask, pixels, self.class_weights)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Score one batch. Callbacks get `prediction`, class indices (N, H, W) uint8."""
@@ -231,7 +259,12 @@ class SegmentationModule(pl.LightningModule):
 
         What Lightning has just restored from the checkpoint are those of the time before. If no
         setting has changed, they are equal.
+
+        Raises:
+            ValueError: `class_weights` is still the placeholder "balanced".
         """
+        if self.hparams["class_weights"] == "balanced":
+            raise ValueError("class_weights=balanced: call `set_class_weights` before training")
         (optimizer,) = self.trainer.optimizers
         for group, settings in zip(optimizer.param_groups, self.group_settings, strict=True):
             group.update(settings)
@@ -311,3 +344,14 @@ class SegmentationModule(pl.LightningModule):
             raise WeightsError(f"{path} does not build a network: {why}") from error
         module.on_load_checkpoint(checkpoint)
         return module
+
+
+def _check_class_weights(weights: Any, num_classes: int) -> None:
+    """Refuse what is neither None nor "balanced" nor one weight for each class."""
+    if weights is None or weights == "balanced":
+        return
+    right = isinstance(weights, list | tuple) and len(weights) == num_classes
+    right = right and all(is_number(weight) and weight >= 0 for weight in weights)
+    if not right or not any(weights):
+        wanted = f"{num_classes} numbers of at least 0, one for each class and not all of them 0"
+        refuse("class_weights", weights, f"null, balanced or {wanted}")

@@ -1,5 +1,6 @@
 """The LightningModule: loss, scores, optimizer groups, and checkpoints that stand alone."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,27 @@ def test_loss_is_torchs_mean_without_void(module: SegmentationModule) -> None:
     torch.testing.assert_close(
         module.loss(half, mask), F.cross_entropy(half.float(), mask.long(), ignore_index=255)
     )
+
+
+def test_weighted_loss_by_hand() -> None:
+    """The sum of w·loss, divided by the number of pixels that are not void; validation: w is 1."""
+    weights, data = [0.5, 2.0, 0.0], batch(1, 2)
+    module = small(class_weights=weights)
+    with torch.no_grad():
+        torch.nn.init.normal_(module.network.get_parameter("score.weight"))
+        each = F.cross_entropy(
+            module.eval()(data["image"]), data["mask"].long(), ignore_index=255, reduction="none"
+        )
+    seen = data["mask"] != 255
+    factors = torch.tensor(weights)[data["mask"][seen].long()]
+    expected = (factors * each[seen]).sum() / seen.sum()
+    torch.testing.assert_close(module.training_step(data, 0), expected)
+    module.validation_step(data, 0)
+    torch.testing.assert_close(module.val_losses.compute().sum(), each[seen].sum())
+    assert module.state_dict().keys() == small().state_dict().keys()  # an older checkpoint fits
+    assert module.hparams["class_weights"] == weights
+    with pytest.raises(ValueError, match="call `set_class_weights`"):
+        small(class_weights="balanced").on_train_start()
 
 
 def test_loss_of_void_only_is_zero(module: SegmentationModule) -> None:
@@ -172,12 +194,16 @@ def test_arguments_that_contradict() -> None:
         ("bias_lr_multiplier", float("nan")),
         ("weights", ""),
         ("weights", True),
+        ("class_weights", "even"),
+        ("class_weights", [1.0, 2.0]),
+        ("class_weights", [-1.0, *[1.0] * 20]),
+        ("class_weights", [0.0] * 21),
         ("stride", 7),
     ],
 )
 def test_refused_arguments(name: str, value: Any) -> None:
     shown = "true" if value is True else value
-    with pytest.raises(ValueError, match=f"^{name}={shown}: must be "):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={shown}')}: must be "):
         SegmentationModule(**SMALL | {name: value})
 
 

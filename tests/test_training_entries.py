@@ -108,6 +108,21 @@ def test_early_stopping(
     assert validated(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
+def test_early_stopping_waits_for_the_least_number_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with the first step that may be its last, which is validated and saved."""
+    scores(monkeypatch, 0.5, 0.4, 0.4)
+    options = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
+    options += ["trainer.max_steps=100", "trainer.val_check_interval=3", "+trainer.min_steps=8"]
+    run = tmp_path / "run"
+    assert train_tiny(run, *options)["steps"] == 8
+    assert validated(run) == [3, 6, 8]
+    checkpoint = read_checkpoint(last_checkpoint(run))
+    assert checkpoint["global_step"] == 8
+    assert checkpoint["callbacks"]["LastCheckpoint"]["validation_due"]  # when it was saved
+
+
 @pytest.mark.slow
 def test_early_stopping_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes on counting, and the validation that was due is counted once."""
@@ -169,6 +184,18 @@ def test_null_removes_an_entry(tmp_path: Path) -> None:
         (["+callbacks.x._target_=mine.Own", "+callbacks.x.end=3"], r"callbacks\.x: .*'end'"),
         (["callbacks.panels.images=-1"], r"^callbacks\.panels\.images=-1: must be"),
         (["callbacks=ema", "callbacks.ema.decay=1"], r"^callbacks\.ema\.decay=1: must be"),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val_miou"],
+            r"^callbacks\.early_stopping\.monitor=val_miou: must be val/loss, val/miou, ",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/iou/cat"],
+            r"monitor=val/iou/cat: must be",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.patience=two"],
+            r"^callbacks\.early_stopping\.patience=two: must be a whole number",
+        ),
         (["+logger.project=x"], r"^logger\.project has a new name: logger\.wandb\.project"),
         (["+logger.own.name=x"], r"^logger\.own: this needs a _target_"),
         (["+logger.x._target_=builtins.dict"], r"^logger\.x: builtins\.dict makes no"),

@@ -3,15 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, compose_config, train_tiny
+from omegaconf import OmegaConf
 
+from fcn.checkpoint import last_checkpoint
+from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, TrainingError
 from fcn.module import SegmentationModule
+from fcn.runs.metrics import read_metrics
+from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
 from fcn.training.settle import image_size
-from train import build_data_and_module
+from train import build_data_and_module, train
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[tuple[int, ...]]:
@@ -87,9 +93,60 @@ def test_largest_image_is_scaled() -> None:
     assert image_size({"crop_size": None, "scale": None, "dataset": {"size": 96}}) == (96, 96)
 
 
-def test_epochs_are_converted_to_steps(tmp_path: Path) -> None:
+def pixels_of_training() -> np.ndarray:
+    """How many pixels of each class the training images of TINY have."""
+    data = Shapes(split="train", size=48, train_length=10)
+    masks = np.stack([sample["mask"].numpy() for sample in data])
+    return np.bincount(masks[masks != 255], minlength=8)
+
+
+@pytest.mark.parametrize("given", ["balanced", "[1,2,3,0,1,1,1,1]"])
+def test_class_weights(tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They average 1 over the training pixels, and are kept where they are looked for."""
+    run = tmp_path / "run"
+    train_tiny(run, f"model.class_weights={given}", "trainer.max_steps=1")
+    weights = OmegaConf.load(run / "config.yaml").model.class_weights
+    pixels = pixels_of_training()
+    assert np.dot(weights, pixels) / pixels.sum() == pytest.approx(1, abs=1e-5)
+    if given == "balanced":  # all classes have the same share of the loss
+        assert np.multiply(weights, pixels) == pytest.approx(pixels.sum() / 8, rel=1e-4)
+    else:
+        assert np.divide(weights, weights[0]) == pytest.approx([1, 2, 3, 0, 1, 1, 1, 1])
+    assert f"class weights: background {weights[0]:.3g}, disc" in capsys.readouterr().out
+    again = SegmentationModule.load_from_checkpoint(last_checkpoint(run))
+    assert again.class_weights is not None
+    torch.testing.assert_close(again.class_weights, torch.tensor([*weights]))
+    train(resumed_config(run, ["trainer.max_steps=2"]), run)
+    assert OmegaConf.load(run / "config.yaml").model.class_weights == weights
+
+
+def test_weights_of_classes_that_do_not_occur(tmp_path: Path) -> None:
+    options = ["data.dataset.train_length=1", "model.class_weights=[0,0,0,0,0,0,0,1]"]
+    with pytest.raises(ConfigError, match=r"^model\.class_weights=\[0, .*: must be above 0 for a"):
+        train_tiny(tmp_path / "run", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_least_number_of_steps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.min_steps=9: must be at most 5"):
+        train_tiny(tmp_path / "run", "trainer.max_epochs=1", "+trainer.min_steps=9")
+
+
+def test_sanity_check_leaves_no_trace(tmp_path: Path) -> None:
+    options = ["+trainer.num_sanity_val_steps=2", "trainer.max_steps=2", "seed=0"]
+    train_tiny(tmp_path / "checked", *options)
+    train_tiny(tmp_path / "plain", "trainer.max_steps=2")
+    checked, plain = (read_metrics(tmp_path / n / "metrics.csv") for n in ("checked", "plain"))
+    assert [row["step"] for row in checked] == ["1", "2"]
+    assert [row["train/loss"] for row in checked] == [row["train/loss"] for row in plain]
+    assert checked[-1]["val/miou"] == plain[-1]["val/miou"]
+
+
+def test_epochs_are_converted_to_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["trainer.max_epochs=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
     options += ["data.dataset.train_length=3", "data.limit=2", "trainer.val_check_interval=100"]
     summary = train_tiny(tmp_path / "run", *options)
     assert summary["steps"] == 2  # of 2 images: twice the 2 that are used
+    printed = capsys.readouterr().out
+    assert "trainer.max_epochs=2: 2 optimizer steps, in place of trainer.max_steps=4" in printed
     assert summary["val/miou"] > 0

@@ -30,7 +30,7 @@ from fcn.runs.folder import is_training, read_overrides, started_with
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
 # Settings of conf/model and conf/optimizer that a resumed run may change.
 CHANGEABLE = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
-CHANGEABLE |= {"head_lr_multiplier", "bias_lr_multiplier", "class_weights", "dropout"}
+CHANGEABLE |= {"head_lr_multiplier", "bias_lr_multiplier", "dropout"}
 CHANGEABLE |= {"checkpoint_stages", "channels_last"}
 
 

@@ -7,10 +7,11 @@ network and of the callbacks.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch import nn
 
 from fcn.errors import (
@@ -75,6 +76,32 @@ def check_settings(config: Settings) -> None:
     check_text("resume", config.get("resume"), wanted="a run folder", optional=True)
     check_optimizer(config["optimizer"])
     check_trainer(config["trainer"])
+
+
+def check_monitors(callbacks: Mapping[str, Callback], class_names: Sequence[str]) -> None:
+    """Refuse a callback that would wait for a score which no validation computes.
+
+    A callback of the user's own may log further metrics. If there is one, nothing is refused.
+
+    Args:
+        callbacks: those of conf/callbacks, by name.
+        class_names: of the data.
+
+    Raises:
+        ConfigError: the message names the callback's setting and the scores that there are.
+    """
+    scores = [f"val/{name}" for name in ("loss", "miou", "pixel_acc", "mean_acc", "fwiou")]
+    known = {*scores, *(f"val/iou/{name}" for name in class_names)}
+    ours = ("fcn.", "pytorch_lightning.")
+    for name, callback in callbacks.items():
+        if isinstance(callback, EarlyStopping):
+            check_whole(f"callbacks.{name}.patience", callback.patience)
+    if all(type(callback).__module__.startswith(ours) for callback in callbacks.values()):
+        for name, callback in callbacks.items():
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in known:
+                wanted = f"{', '.join(scores)} or val/iou/ and the name of a class"
+                refuse(f"callbacks.{name}.monitor", monitor, wanted)
 
 
 def dummy_parameters() -> list[nn.Parameter]:

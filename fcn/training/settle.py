@@ -15,9 +15,11 @@ import numpy as np
 import pytorch_lightning as pl
 
 from fcn.datamodule import SegmentationDataModule
-from fcn.errors import ConfigError
+from fcn.datasets.survey import Survey, balanced_weights
+from fcn.errors import ConfigError, refuse
 from fcn.module import SegmentationModule
 from fcn.precision import best_precision, keep_freed_memory
+from fcn.runs.process import is_main_process
 from fcn.training.batch_size import largest_batch
 
 LARGEST_IMAGE = 500  # pixels, the longest side of VOC2012's images
@@ -56,8 +58,48 @@ def settle_length(
         print(f"data.batch_size={data['batch_size']} is the largest that fits", flush=True)
     if settings["max_epochs"] is not None:
         step = data["batch_size"] * settings["accumulate_grad_batches"] * trainer.world_size
-        settings["max_steps"] = math.ceil(settings["max_epochs"] * images / step)
-        settings["max_epochs"] = None
+        steps = math.ceil(settings["max_epochs"] * images / step)
+        if is_main_process():
+            what = f"trainer.max_epochs={settings['max_epochs']}: {steps} optimizer steps"
+            print(f"{what}, in place of trainer.max_steps={settings['max_steps']}", flush=True)
+        settings["max_steps"], settings["max_epochs"] = steps, None
+    least, most = settings.get("min_steps") or 0, settings["max_steps"]
+    if least > most != -1:
+        refuse("trainer.min_steps", least, f"at most {most}, the number of steps of this run")
+
+
+def settle_class_weights(
+    config: Any, datamodule: SegmentationDataModule, module: SegmentationModule
+) -> None:
+    """Replace model.class_weights by weights that average 1 over all training pixels.
+
+    A learning rate then means the same with and without weights. "balanced" gives each class a
+    weight in inverse proportion to its pixels. All masks of the training split are read for it.
+
+    Raises:
+        DataError: a mask cannot be read.
+        ConfigError: the classes that have a weight above 0 do not occur.
+    """
+    given = config["model"].get("class_weights")
+    if given is None:
+        return
+    assert datamodule.train_data is not None
+    survey = Survey(datamodule.train_split, datamodule.train_data)
+    if survey.errors:
+        raise survey.errors[0]
+    pixels = survey.pixels[: len(module.class_names)]  # (K,)
+    if given == "balanced":
+        weights = balanced_weights(pixels)
+    else:
+        total = float(np.dot(given, pixels))
+        if not total:
+            refuse("model.class_weights", given, "above 0 for a class of the training pixels")
+        weights = [float(weight * pixels.sum() / total) for weight in given]
+    config["model"]["class_weights"] = weights
+    module.set_class_weights(weights)
+    if is_main_process():
+        named = zip(module.class_names, weights, strict=True)
+        print("class weights:", ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
 
 def image_size(data: Mapping[str, Any]) -> tuple[int, int]:
