@@ -208,6 +208,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "scale": [[2.0, 0.5], [0, 1], 0.5],
     "flip": [1.5],
     "jitter": [-0.1],
+    "rotate": [-5, 181, "a lot"],
+    "blur": [0, 101],
     "seed": [-1, 1.5, 2**32],
 }
 

@@ -146,6 +146,53 @@ def test_jitter_leaves_the_mask() -> None:
     assert torch.equal(out["mask"], sample["mask"])
 
 
+def test_rotation() -> None:
+    """A coloured triangle far from the border: image and mask turn together, without new labels."""
+    mask = torch.zeros(90, 120, dtype=torch.uint8)
+    mask[35:55, 40:80] = torch.ones(20, 40, dtype=torch.uint8).tril() * 7
+    image = torch.full((3, 90, 120), 50, dtype=torch.uint8)
+    image[:, mask > 0] = 200
+    angles = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        out = train_transform(crop_size=None, scale=None, flip=0, rotate=40)(make(image, mask))
+        turned, labels = out["image"].as_subclass(Tensor).float(), out["mask"].as_subclass(Tensor)
+        assert isinstance(out["mask"], tv_tensors.Mask)
+        assert (turned.shape, labels.shape) == ((3, 90, 120), (90, 120))
+        assert {0, 7} <= set(labels.unique().tolist()) <= {0, 7, 255}
+        assert turned[0][labels == 7].mean() > 190  # bilinear at the edges alone
+        assert turned[0][labels == 0].mean() < 53
+        outside = (labels == 255).sum().item()
+        if outside > 1000:
+            filled = turned[:, labels == 255].mean(1)
+            assert (filled - torch.tensor(FILL)).abs().max() < 5  # FILL, but for the border
+        angles.add(outside)
+    assert len(angles) > 3
+    assert max(angles) > 1000
+    torch.manual_seed(0)
+    no = train_transform(crop_size=32, scale=(0.5, 2), rotate=None, blur=None)(make(image, mask))
+    torch.manual_seed(0)
+    default = train_transform(crop_size=32, scale=(0.5, 2))(make(image, mask))
+    assert torch.equal(no["image"], default["image"])
+
+
+def test_blur() -> None:
+    sample = make(torch.zeros(3, 40, 40, dtype=torch.uint8), torch.zeros(40, 40, dtype=torch.uint8))
+    sample["image"][:, 20, 20] = 255
+    blur = train_transform(crop_size=None, scale=None, flip=0, blur=3)
+    peaks = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out = blur(sample)
+        assert torch.equal(out["mask"], sample["mask"])
+        assert out["image"].dtype == torch.uint8
+        peaks.add(int(out["image"].max()))
+    assert min(peaks) < 20  # 255 / (2 pi 3^2) is 4.5
+    assert max(peaks) > 2 * min(peaks)
+    tiny = ramp(1, 90)  # smaller than what is reflected at the border
+    assert torch.equal(blur(tiny)["image"], tiny["image"])
+
+
 def test_eval_changes_nothing() -> None:
     sample = coded(20, 30)
     out = eval_transform()(sample)
@@ -184,6 +231,8 @@ BAD_SCALES = [(0, 1), (2, 1), (1, float("nan")), 0.5, [0.5, 1, 2], ["a", "b"]]
         ("scale", BAD_SCALES),
         ("flip", [1.5, "often", None]),
         ("jitter", [-0.1, True]),
+        ("rotate", [-1, 200]),
+        ("blur", [0, "soft"]),
     ],
 )
 def test_bad_arguments(name: str, values: list[Any]) -> None:
