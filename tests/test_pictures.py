@@ -19,7 +19,7 @@ from torch import Tensor
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import pictures
 from fcn.datasets.folder import Folder
-from fcn.datasets.pictures import image_facts, image_type, read_image
+from fcn.datasets.pictures import image_facts, image_size, image_type, read_image
 from fcn.datasets.reading import read_mask
 from fcn.datasets.survey import Survey
 from fcn.datasets.value_range import Facts, range_problem
@@ -206,6 +206,7 @@ def test_all_four_see_the_same(kind: str, tmp_path: Path, caplog: pytest.LogCapt
             pixels = np.ascontiguousarray(expected[name], np.uint8)
             content = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt="7×9".encode())
             assert survey.pairs[index].content == content.digest(), name
+            assert image_size(data.pairs[name][0])[0] == SIZE, name
             seen.append(name)
         assert survey.pixels[:2].tolist() == (np.bincount(labels.ravel()) * len(data)).tolist()
     assert sorted(seen) == sorted(expected)
@@ -401,7 +402,7 @@ def test_mask_that_fits_only_what_is_stored(tmp_path: Path, turned: str) -> None
     save(tmp_path / "masks" / "x.png", Image.new("L", (9, 7)), 6 if turned == "mask" else 1)
     data = Folder(split="all", root=tmp_path, classes=["a", "b"])
     name = "x.jpg" if turned == "image" else "x.png"
-    with pytest.raises(DataError, match=rf"the mask is .*EXIF orientation of {name} turns it"):
+    with pytest.raises(DataError, match=rf"the mask is .*by its EXIF orientation {name} is turned"):
         data[0]
 
 

@@ -42,7 +42,8 @@ MAX_PIXELS = 178_956_970  # the number at which Pillow would refuse an image
 # Pillow's modes of one band of whole numbers above 255; "I" has 32 bits and is used for 16 as well.
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 # Tags of TIFF; the first of them is EXIF's too.
-ORIENTATION, BITS, BANDS, COLOURS, SAMPLE_FORMAT, KIND_OF_PAGE = 274, 258, 277, 262, 339, 254
+ORIENTATION, KIND_OF_PAGE, WIDTH, BITS = 274, 254, 256, 258
+COLOURS, BANDS, SAMPLE_FORMAT = 262, 277, 339
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -219,11 +220,17 @@ def _orientation(picture: Image.Image) -> int:
     return 1
 
 
-def is_turned(path: Path) -> bool:
-    """Whether the EXIF orientation of a file exchanges width and height."""
-    with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
-        return _orientation(picture) >= 5
-    return False
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], bool]:
+    """Height and width of an image, upright; and whether these are exchanged in its file, by EXIF.
+
+    Only the head of the file is read.
+    """
+    with open_picture(path, max_pixels=max_pixels) as picture:
+        width, height = picture.size
+        is_turned = _orientation(picture) >= 5
+        # Newer versions of Pillow exchange the sides of a TIFF when they open it.
+        exchanged = isinstance(picture, TiffImageFile) and picture.tag_v2.get(WIDTH) != width
+    return ((width, height) if is_turned and not exchanged else (height, width)), is_turned
 
 
 def _raw_mode(args: object) -> str:

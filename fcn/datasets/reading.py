@@ -1,4 +1,4 @@
-"""What data sets on disk share: lists of ids, masks, and samples of an image and its mask.
+"""What data sets on disk share: lists of ids, masks, and pairs of an image and a mask.
 
     ids = read_ids(folder / "train.txt")
     data = Pairs({name: (folder / f"{name}.jpg", folder / f"{name}.png") for name in ids})
@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -27,8 +27,8 @@ from fcn.datasets import VOID, Sample
 from fcn.datasets.pictures import (
     MAX_PIXELS,
     WIDE_MODES,
+    image_size,
     image_type,
-    is_turned,
     read_image,
     read_picture,
 )
@@ -254,49 +254,6 @@ def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
     return ""
 
 
-def make_sample(
-    name: str,
-    image: Path,
-    mask: Path,
-    labels: np.ndarray,
-    *,
-    value_range: Range | None = None,
-    expected: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> Sample:
-    """Read an image, and put it together with its labels.
-
-    Args:
-        name: the sample's id.
-        image: the file of the image.
-        mask: the file that the labels come from, for the message.
-        labels: (H, W) uint8.
-        value_range, expected, max_pixels: as for `read_image`.
-
-    Raises:
-        DataError: the image cannot be read, see `read_image`.
-        MismatchedSizeError: image and labels differ in height or width.
-    """
-    # (H, W, 3) uint8
-    pixels = read_image(image, value_range, expected=expected, max_pixels=max_pixels)
-    if labels.shape != pixels.shape[:2]:
-        (mh, mw), (h, w) = labels.shape, pixels.shape[:2]
-        message = f"{mask}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
-        turned = [path for path in (image, mask) if is_turned(path)]
-        if turned and (mh, mw) == (w, h):
-            message += (
-                f"; the EXIF orientation of {turned[0].name} turns it by 90 degrees, and the other "
-                "fits what is stored, not what is seen: turn that one too, or remove the EXIF"
-            )
-        raise MismatchedSizeError(message)
-    return {
-        # (H, W, 3) -> (3, H, W), as a view: resizing is fastest if the colours stay innermost.
-        "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
-        "mask": tv_tensors.Mask(torch.from_numpy(labels)),
-        "id": name,
-    }
-
-
 class Pairs(Dataset[Sample]):
     """A data set of files: an image and a mask for each id. Its subclasses say where these are.
 
@@ -342,15 +299,18 @@ class Pairs(Dataset[Sample]):
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
-        return make_sample(
-            name,
-            image,
-            mask,
-            self.read_labels(index),
-            value_range=self.value_range,
-            expected=self.image_type,
-            max_pixels=self.max_pixels,
+        labels = self.read_labels(index)  # (H, W)
+        pixels = read_image(
+            image, self.value_range, expected=self.image_type, max_pixels=self.max_pixels
         )
+        if labels.shape != pixels.shape[:2]:
+            raise MismatchedSizeError(_mismatch(image, mask, pixels, labels))
+        return {
+            # (H, W, 3) -> (3, H, W), as a view: resizing is fastest if the colours stay innermost.
+            "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
+            "mask": tv_tensors.Mask(torch.from_numpy(labels)),
+            "id": name,
+        }
 
     def read_labels(self, index: int) -> np.ndarray:
         """The mask (H, W) uint8 of a sample, without its image."""
@@ -359,3 +319,19 @@ class Pairs(Dataset[Sample]):
     def read_mask(self, path: Path) -> np.ndarray:
         """The labels (H, W) uint8 in a mask's file."""
         return read_mask(path, len(self.classes))
+
+
+def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -> str:
+    """How image and mask differ in size, and whether EXIF is the cause."""
+    (mh, mw), (h, w) = labels.shape, pixels.shape[:2]
+    message = f"{mask}: the mask is {mw}×{mh}, its image {w}×{h} (width×height)"
+    turned = []
+    for path in (image, mask):
+        with suppress(DataError):  # a .mat is no picture
+            turned += [path.name] if image_size(path, max_pixels=2**63)[1] else []
+    if turned and (mh, mw) == (w, h):
+        message += (
+            f"; by its EXIF orientation {turned[0]} is turned by 90 degrees, and the other fits "
+            "what is stored, not what is seen: turn that one too, or remove the EXIF orientation"
+        )
+    return message

@@ -21,7 +21,7 @@ from tqdm.contrib.concurrent import thread_map
 from fcn.datasets import SegmentationDataset
 from fcn.datasets.folder import Folder
 from fcn.datasets.palettes import Appearance, contradiction
-from fcn.datasets.pictures import image_facts, image_type, is_turned, open_picture
+from fcn.datasets.pictures import image_facts, image_size, image_type
 from fcn.datasets.reading import Pairs
 from fcn.datasets.value_range import Facts, range_problem
 from fcn.errors import DataError
@@ -115,8 +115,10 @@ class Survey:
             pair.content = hashlib.blake2b(values.tobytes(), digest_size=16, salt=salt).digest()
         else:
             labels = data.read_labels(index)
-            if isinstance(data, Pairs) and stored_size(image, data.max_pixels) != labels.shape:
-                data[index]  # this raises the error that says what differs
+            if isinstance(data, Pairs):
+                size, _ = image_size(image, max_pixels=data.max_pixels)
+                if size != labels.shape:
+                    data[index]  # this raises the error that says what differs
         pair.size = labels.shape
         pair.pixels = np.bincount(labels.ravel(), minlength=256)
 
@@ -128,13 +130,6 @@ class Survey:
     def unseen_classes(self) -> list[str]:
         """The classes without a pixel in the masks that were read."""
         return [name for k, name in enumerate(self.data.classes) if not self.pixels[k]]
-
-
-def stored_size(image: Path, max_pixels: int) -> tuple[int, int]:
-    """Height and width of an image as it is seen upright, from the head of its file."""
-    with open_picture(image, max_pixels=max_pixels) as picture:
-        width, height = picture.size
-    return (width, height) if is_turned(image) else (height, width)
 
 
 def balanced_weights(pixels: np.ndarray) -> list[float]:
@@ -191,18 +186,13 @@ def void_problem(train: Survey) -> str | None:
     return f"{message}If the class is missing on purpose, data.limit={len(train.data)} trains"
 
 
-def before_training(
-    datamodule: "SegmentationDataModule", *, every_mask: bool = False
-) -> Survey | None:
+def before_training(datamodule: "SegmentationDataModule") -> None:
     """Read the masks of both splits, so that a bad one ends a run in its first minute.
+
+    This takes at most 2 * SECONDS. It does nothing for a data set without `read_labels`.
 
     Args:
         datamodule: with both splits open.
-        every_mask: whether to read all of them, however long that takes, and of whatever data set.
-            Else it takes 2 * SECONDS at most, and a data set without `read_labels` is not read.
-
-    Returns:
-        The survey of the training data; None if it was not read.
 
     Raises:
         DataError: something must be mended; see `find_errors`.
@@ -210,20 +200,18 @@ def before_training(
     train_data, val_data = datamodule.train_data, datamodule.val_data
     assert train_data is not None
     assert val_data is not None
-    if not every_mask and not hasattr(train_data, "read_labels"):
-        return None
-    started, seconds = time.monotonic(), None if every_mask else SECONDS
-    train = Survey(datamodule.train_split, train_data, seconds=seconds)
-    val = Survey(datamodule.val_split, val_data, seconds=seconds)
+    if not hasattr(train_data, "read_labels"):
+        return
+    started = time.monotonic()
+    train = Survey(datamodule.train_split, train_data, seconds=SECONDS)
+    val = Survey(datamodule.val_split, val_data, seconds=SECONDS)
     counts = [f"{len(s.pairs)} of {len(s.data)} masks of {s.split}" for s in (train, val)]
     print(f"read {' and '.join(counts)} in {time.monotonic() - started:.1f} s", flush=True)
     errors = find_errors(train, val, limit=datamodule.limit)
     if errors:
         lines = [str(error) for error in errors[:SHOWN]]
         if len(errors) > SHOWN:
-            lines.append(f"and {len(errors) - SHOWN} more: python -m fcn.datasets.check shows all")
+            lines.append(f"and {len(errors) - SHOWN} more errors")
         raise DataError("\n".join(lines))
-    unseen = train.unseen_classes()
-    if unseen and train.is_complete:
-        print(f"warning: never in {train.split}: {', '.join(unseen)}", flush=True)
-    return train
+    if train.is_complete and train.unseen_classes():
+        print(f"warning: never in {train.split}: {', '.join(train.unseen_classes())}", flush=True)
