@@ -54,6 +54,7 @@ def build_trainer(
             "trainer",
             without=("compile",),  # train.py applies it; Lightning does not know it
             max_epochs=-1,
+            min_epochs=0,  # else Lightning would wait for an epoch, where trainer.min_steps is set
             max_time=None,  # the callback Clock ends the run in Lightning's place
             check_val_every_n_epoch=None,
             val_check_interval=trainer.val_check_interval * trainer.accumulate_grad_batches,
