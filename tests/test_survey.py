@@ -87,9 +87,9 @@ def test_void_and_missing_classes_that_are_meant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"void": None, "palette": [[0, 0, 0], [255, 255, 255]]}  # what the error proposes
-    train = before_training(opened(tmp_path, [BINARY] * 3, **settings))
-    assert train is not None
-    assert train.pixels[:2].tolist() == [2 * 60, 2 * 20]
+    meant = opened(tmp_path, [BINARY] * 3, **settings)
+    assert problem(meant, tmp_path) == ""
+    assert Survey("train", meant.open("train")).pixels[:2].tolist() == [2 * 60, 2 * 20]
     assert problem(opened(tmp_path, [BINARY] * 3, limit=2), tmp_path) == ""
     assert problem(opened(tmp_path, [LABELS] * 3, **THREE), tmp_path) == ""  # no pixel is void
     out = capsys.readouterr().out
@@ -126,7 +126,11 @@ COLOURED = palette_picture(LABELS, [(255, 255, 255), (255, 0, 0)]).convert("RGB"
         # One mask saved in grey: labels, a brightness that is no label, and one that is.
         ([SAME, SAME, LABELS], {}, ""),
         ([SAME, SAME, SAME.convert("L")], {}, "found 38"),
-        ([palette_picture(LABELS, [(0, 0, 0), (255, 255, 255)]), LABELS, BINARY], {}, "p3.png: this"),
+        (
+            [palette_picture(LABELS, [(0, 0, 0), (255, 255, 255)]), LABELS, BINARY],
+            {},
+            "p3.png: this",
+        ),
         ([Image.fromarray(LABELS == 1), LABELS, BINARY], {}, "brightness"),
         # Colours of data.dataset.palette, and one mask in grey.
         ([COLOURED, COLOURED, COLOURED.convert("L")], COLOURS, "labels must be|brightness"),
@@ -179,7 +183,7 @@ def test_many_errors_are_counted(tmp_path: Path) -> None:
         before_training(opened(tmp_path, [LABELS * 7] * 9))
     *shown, last = str(error.value).splitlines()
     assert len(shown) == 3
-    assert last == "and 6 more: python -m fcn.datasets.check shows all"
+    assert last == "and 6 more errors"  # train.py adds the command of the check
 
 
 def test_what_there_is_no_time_for(
@@ -191,18 +195,15 @@ def test_what_there_is_no_time_for(
     out = capsys.readouterr().out
     assert "read 0 of 2 masks of train and 0 of 1 masks of val in " in out
     assert "never" not in out  # a class is missing only if all masks were read
-    with pytest.raises(DataError, match="found 7"):
-        before_training(datamodule, every_mask=True)
 
 
-def test_generated_data_is_read_only_if_its_labels_are_wanted() -> None:
+def test_generated_data_is_not_read_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     dataset = partial(Shapes, size=48, train_length=3, val_length=2)
     datamodule = SegmentationDataModule(dataset=dataset, num_workers=0)
     datamodule.setup("fit")
-    assert before_training(datamodule) is None
-    train = before_training(datamodule, every_mask=True)
-    assert train is not None
-    assert train.pixels.sum() == 3 * 48 * 48
+    before_training(datamodule)
+    assert capsys.readouterr().out == ""
+    assert Survey("train", datamodule.open("train")).pixels.sum() == 3 * 48 * 48
 
 
 def test_balanced_weights() -> None:
