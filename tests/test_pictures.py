@@ -348,7 +348,7 @@ def test_refused_by_name(tmp_path: Path) -> None:
         "five": "it has 5 bands, and images have 1, 3 or 4",
         "infrared": "it has 4 bands, and images have 1, 3 or 4",
         "four": "it is a TIFF of 4 bands of 8 bits",
-        "two": "it has 2 bands",
+        "two": "2 bands",
         "signed": "its values are signed",
         "double": "it is a TIFF of 1 bands of 64 bits",
         "float colours": "it is a TIFF of 3 bands of 32 bits",
