@@ -38,6 +38,7 @@ PATHS = re.compile(
 # A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
 # character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
+VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")  # of a sweep; commas within quotes are text
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -148,8 +149,9 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
             raise ConfigError(f"{argument}: Hydra takes no name with ${{ for this folder")
     elif PATHS.fullmatch(key):
         swept = sweep and not os.path.exists(value)
-        if not (swept and re.fullmatch(r"[a-z]+\(.*\)|'.*'|\".*\"", value)):  # such as choice(a,b)
-            value = ",".join(map(_quoted_path, value.split(",") if swept else [value]))
+        if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)
+            values = VALUES.findall(value) if swept else [value]
+            value = ",".join(map(_quoted_path, values))
     return f"{key}{equals}{value}"
 
 
@@ -158,7 +160,7 @@ def _quoted_path(path: str) -> str:
     if PLAIN.fullmatch(path) or re.fullmatch(r"|'.*'|\".*\"", path):
         return path
     text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)
-    return f"'{text}'".replace("${", "\\${")
+    return literal(f"'{text}'")
 
 
 def _quoted_pair(value: str) -> str:

@@ -234,7 +234,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def combinations(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     """The overrides of each row: every combination of the values in lists, such as `a=1,2`."""
     choices: list[list[str]] = []
-    readable = [cli.quoted(argument, sweep=True) for argument in arguments]
+    readable = [cli.quoted(argument) for argument in arguments]
     for override in OverridesParser.create().parse_overrides(readable):
         choices.append([override.input_line or ""])
         if override.is_sweep_override():

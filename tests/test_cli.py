@@ -21,6 +21,7 @@ from fcn.cli import (
     compose,
     quoted,
     raise_named,
+    resolved,
     short_message,
     short_messages,
 )
@@ -119,7 +120,11 @@ def test_output_that_nobody_reads() -> None:
         ("data.bach_size=2", f"There is no setting 'data.bach_size'.\n{HINT}"),
         ("+data.batch_size=2", "Could not append to config. An item is already at 'data.batch_s"),
         ("~data.nope", "Could not delete from config. 'data.nope' does not exist."),
-        ("data=1", f"Config group override must be a string or a list. Got int\n{HINT}"),
+        ("data=1", "A group such as data or model takes the name of a file in conf/; see --help"),
+        ("model=None", "A group such as data or model takes the name of a file in conf/; see "),
+        ("optimizer.lr=1,2", "optimizer.lr=1,2: these are several values. To train with each of"),
+        ("data.limit=choice(1,2)", "data.limit=choice(1,2): these are several values. To train"),
+        ("name=a(b)=c", "name=a(b)=c: this does not read as setting=value ("),
         ("+nope@x=1", "Override +nope@x=1 looks like a config group override, but config group"),
         ("epochs", "epochs: this does not read as setting=value (missing EQUAL at '<EOF>')"),
         ("data.crop_size=[1", "data.crop_size=[1: this does not read as setting=value (no viable "),
@@ -193,6 +198,19 @@ def test_new_names_are_settings() -> None:
         ("ckpt=runs/a/last.ckpt", "ckpt=runs/a/last.ckpt"),
         ("ckpt=../a", "ckpt=../a"),
         ("ckpt='a b'", "ckpt='a b'"),
+        ("+callbacks.a.dirpath=a (b)", "+callbacks.a.dirpath='a (b)'"),
+        ("logger.csv.save_dir={a}", "logger.csv.save_dir='{a}'"),
+        ("data.dataset.train=a,b", "data.dataset.train='a,b'"),
+        ("callbacks.panels.images=2", "callbacks.panels.images=2"),
+        ("hydra.run.dir=runs/${now:%Y} (a)", "hydra.run.dir='runs/${now:%Y} (a)'"),
+        ("compare=[a=1,b (2)]", "compare=['a=1','b (2)']"),
+        ("compare=['a=1', b]", "compare=['a=1',b]"),
+        ("compare=[a,b,c]", "compare=[a,b,c]"),
+        ("compare=null", "compare=null"),
+        ("data.crop_size=None", "data.crop_size=null"),
+        ("model.weights=None", "model.weights=null"),
+        ("data.scale=[None, 1.5]", "data.scale=[null, 1.5]"),
+        ("name=NoneSuch", "name=NoneSuch"),
         ("data.batch_size=[1,2]", "data.batch_size=[1,2]"),
         ("--help", "--help"),
     ],
@@ -209,11 +227,44 @@ def test_hydra_reads_a_quoted_path_as_it_is(path: str) -> None:
     assert cfg.input == path
 
 
-def test_run_quotes_paths_but_not_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    for sweep, expected in ((["-m"], "ckpt=a,b"), ([], "ckpt='a,b'")):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *sweep, "ckpt=a,b"])
-        cli.run(lambda: None)
-        assert sys.argv[-1] == expected
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("ckpt=a,b", "ckpt=a,b"),
+        ("model.weights=e=1.ckpt,None", "model.weights='e=1.ckpt',null"),
+        ("model.weights='a,b',null", "model.weights='a,b',null"),
+        ("model.weights=choice(a,b)", "model.weights=choice(a,b)"),
+        ("data.root=there, it is", "data.root='there, it is'"),
+        ("hydra.sweep.dir=a,b", "hydra.sweep.dir='a,b'"),
+        ("model=fcn8s,fcn32s", "model=fcn8s,fcn32s"),
+    ],
+)
+def test_paths_in_a_sweep(
+    argument: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comma separates values, unless there is a file or folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path("there, it is").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", argument])
+    cli.run(lambda: None)
+    assert sys.argv[-1] == expected
+
+
+def test_pair_of_paths_with_commas(tmp_path: Path) -> None:
+    """Those two parts are taken that exist."""
+    a, b = tmp_path / "a, 1", tmp_path / "b, 2"
+    a.mkdir()
+    b.mkdir()
+    assert quoted(f"compare=[{a}, {b}]") == f"compare=['{a}','{b}']"
+
+
+def test_resolved_settings_keep_texts() -> None:
+    """What stands for another value is replaced, and "${" in a path stays, however often."""
+    cfg = compose([r"data.root=/a/\${x}/${y}", "data=shapes", "name=x", "logger=none"])
+    again = OmegaConf.create(OmegaConf.to_yaml(resolved(resolved(cfg))))
+    assert again.data.root == cli.plain(again)["data"]["root"] == r"/a/\${x}/${y}"
+    assert again.data.seed == 0
+    assert build(again, "data").root == r"/a/\${x}/${y}"
 
 
 # ---- parts of the configuration

@@ -27,6 +27,6 @@ def logger_settings(cfg: DictConfig, run: Path) -> DictConfig:
             entry.id = entry.id or secrets.token_hex(4)
     settings = OmegaConf.create({"logger": group})  # a copy: a run folder may be moved later
     for entry in filter(OmegaConf.is_dict, settings.logger.values()):
-        if "save_dir" in entry:
-            entry.save_dir = entry.save_dir or literal(str(run))
+        if "save_dir" in entry and not entry.save_dir:
+            entry.save_dir = literal(str(run))
     return settings
