@@ -223,11 +223,13 @@ def _orientation(picture: Image.Image) -> int:
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], bool]:
     """Height and width of an image, upright; and whether these are exchanged in its file, by EXIF.
 
-    Only the head of the file is read.
+    Only the head of the file is read. The EXIF block of a PNG may lie behind its pixels, which
+    Pillow would decode to find it; such a block is not seen here.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
         width, height = picture.size
-        is_turned = _orientation(picture) >= 5
+        has_exif = "exif" in picture.info or picture.format != "PNG"
+        is_turned = has_exif and _orientation(picture) >= 5
         # Newer versions of Pillow exchange the sides of a TIFF when they open it.
         exchanged = isinstance(picture, TiffImageFile) and picture.tag_v2.get(WIDTH) != width
     return ((width, height) if is_turned and not exchanged else (height, width)), is_turned
