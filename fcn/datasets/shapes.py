@@ -13,9 +13,7 @@ textures, and so have `square`, `cross` and `ladder`; one object in five has a r
 
 import colorsys
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,24 +71,16 @@ def _ladder(u: Array, v: Array, t: float) -> Array:
     return np.minimum(rails, rungs)
 
 
-class Kind(NamedTuple):
-    """How the objects of one class look."""
-
-    distance: Callable[[Array, Array, float], Array]
-    smallest: float  # diameter as a fraction of the picture's side
-    largest: float
-    hue: float
-    texture: str
-
-
+# How the objects of each class look: the distance to their outline; the smallest and the largest
+# diameter, as fractions of the picture's side; hue and texture.
 OBJECTS = {
-    "disc": Kind(_disc, 0.24, 0.46, 0.04, "plain"),
-    "ring": Kind(_ring, 0.32, 0.60, 0.04, "plain"),
-    "square": Kind(_square, 0.24, 0.50, 0.60, "stripes"),
-    "cross": Kind(_cross, 0.34, 0.60, 0.60, "stripes"),
-    "ladder": Kind(_ladder, 0.44, 0.66, 0.60, "stripes"),
-    "triangle": Kind(_triangle, 0.30, 0.60, 0.33, "shaded"),
-    "star": Kind(_star, 0.34, 0.66, 0.82, "shaded"),
+    "disc": (_disc, 0.24, 0.46, 0.04, "plain"),
+    "ring": (_ring, 0.32, 0.60, 0.04, "plain"),
+    "square": (_square, 0.24, 0.50, 0.60, "stripes"),
+    "cross": (_cross, 0.34, 0.60, 0.60, "stripes"),
+    "ladder": (_ladder, 0.44, 0.66, 0.60, "stripes"),
+    "triangle": (_triangle, 0.30, 0.60, 0.33, "shaded"),
+    "star": (_star, 0.34, 0.66, 0.82, "shaded"),
 }
 TEXTURES = ("plain", "stripes", "shaded")
 
@@ -201,9 +191,8 @@ class Shapes(Dataset[Sample]):
     def _draw(self, rng: np.random.Generator, picture: Array, mask: Array, centre: Array) -> None:
         """Draw an object of a random class over `picture` (3, S, S) and `mask` (S, S), in place."""
         label = int(rng.integers(1, len(self.classes)))
-        kind = OBJECTS[self.classes[label]]
-        hue, texture = kind.hue, kind.texture
-        radius = rng.uniform(kind.smallest, kind.largest) * self.size / 2
+        distance, smallest, largest, hue, texture = OBJECTS[self.classes[label]]
+        radius = rng.uniform(smallest, largest) * self.size / 2
         thickness = max(rng.uniform(3.6, 5.4) * self.size / 96, 3.0)
         cy, cx = centre * self.size
         reach = 1.2 * radius + 2  # far enough for the corners and the border around them
@@ -214,7 +203,7 @@ class Shapes(Dataset[Sample]):
         turn = rng.random() * math.tau
         u = (xs * math.cos(turn) + ys * math.sin(turn)) / radius
         v = (ys * math.cos(turn) - xs * math.sin(turn)) / radius
-        pixels = radius * kind.distance(u, v, thickness / 2 / radius)  # (h, w), to the outline
+        pixels = radius * distance(u, v, thickness / 2 / radius)  # (h, w), to the outline
 
         if rng.random() < 0.2:  # a random colour and texture
             hue, texture = rng.random(), TEXTURES[rng.integers(len(TEXTURES))]
