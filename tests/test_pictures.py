@@ -4,7 +4,6 @@ import hashlib
 import logging
 import re
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_bad_images import png
 from torch import Tensor
 
 from fcn.datamodule import SegmentationDataModule
@@ -85,16 +85,9 @@ def tiff(values: np.ndarray, *, tags: dict[int, tuple[int, ...]] | None = None) 
 
 def deep_png(values: np.ndarray) -> bytes:
     """A PNG of values (H, W, 2, 3 or 4) uint16, which Pillow cannot write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
     height, width, bands = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
-    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+    return png(width, height, 16, {2: 4, 3: 2, 4: 6}[bands], rows)
 
 
 def with_palette(indices: np.ndarray) -> Image.Image:

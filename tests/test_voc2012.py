@@ -1,7 +1,5 @@
 """VOC2012: the reader, on a tiny tree in the true layout, on damaged ones, and on real pairs."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from conftest import TINY_VOC, write_mask
 from PIL import Image
 from torchvision import tv_tensors
 
-from fcn.datasets import SegmentationDataset, download
+from fcn.datasets import SegmentationDataset
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import DataError
 
@@ -84,21 +82,6 @@ def test_tree_missing(tmp_path: Path) -> None:
         assert part in str(error.value)
     with pytest.raises(DataError, match=r"data\.root"):
         VOC2012(root=None)
-
-
-def test_download(tiny_voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        tar.add(tiny_voc / "VOCdevkit", "VOCdevkit")
-
-    def fetch(urls: tuple[str, ...], md5: str, dest: Path) -> None:
-        assert all(url.endswith("VOCtrainval_11-May-2012.tar") for url in urls)
-        dest.write_bytes(buffer.getvalue())
-
-    monkeypatch.setattr(download, "fetch", fetch)
-    assert VOC2012(root=tmp_path, split="val", download=True)[0]["id"] == "2007_000033"
-    monkeypatch.setattr(download, "fetch", None)  # a second run fetches nothing
-    VOC2012(root=tmp_path, split="val", download=True)
 
 
 def test_missing_files(own_voc: Path) -> None:
