@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from torch.utils.data import get_worker_info
 
 from fcn.datasets.value_range import FULL_RANGE, Facts, Range, measure, misfit, mixed_types
 from fcn.errors import DataError, reason
@@ -306,19 +307,22 @@ def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | 
     """The type of the first image that can be opened; None if none can. None is decoded."""
     for path in paths:
         with suppress(DataError), open_picture(path, max_pixels=max_pixels) as picture:
+            _warn_about_alpha(picture, path)
             return _type_of(picture)
     return None
 
 
-_with_alpha: list[Path] = []  # the first image with transparent pixels; one warning is enough
+_with_alpha: list[Path] = []  # the first image with alpha; one warning is enough
 
 
-def _warn_about_alpha(path: Path) -> None:
-    if not _with_alpha:
+def _warn_about_alpha(picture: Image.Image, path: Path) -> None:
+    has_alpha = picture.mode in ALPHA_MODES or "transparency" in picture.info
+    worker = get_worker_info()  # None in the main process
+    if has_alpha and not _with_alpha and (worker is None or worker.id == 0):
         _with_alpha.append(path)
         log.warning(
-            "%s has transparent pixels; in this and in other images, alpha is dropped and the "
-            "colours below it are used as they are stored",
+            "%s has an alpha channel; in this and in other images it is dropped, and the colours "
+            "below it are used as they are stored",
             path,
         )
 
@@ -334,12 +338,7 @@ def _read_values(path: Path, max_pixels: int) -> tuple[np.ndarray, str]:
         raise DataError(f"{path}: an image of mode {mode} is not read; save it as RGB")
     if mode in ("La", "RGBa"):  # colours that are multiplied by alpha
         picture = picture.convert(mode.upper())
-    if mode in ALPHA_MODES:
-        clear = np.array(picture.getchannel("A")).min() < 255
-    else:
-        clear = "transparency" in picture.info
-    if clear:
-        _warn_about_alpha(path)
+    _warn_about_alpha(picture, path)
     if mode in ("LA", "La"):
         values = np.array(picture)[..., 0]
     elif mode.startswith("RGB"):
