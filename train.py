@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """One run, or one job of a sweep."""
+def main(cfg: DictConfig) -> float | None:
+    """One run, or one job of a sweep. Returns its best val/miou, for sweepers such as Optuna's."""
     from fcn.runs.launch import launch
 
-    launch(cfg, train)
+    return launch(cfg, train)
 
 
 def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,32 @@ def test_sweep(
     assert all(0 <= float(row["val/miou"]) <= 1 for row in rows)
     strides = [OmegaConf.load(run / "config.yaml").model.stride for run in runs]
     assert strides == [32, 32, 8, 8]
+
+
+@pytest.mark.slow
+def test_optuna(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trials get the best val/miou of their runs; a trial that crashes does not end the sweep.
+
+    Where the plugin is missing, Hydra says which sweepers there are.
+    """
+    monkeypatch.chdir(tmp_path)
+    tiny = [o for o in TINY if not o.startswith(("optimizer.", "trainer.max_"))]
+    sweep = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize"]
+    sweep += ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1"]
+    sweep += ["hydra.sweep.dir=sweep", "optimizer.lr=choice(1e-2,-1)", "trainer.max_steps=2"]
+    assert begin(*sweep, *tiny, "callbacks.curves=null") == 1  # a job has crashed
+    if find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        assert "Available: basic" in capsys.readouterr().err
+        return
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["status"] for row in rows} == {"finished", "crashed"}
+    results = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert results.best_params == {"optimizer.lr": 1e-2}
+    scores = [float(row["best/val/miou"]) for row in rows if row["status"] == "finished"]
+    assert results.best_value == max(scores)
 
 
 def test_sweep_goes_on_after_a_job_that_fails(

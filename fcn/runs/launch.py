@@ -21,15 +21,19 @@ from fcn.cli import literal, short_messages
 from fcn.errors import DataError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
-Train = Callable[[DictConfig, Path, list[str]], Any]
+Train = Callable[[DictConfig, Path, list[str]], dict[str, Any]]
 
 
-def launch(cfg: DictConfig, train: Train) -> None:
+def launch(cfg: DictConfig, train: Train) -> float | None:
     """Train once, as Hydra has composed the settings: a single run, or one job of a sweep.
 
     Args:
         cfg: the settings. `resume` may be a run folder, or "auto".
-        train: called with the settings, the run folder and the settings on the command line.
+        train: called with the settings, the run folder and the settings on the command line. It
+            returns what summary.json holds.
+
+    Returns:
+        The highest val/miou of the run, which a sweeper such as Optuna's maximises.
 
     Raises:
         SystemExit: with code 128 plus the signal's number if a signal has stopped the run; with
@@ -45,16 +49,15 @@ def launch(cfg: DictConfig, train: Train) -> None:
         folder = Path("runs") / str(cfg.name) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         if hydra.mode == RunMode.MULTIRUN:
-            _launch_job(cfg, train, folder, overrides)
-        else:
-            with short_messages():  # Hydra would add a line to an error that leaves this function.
-                _launch(cfg, train, folder, overrides, named=hydra.run.dir != ".")
+            return _launch_job(cfg, train, folder, overrides)
+        with short_messages():  # Hydra would add a line to an error that leaves this function.
+            return _launch(cfg, train, folder, overrides, named=hydra.run.dir != ".")
     finally:
         with suppress(OSError):
             folder.rmdir()  # Hydra creates it too early. It is removed only if it is still empty.
 
 
-def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str]) -> None:
+def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str]) -> float | None:
     """One job of a sweep, whose loggers show it as a part of the sweep."""
     from fcn.runs.sweep import run_job
 
@@ -63,18 +66,20 @@ def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str
             entry.group = entry.group or f"sweep_{folder.parent.name}"
             entry.name = f"{entry.name}_{HydraConfig.get().job.num}"
 
-    def job(earlier: Path | None) -> None:
+    def job(earlier: Path | None) -> float | None:
         if earlier is not None:
             cfg.resume = literal(str(earlier))
-        _launch(cfg, train, folder, overrides if earlier is None else [], named=True)
+        return _launch(cfg, train, folder, overrides if earlier is None else [], named=True)
 
-    run_job(folder, overrides, job)
+    return run_job(folder, overrides, job)
 
 
 def _launch(
     cfg: DictConfig, train: Train, folder: Path, overrides: list[str], *, named: bool
-) -> None:
+) -> float | None:
     """Train in a new folder, or go on with the run that `cfg.resume` asks for.
+
+    Returns the best score of the run.
 
     Args:
         folder: for a new run.
@@ -82,21 +87,21 @@ def _launch(
     """
     from fcn.datasets.download import HINT
     from fcn.runs.process import is_main_process
-    from fcn.runs.resume import find_run, resumed_config, status
+    from fcn.runs.resume import best_score, find_run, read_summary, resumed_config, status
 
     if cfg.resume == "auto":
         cfg.resume = None
         last = find_run(folder, overrides, named=named, main=is_main_process())
         if last is not None and status(last) == "finished":
             print(f"{last} is finished: nothing to do. Without resume=auto, a new run starts")
-            return
+            return best_score(read_summary(last))
         if last is not None:
             cfg.resume, overrides = literal(str(last)), []
     run = Path(cfg.resume) if cfg.resume else folder
     if cfg.resume:
         cfg = resumed_config(run, overrides)
     try:
-        train(cfg, run, overrides)
+        return best_score(train(cfg, run, overrides))
     except (Stopped, TrainingError) as error:
         if not is_main_process():
             # This happens in all processes of a distributed run. If one of the others exited with

@@ -12,7 +12,7 @@ and call. A name is accepted only if at least one of these is true:
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ def read_summary(run: Path) -> dict[str, Any]:
     """The content of summary.json; empty if the run has not ended yet, or was killed."""
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def best_score(summary: Mapping[str, Any]) -> float | None:
+    """The highest val/miou of a run, from what its summary.json holds; None if it has none."""
+    return summary.get("best/val/miou")
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:

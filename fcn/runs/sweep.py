@@ -31,7 +31,7 @@ from fcn.runs.folder import (
     started_with,
     write_overrides,
 )
-from fcn.runs.resume import read_summary, status
+from fcn.runs.resume import best_score, read_summary, status
 from fcn.runs.versions import git_revision
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,9 @@ def resumable(run: Path) -> bool:
     return False
 
 
-def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], None]) -> None:
+def run_job(
+    folder: Path, overrides: list[str], train: Callable[[Path | None], float | None]
+) -> float | None:
     """Do one job of a sweep, unless it has finished before, and update sweep.csv.
 
     If the job crashes, error.txt in its folder gets the reason, and the next job can start. Ctrl-C
@@ -142,16 +144,20 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
     Args:
         folder: the run folder that the job gets if it is new, in the folder of the sweep.
         overrides: the job's settings on the command line.
-        train: resumes the run in the given folder, or starts a new run if it is given None.
+        train: resumes the run in the given folder, or starts a new run if it is given None, and
+            returns its best score.
+
+    Returns:
+        The best score of the run; None if it has crashed or is trained by another process.
     """
     from fcn.runs.process import is_main_process
 
     sweep = folder.parent
     earlier = find_job(sweep, overrides)
     if earlier is not None and finished_before(earlier):
-        return
+        return best_score(read_summary(earlier))
     try:
-        train(earlier if earlier is not None and resumable(earlier) else None)
+        return train(earlier if earlier is not None and resumable(earlier) else None)
     except RunLockedError as error:
         print(f"{error}. Here, this job is skipped", flush=True)
     except (Exception, SystemExit) as error:
@@ -162,6 +168,7 @@ def run_job(folder: Path, overrides: list[str], train: Callable[[Path | None], N
     finally:
         if is_main_process():
             write_results(sweep)
+    return None
 
 
 def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None:
