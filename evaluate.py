@@ -4,6 +4,7 @@
     python evaluate.py ckpt=... split=seg11valid data.root=/data output=results
     python evaluate.py ckpt=... tta.flip=true tta.scales=[0.75,1,1.25] report.images=60
     python evaluate.py compare=[runs/A,runs/B]                   # run folders or checkpoints
+    python evaluate.py ckpt=export/best.onnx            # a file of export.py, also an int8 one
 
 It prints the IoU of each class, and writes metrics.json, confusion.csv (counts of pixels; rows are
 labels, columns are predictions), images.csv (the scores of each image) and report.html. A
@@ -60,8 +61,10 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
     from fcn.checkpoint import find_checkpoint, without_targets
     from fcn.evaluation.candidate import check_classes, checkpoint_data, open_candidate
-    from fcn.evaluation.folder import write_folder
+    from fcn.evaluation.folder import FILES, write_folder
     from fcn.evaluation.result import score
+    from fcn.files import create_folder
+    from fcn.inference.onnx_session import open_onnx_checkpoint
     from fcn.inference.tta import TestTime
     from fcn.precision import keep_freed_memory
     from fcn.runs.folder import output_folder
@@ -74,7 +77,10 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     plain = tta == {"flip": False, "scales": [1]} and cfg.tile is None
     options = {"accelerator": cfg.accelerator, "precision": cfg.precision}
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)
-    candidates = [open_candidate(find_checkpoint(path), **options) for path in chosen]
+    candidates = []
+    for path in map(find_checkpoint, chosen):
+        exported = open_onnx_checkpoint(path) if path.suffix == ".onnx" else None
+        candidates.append(open_candidate(path, **options, exported=exported))
     if "_target_" in data:  # data=GROUP
         datamodule, settings = cli.build(cfg, "data"), without_targets(data)
     else:
@@ -82,13 +88,14 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     check_classes(candidates, datamodule.classes)
     datamodule.prepare_data()
     split, images = datamodule.open(cfg.split), cfg.report.images
+    name = "comparison" if cfg.compare else "evaluation"
+    output = Path(cfg.output or output_folder(candidates[0].path, name)).expanduser()
+    create_folder(output, *FILES)
     results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
     for m in [result.metrics for result in results]:
         m.update(split=cfg.split, tta=tta, tile=cfg.tile, data=settings)
         print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
         print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
-    name = "comparison" if cfg.compare else "evaluation"
-    output = Path(cfg.output or output_folder(candidates[0].path, name))
     metrics = write_folder(output, results, split, images=images, command=command)
     print(f"See {output / 'report.html'}")
     return metrics

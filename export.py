@@ -39,8 +39,8 @@ def export(cfg: DictConfig) -> Path:
             file disagrees with the network. No file is left then.
     """
     from fcn.checkpoint import find_checkpoint, read_checkpoint, write_safetensors
+    from fcn.files import create_folder
     from fcn.inference.export import export_path, export_program
-    from fcn.inference.photos import create_folder
     from fcn.inference.predictor import image_settings
     from fcn.module import SegmentationModule
 
@@ -48,12 +48,14 @@ def export(cfg: DictConfig) -> Path:
     path = export_path(cfg.output, ckpt, cfg.format)
     module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
     if cfg.format == "safetensors":
-        create_folder(path.parent)
+        create_folder(path.parent, path.name)
         write_safetensors(checkpoint, module.state_dict(), path)
         says = "takes the place of a checkpoint"
     else:
         value_range, _ = image_settings(ckpt, checkpoint)
-        difference, equal = export_program(module, path, argmax=cfg.argmax, value_range=value_range)
+        difference, equal = export_program(
+            module, path, argmax=cfg.argmax, value_range=value_range, checkpoint=checkpoint
+        )
         says = (
             f"agrees with the network; scores differ by {difference:.2g} at most, {equal:.4%} of "
             "the mask's pixels are equal"

@@ -49,6 +49,7 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.checkpoint import find_checkpoint
     from fcn.datasets.pictures import MAX_PIXELS
     from fcn.datasets.voc2012 import VOC2012
+    from fcn.files import create_folder
     from fcn.inference import photos
     from fcn.inference.predictor import load_predictor, predict_files
     from fcn.inference.tta import TestTime
@@ -67,7 +68,7 @@ def predict(cfg: DictConfig) -> Path:
         jobs, left_out = photos.find_photos(cfg.input, output)
     flip, scales = (OmegaConf.select(cfg, f"tta.{name}") for name in ("flip", "scales"))
     network = TestTime(predictor.scores, flip=flip, scales=scales, tile=cfg.tile)
-    photos.create_folder(output)
+    create_folder(output)
 
     started = time.perf_counter()
     failed = predict_files(

@@ -19,11 +19,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fcn.errors import WriteError, reason
+from fcn.errors import ConfigError, WriteError, reason
 
 SUFFIX = ".part"
 # Seconds to wait for a lock. The worker processes of a killed run may hold its lock for up to
@@ -65,6 +66,27 @@ def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
             with suppress(OSError):
                 part.unlink()  # on a full disk this makes room for others
             raise
+
+
+def create_folder(folder: Path, *names: str) -> None:
+    """Create a folder for results, and see that they can be written, before the work is done.
+
+    Args:
+        folder: the value of the setting `output`.
+        names: of files that will be written there.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or one of the files cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output={folder}: {reason(error)}") from error
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            raise ConfigError(f"output={path}: there is a folder of this name")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from evaluate import evaluate
+from export import export
 from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
@@ -266,6 +267,76 @@ def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
             )
         assert segmentation_scores(confusion)["miou"] == expected["miou"]
         assert segmentation_scores(confusion)["pixel_acc"] == expected["pixel_acc"]
+
+
+class Images:
+    """Calibrates onnxruntime's quantiser."""
+
+    def __init__(self) -> None:
+        data = Shapes(split="train", size=48, train_length=4)
+        self.images = [{"image": data[i]["image"][None].numpy()} for i in range(4)]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return self.images.pop() if self.images else None
+
+
+@pytest.mark.slow
+def test_exported_files(finished_run: Path, tmp_path: Path) -> None:
+    """Their scores are the checkpoint's within rounding, also at test time; int8 ones are near."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    pytest.importorskip("onnxscript")
+    options = ["tta.flip=true", "report.images=1", f"output={tmp_path / 'out'}"]
+    expected = evaluate_checkpoint(finished_run, *options)
+    paths = {ending: tmp_path / f"x.{ending}" for ending in ("safetensors", "onnx")}
+    for format, path in paths.items():
+        export(
+            compose_config("export", f"ckpt={finished_run}", f"output={path}", f"format={format}")
+        )
+        metrics = evaluate_checkpoint(path, *options)
+        for name in ("miou", "pixel_acc", "mean_acc", "fwiou", "loss"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-3), (format, name)
+        assert metrics["iou"].keys() == expected["iou"].keys()
+        assert (metrics["step"], metrics["images"]) == (expected["step"], expected["images"])
+        assert metrics["data"] == expected["data"]
+
+    dynamic, static = tmp_path / "dynamic.onnx", tmp_path / "static.onnx"
+    quantization.quantize_dynamic(paths["onnx"], dynamic, op_types_to_quantize=["Conv"])
+    quantization.quant_pre_process(str(paths["onnx"]), str(tmp_path / "prepared.onnx"))
+    quantization.quantize_static(tmp_path / "prepared.onnx", static, Images())
+    for path in (dynamic, static):
+        metrics = evaluated(f"compare=[{paths['onnx']},{path}]", f"output={tmp_path / 'both'}")
+        assert metrics["b"]["loss"] != expected["loss"]
+        assert abs(metrics["difference"]["pixel_acc"]) < 0.1
+    for setting in ("accelerator=gpu", "precision=bf16-mixed"):
+        with pytest.raises(ConfigError, match=r"an ONNX file runs with accelerator=cpu precision"):
+            evaluate(compose_config("evaluate", f"ckpt={paths['onnx']}", setting))
+
+
+def test_onnx_file_of_others(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    info = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in ("image", "scores")]
+    node = onnx.helper.make_node("Identity", ["image"], ["scores"])
+    graph = onnx.helper.make_graph([node], "g", info[:1], info[1:])
+    onnx.save(onnx.helper.make_model(graph, ir_version=8), tmp_path / "x.onnx")
+    with pytest.raises(
+        WeightsError, match=r"x\.onnx was not written by export\.py, or has lost its"
+    ):
+        evaluate_checkpoint(tmp_path / "x.onnx")
+
+
+def test_output_is_refused_before_the_work(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcn.evaluation.result.score", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    for output, message in (
+        ("file", "File exists"),
+        ("file/x", "Not a dir"),
+        ("out", "a folder of"),
+    ):
+        with pytest.raises(ConfigError, match=f"^output={tmp_path / output}.*: .*{message}"):
+            evaluate_checkpoint(finished_run, f"output={tmp_path / output}")
 
 
 @pytest.mark.parametrize("setting", ["tta.scales=[]", "tta.scales=[0]", "tile=8"])

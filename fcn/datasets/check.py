@@ -15,6 +15,7 @@ or by its content: two files are one image if their pixels are equal once decode
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from fcn.errors import DataError
 from fcn.figures.legend import legend_entries, one_line
 from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
 from fcn.figures.panels import Cell, draw_sheet
-from fcn.files import atomic_write
+from fcn.files import atomic_write, create_folder
 
 if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
@@ -137,11 +138,15 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
 
     Args:
         datamodule: opens the splits.
-        output: the folder for data_check.png; it is made if there are samples to draw.
+        output: the folder for data_check.png. It is not kept if there are no samples to draw.
+
+    Raises:
+        ConfigError: the folder cannot be written.
 
     Returns:
         The number of errors.
     """
+    create_folder(output, "data_check.png")
     surveys: list[Survey] = []
     errors: list[DataError] = []
     for split in (datamodule.train_split, datamodule.val_split):
@@ -162,10 +167,11 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
     if samples:
         data = surveys[0].data
         print(*class_table(surveys, data), sep="\n")
-        output.mkdir(parents=True, exist_ok=True)
         with atomic_write(output / "data_check.png") as part:
             draw(samples, data).save(part, "PNG")
         print(f"some samples: {output / 'data_check.png'}")
+    with suppress(OSError):
+        output.rmdir()  # if it is empty
     return _print_errors(errors)
 
 

@@ -23,6 +23,7 @@ from fcn.errors import ConfigError, check_choice, check_text
 from fcn.module import SegmentationModule
 from fcn.precision import PRECISIONS, cast_weights
 
+Exported = tuple[dict[str, Any], nn.Module]  # a checkpoint without weights, and a network
 Wrap = Callable[[nn.Module], nn.Module]  # gives a module that takes and returns what a network does
 
 
@@ -44,7 +45,12 @@ class Candidate:
 
 
 def open_candidate(
-    path: Path, *, accelerator: str, precision: str | None = None, wrap: Wrap | None = None
+    path: Path,
+    *,
+    accelerator: str,
+    precision: str | None = None,
+    wrap: Wrap | None = None,
+    exported: Exported | None = None,
 ) -> Candidate:
     """Read a checkpoint and make it ready to be scored.
 
@@ -54,12 +60,19 @@ def open_candidate(
         precision: one of `fcn.precision.PRECISIONS`. None: the one that the run was trained in.
         wrap: a function that puts something around the network, such as
             `fcn.inference.tta.TestTime`. None leaves the network as it is.
+        exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx_checkpoint` gives.
 
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.
         ConfigError: there is no such device, or it cannot compute in this precision.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, network = exported or (read_checkpoint(path), None)
+    if network is not None:
+        if accelerator not in ("auto", "cpu") or precision not in (None, "32-true"):
+            raise ConfigError(
+                f"ckpt={path}: an ONNX file runs with accelerator=cpu precision=32-true"
+            )
+        accelerator = "cpu"
     precision = precision or checkpoint["precision"]
     check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
     check_choice("precision", precision, PRECISIONS)
@@ -74,8 +87,14 @@ def open_candidate(
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
-    module = SegmentationModule.load_from_checkpoint(path)
-    cast_weights(module.network, precision)
+    if network is None:
+        module = SegmentationModule.load_from_checkpoint(path)
+        cast_weights(module.network, precision)
+    else:
+        # The file takes the place of this network, which is therefore made as small as it can be.
+        small: dict[str, Any] = {"backbone": "vgg11", "stride": 32, "head_width": 1, "head_kernel": 1}
+        module = SegmentationModule(**checkpoint["hyper_parameters"], **small)
+        module.network = network  # type: ignore[assignment]
     if wrap is not None:
         module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
     return Candidate(path, checkpoint, module, trainer)

@@ -15,7 +15,9 @@ from torch import Tensor
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.report import write_report
 from fcn.evaluation.result import Result, compare
-from fcn.files import write_csv, write_json, writing
+from fcn.files import write_csv, write_json
+
+FILES = ("metrics.json", "confusion.csv", "images.csv", "report.html")
 
 
 def write_folder(
@@ -24,7 +26,7 @@ def write_folder(
     """Write one evaluation, or the comparison of two, which has no CSV files.
 
     Args:
-        output: the folder; it is created.
+        output: the folder, which exists.
         results: one, or A and B.
         data, images, command: for `fcn.evaluation.report.write_report`.
 
@@ -34,8 +36,6 @@ def write_folder(
     Raises:
         WriteError: something cannot be written.
     """
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
     metrics = results[0].metrics if len(results) == 1 else compare(*results)
     write_json(output / "metrics.json", metrics)
     if len(results) == 1:

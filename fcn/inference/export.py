@@ -10,7 +10,7 @@ sizes, and its scores are compared with the network's.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,8 @@ from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
 from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text
-from fcn.files import atomic_write
+from fcn.files import atomic_write, create_folder
 from fcn.inference.onnx_session import METADATA, Program, need_packages, open_session
-from fcn.inference.photos import create_folder
 from fcn.module import SegmentationModule
 from fcn.runs.folder import output_folder
 
@@ -87,6 +86,7 @@ def export_program(
     *,
     argmax: bool = False,
     value_range: Sequence[float] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> Agreement:
     """Write the network as an ONNX file or a torch.export program, if that agrees with it.
 
@@ -96,6 +96,8 @@ def export_program(
         argmax: whether the program also gives the mask.
         value_range: the values of an image's file that are 0 and 255 for the program. The file
             holds them for the program that reads the image.
+        checkpoint: what the module was built from. The file holds its data settings, so that
+            evaluate.py can score it.
 
     Raises:
         ConfigError: a package is missing, or the folder cannot be made.
@@ -109,9 +111,17 @@ def export_program(
     network = module.network.eval().cpu().float().to(memory_format=torch.contiguous_format)
     exported = ExportedNetwork(network, argmax).eval()
     settings = dict(module.hparams, weights=None)
-    about = (module.class_names, settings.get("palette"), module.void, settings, value_range)
-    metadata = {name: json.dumps(value) for name, value in zip(METADATA, about, strict=True)}
-    create_folder(path.parent)
+    about = {
+        "class_names": module.class_names,
+        "palette": settings.get("palette"),
+        "void": module.void,
+        "hyper_parameters": settings,
+        "value_range": value_range,
+        "config": (checkpoint or {}).get("config"),
+        "step": (checkpoint or {}).get("global_step"),
+    }
+    metadata = {name: json.dumps(about[name]) for name in METADATA}
+    create_folder(path.parent, path.name)
     with atomic_write(path) as part:
         (_write_onnx if onnx else _write_torch)(exported, part, metadata)
         return compare(open_session(part)[0] if onnx else _read_torch(part), network)

@@ -1,7 +1,11 @@
-"""Running an ONNX file that export.py has written; predict.py and the check of an export do it.
+"""Running an ONNX file that export.py has written, as predict.py and evaluate.py do.
 
     scores, class_names, palette, value_range = open_onnx(Path("export/best.onnx"))
     logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
+    checkpoint, network = open_onnx_checkpoint(Path("export/int8.onnx"))
+
+A file that another program has made from one of export.py's, such as onnxruntime's quantiser, will
+do if it keeps the metadata.
 
 This needs onnxruntime: pip install -r requirements/export.txt
 """
@@ -13,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcn.errors import ConfigError, WeightsError
 from fcn.inference.tiles import Scores
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
-METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range")
+METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range", "config", "step")
+NEW = dict.fromkeys(("value_range", "config", "step"), "null")  # older files do not have these
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
 
 
@@ -34,15 +39,66 @@ def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any]:
         ConfigError: onnxruntime is not installed.
         WeightsError: the file is missing or broken, or export.py did not write it.
     """
+    program, about = _open(path)
+    return (
+        lambda image: program(image)[0],
+        about["class_names"],
+        about["palette"],
+        about["value_range"],
+    )
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file that is called like an FCN. It runs on the CPU, in the precision that it has.
+
+    Args:
+        program: from `open_session`.
+        path: of the file, for an error.
+        classes: K, the number of channels that the file must give.
+    """
+
+    def __init__(self, program: Program, path: Path, classes: int) -> None:
+        super().__init__()
+        self.program, self.path, self.classes = program, path, classes
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images (N, 3, H, W) uint8 -> scores (N, K, H, W)."""
+        scores = self.program(image)[0]
+        if scores.shape[1:2] != (self.classes,):
+            given = tuple(scores.shape)
+            raise WeightsError(f"ckpt={self.path} gives {given} for {self.classes} classes")
+        return scores
+
+
+def open_onnx_checkpoint(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
+    """What a checkpoint holds besides weights, from an ONNX file, and the file's network.
+
+    Raises:
+        ConfigError, WeightsError: as `open_onnx`.
+    """
+    program, about = _open(path)
+    names, void = about["class_names"], about["void"]
+    if not all(isinstance(name, str) for name in names) or type(void) is not int:
+        raise WeightsError(f"ckpt={path}: its classes are no names")
+    checkpoint = {
+        "hyper_parameters": {"class_names": names, "void": void},
+        "config": about["config"],
+        "precision": "32-true",
+        "global_step": about["step"],
+    }
+    return checkpoint, OnnxNetwork(program, path, len(names))
+
+
+def _open(path: Path) -> tuple[Program, dict[str, Any]]:
+    """The program in a file that export.py has written, and its metadata."""
     need_packages("onnxruntime")
     program, metadata = open_session(path)
-    metadata = {"value_range": "null"} | metadata  # older files do not have it
-    if not set(METADATA) <= set(metadata):
-        raise WeightsError(f"ckpt={path} was not written by export.py")
-    names, palette, value_range = (
-        json.loads(metadata[key]) for key in ("class_names", "palette", "value_range")
-    )
-    return lambda image: program(image)[0], names, palette, value_range
+    try:
+        return program, {name: json.loads((NEW | metadata)[name]) for name in METADATA}
+    except (KeyError, ValueError) as error:
+        raise WeightsError(
+            f"ckpt={path} was not written by export.py, or has lost its metadata: no {error}"
+        ) from error
 
 
 def open_session(path: Path) -> tuple[Program, dict[str, str]]:

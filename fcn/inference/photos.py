@@ -16,7 +16,7 @@ from pathlib import Path
 from fcn.datasets.pictures import open_picture, why_no_picture
 from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
-from fcn.errors import ConfigError, DataError, check_choice, check_text, reason, refuse
+from fcn.errors import ConfigError, DataError, check_choice, check_text, refuse
 from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs, and the target of each
@@ -29,18 +29,6 @@ def results_folder(output: str | None, checkpoint: Path) -> Path:
     """The folder for results: `output`, or predictions/ in the run that a checkpoint is of."""
     check_text("output", output, wanted="a folder", optional=True)
     return Path(output).expanduser() if output else output_folder(checkpoint, "predictions")
-
-
-def create_folder(folder: Path) -> None:
-    """Create the folder for results if it does not exist.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={folder}: {reason(error)}") from error
 
 
 def mask_path(target: Path) -> Path:

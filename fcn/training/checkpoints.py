@@ -136,4 +136,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        folder = Path(path).parent
+        if folder.name != "checkpoints":  # a user's callback may have a folder of its own
+            folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, Path(path))
