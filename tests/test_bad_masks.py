@@ -46,6 +46,7 @@ def train_on(root: Path, steps: int) -> dict[str, float]:
     options = ["data=folder", f"data.root={root}", "data.dataset.classes=[a,b]"]
     options += ["data.dataset.val=val.txt", "data.num_workers=0", "data.crop_size=32"]
     options += ["data.batch_size=1", f"trainer.max_steps={steps}", "callbacks.panels.images=0"]
+    options += ["callbacks.curves=null", f"trainer.val_check_interval={steps}"]
     tiny = [o for o in TINY if not o.startswith("data")]
     return train(compose_config("train", *tiny, *options), root / "run")
 
