@@ -1,5 +1,7 @@
 """W&B that cannot be reached, refuses or dies: training goes on, the CSV is whole, one warning."""
 
+import os
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def warned(run: Path, why: str) -> None:
     about = [str(w.message) for w in caught if "W&B" in str(w.message)]
     assert len(about) == 1, about
     assert about[0].startswith(f"W&B failed ({why}); training goes on")
-    assert f"wandb sync {run}/wandb/" in about[0]
+    assert f"upload later with: for run in {run}/wandb/*run-*; do wandb sync" in about[0]
     assert [row["step"] for row in read_metrics(run / "metrics.csv")] == ["1", "2", "3", "4"]
     assert (run / "summary.json").is_file()
 
@@ -110,11 +112,22 @@ def test_a_service_that_dies(tmp_path: Path, service: Service, fails_after: int)
 def test_not_logged_in(
     tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Each W&B run in the folder is uploaded, also after one that is damaged."""
     service.login = False
-    logger = TolerantWandbLogger(save_dir=tmp_path)
+    folder = tmp_path / "a run"
+    logger = TolerantWandbLogger(save_dir=folder)
     assert service.modes == ["offline"]
-    assert f"upload with: wandb sync {tmp_path}/wandb/*run-*" in capsys.readouterr().out
     assert logger.experiment is service.runs[0]
+    _, _, command = capsys.readouterr().out.partition("upload later with: ")
+    fake = tmp_path / "wandb"  # the program, which ends at the first of the runs
+    fake.write_text('#!/bin/sh\necho "$@" >> "$0".log\nexit 1\n')
+    fake.chmod(0o755)
+    for name in ("run-1-killed", "offline-run-2", "offline-run-3"):
+        (folder / "wandb" / name).mkdir(parents=True)
+    subprocess.run(["sh", "-c", command], env={"PATH": f"{tmp_path}:{os.defpath}"}, check=False)
+    synced = (tmp_path / "wandb.log").read_text().splitlines()
+    names = ("offline-run-2", "offline-run-3", "run-1-killed")
+    assert synced == [f"sync --include-online {folder}/wandb/{name}" for name in names]
 
 
 def test_mode_of_the_environment(

@@ -2,10 +2,11 @@
 
     python train.py logger=wandb logger.wandb.project=fcn logger.wandb.tags=[a,b]
 
-What W&B cannot upload stays in the run folder, and `wandb sync` uploads it later.
+What W&B cannot upload stays in the run folder. A message says how it is uploaded later.
 """
 
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -75,8 +76,7 @@ class TolerantWandbLogger(WandbLogger):
             try:
                 if not wandb.login(prompt=False):
                     mode = "offline"
-                    synced = f"wandb sync {self.run_folder}/wandb/*run-*"
-                    print(f"W&B: not logged in, so offline; upload with: {synced}")
+                    print(f"W&B: not logged in, so offline; {self._how_to_upload()}")
             except Exception as error:
                 mode = "offline"
                 self._warn(error)
@@ -120,8 +120,17 @@ class TolerantWandbLogger(WandbLogger):
         self.warned = True
         why = (reason(error).splitlines() or [""])[0]
         warnings.warn(
-            f"W&B failed ({why}); training goes on, metrics.csv has everything, and what is in "
-            f"{self.run_folder}/wandb can be uploaded later: "
-            f"wandb sync {self.run_folder}/wandb/*run-*",
+            f"W&B failed ({why}); training goes on, metrics.csv has everything; "
+            + self._how_to_upload(),
             stacklevel=2,
         )
+
+    def _how_to_upload(self) -> str:
+        """The command that uploads what is in the run folder.
+
+        A resumed run has several W&B runs there, and one that was killed in its first seconds is
+        damaged. `wandb sync` stops at a damaged one, so each is uploaded by a command of its own.
+        """
+        folder = shlex.quote(f"{self.run_folder}/wandb")
+        sync = 'wandb sync --include-online "$run"'
+        return f"upload later with: for run in {folder}/*run-*; do {sync}; done"
