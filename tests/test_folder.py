@@ -86,7 +86,8 @@ def test_void(root: Path) -> None:
     with pytest.raises(DataError, match=r"photo 00\.png: labels must be .* found 7"):
         opened(root)[0]
     assert np.array_equal(opened(root, void=7)[0]["mask"], MASK)
-    with pytest.raises(DataError, match=r"photo 01\.png: labels must be 0 to 2, found 255"):
+    message = r"photo 01\.png: labels must be 0 to 2, found 255; .*set data\.dataset\.palette"
+    with pytest.raises(DataError, match=message):
         opened(root, void=None)[1]
 
 
@@ -260,12 +261,6 @@ def test_worker_hands_the_message_on(root: Path) -> None:
     traceback.clear_frames(error.tb)  # they hold the loader, which ends its process only then
     assert str(error.value).startswith(str(root / "masks"))
     assert str(error.value).endswith("found 9")
-
-
-def test_sizes(root: Path) -> None:
-    write(root / "masks", NAMES[0], np.zeros((8, 11), np.uint8))
-    with pytest.raises(DataError, match=r"photo 00\.png: the mask is 11×8, its image 12×8"):
-        opened(root)[0]
 
 
 @pytest.mark.parametrize(

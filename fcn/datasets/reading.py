@@ -251,6 +251,10 @@ def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
         return "; JPEG changes the values of pixels, so save masks as PNG"
     if unknown.tolist() == [num_classes]:
         return "; if the labels begin with 1 and 0 is void, set data.dataset.void=0"
+    if unknown[-1] == VOID:
+        return (
+            "; for grey values that are no labels, set data.dataset.palette to the classes' colours"
+        )
     return ""
 
 
