@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fcn.datasets.pictures import (
     image_type,
     read_image,
     read_picture,
+    why_no_picture,
 )
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
@@ -133,7 +134,12 @@ def check_exist(paths: Iterable[Path], *, what: str) -> None:
         found[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
     missing = [path for path in wanted if path.name not in found[path.parent]]
     if missing:
-        refuse_missing(f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}")
+        first = missing[0]
+        message = f"{len(missing)} of {len(wanted)} {what} missing, the first {first}"
+        for name in sorted(found[first.parent]):
+            why = why_no_picture(PurePath(name)) if PurePath(name).stem == first.stem else None
+            message += f"; {name}: {why}" if why else ""
+        refuse_missing(message)
 
 
 def refuse_missing(message: str) -> None:
