@@ -343,7 +343,7 @@ def test_refused_by_name(tmp_path: Path) -> None:
         "float colours": "it is a TIFF of 3 bands of 32 bits",
         "negative": "its value 0 is white",
         "alpha": "Pillow reads only 8 of its 16 bits",
-        "photo": "pip install -r requirements/heic.txt",
+        "photo": "HEIC needs pip install -r requirements/heic.txt",
         "scan": "DICOM is not read",
     }
     for path in tmp_path.iterdir():
@@ -424,3 +424,22 @@ def test_labels_that_begin_with_1(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "x.png")
     read = read_mask(tmp_path / "x.png", 2, void=0)
     assert read.tolist() == [[255, 0, 1]]
+
+
+def test_limit_of_pixels_and_endings_that_are_not_read(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", SIZE).save(tmp_path / folder / "0.png")
+    Folder(split="all", root=tmp_path, classes=["a", "b"], max_pixels=63)[0]
+    small = Folder(split="all", root=tmp_path, classes=["a", "b"], max_pixels=62)
+    with pytest.raises(
+        DataError, match=r"0\.png: .* 7×9 pixels.* data\.dataset\.max_pixels=63 allows"
+    ):
+        small[0]
+    Image.new("L", SIZE).save(tmp_path / "masks" / "1.png")
+    (tmp_path / "images" / "1.dcm").write_bytes(bytes(300))
+    with pytest.raises(DataError, match=r"1 of 2 images missing, .*; 1\.dcm: DICOM is not read"):
+        Folder(split="all", root=tmp_path, classes=["a", "b"])
+    (tmp_path / "images" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"no picture in this folder; 1\.dcm: DICOM is not read"):
+        Folder(split="all", root=tmp_path, classes=["a", "b"])

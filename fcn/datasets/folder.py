@@ -28,7 +28,7 @@ from PIL import Image
 
 from fcn.datasets import VOID, Labels, reading
 from fcn.datasets.palettes import Appearance, appearance
-from fcn.datasets.pictures import is_picture
+from fcn.datasets.pictures import is_picture, why_no_picture
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
 
@@ -294,7 +294,9 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
             files[name] = path
     if not files:
         which = f" whose name ends with {suffix}" if suffix else ""
-        raise DataError(f"{folder.absolute()}: there is no picture{which} in this folder")
+        others = [path.name for path in sorted(folder.glob("[!.]*")) if not is_picture(path)]
+        why = f"; {others[0]}: {why_no_picture(PurePath(others[0]))}" if others else ""
+        raise DataError(f"{folder.absolute()}: there is no picture{which} in this folder{why}")
     return files
 
 

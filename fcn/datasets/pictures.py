@@ -70,10 +70,10 @@ def why_no_picture(path: PurePath) -> str | None:
     if is_picture(path):
         return None
     if path.suffix.lower() in (".heic", ".heif", ".hif"):
-        return "pip install -r requirements/heic.txt is needed to read HEIC"
+        return "HEIC needs pip install -r requirements/heic.txt"
     if path.suffix.lower() in (".dcm", ".dicom"):
-        return "DICOM is not read; save its pixels as 16-bit PNG or TIFF"
-    return "its ending is not that of a picture that can be read"
+        return "DICOM is not read: save its pixels as 16-bit PNG or TIFF"
+    return "it has not the ending of a picture that can be read"
 
 
 def open_picture(
