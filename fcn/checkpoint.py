@@ -95,7 +95,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         WeightsError: there is no file, or it is broken, not ours, or could run code.
     """
     if not path.is_file():
-        raise WeightsError(f"ckpt={path}: no such file")
+        run, hint = path.parent.parent, ""
+        if run.is_dir() and path == best_checkpoint(run):
+            last = last_checkpoint(run)
+            hint = f", only {last}" if last.is_file() else f". Is {run} the folder of a run?"
+        raise WeightsError(f"ckpt={path}: no such file{hint}")
     if path.suffix == ".pt2":
         raise WeightsError(
             f"ckpt={path}: a .pt2 is a program for other software, and torch.export.load can run "

@@ -146,7 +146,7 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
         # Such a folder may be named after the time, ${now:...}, or after the run, ${name}.
         value = re.sub(r"\\(\$\{(now:|oc\.|hydra[.:]|name\}))", r"\1", _quoted_path(value))
         if "\\${" in value:
-            raise ConfigError(f"{argument}: Hydra takes no name with ${{ for this folder")
+            raise ConfigError(f"{argument}: the name of this folder cannot hold ${{, Hydra says")
     elif PATHS.fullmatch(key):
         swept = sweep and not os.path.exists(value)
         if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)

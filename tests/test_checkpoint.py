@@ -172,6 +172,10 @@ def test_writing_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_no_checkpoint_of_ours(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"^ckpt=.*x\.ckpt: no such file$"):
         read_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(
+        WeightsError, match=r"best\.ckpt: no such file\. Is .* the folder of a run\?$"
+    ):
+        read_checkpoint(find_checkpoint(tmp_path))
     for content in ({"state_dict": {}}, [1], torch.zeros(1)):
         torch.save(content, tmp_path / "x.ckpt")
         message = r"x\.ckpt is no checkpoint of this codebase: it has no config, global_step, hyper"
@@ -252,6 +256,9 @@ def test_newest_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:
     best = save("best.ckpt", global_step=10)
     assert newest_checkpoint(tmp_path, weights) == (best, [])
     last.write_bytes(last.read_bytes()[:-200])
+    with pytest.raises(WeightsError, match=r"best\.ckpt: no such file, only .*last\.ckpt$"):
+        best.rename(tmp_path / "x"), read_checkpoint(best)
+    (tmp_path / "x").rename(best)
     found, wrong = newest_checkpoint(tmp_path, weights)
     assert found == best
     assert len(wrong) == 1

@@ -267,6 +267,17 @@ def test_resolved_settings_keep_texts() -> None:
     assert build(again, "data").root == r"/a/\${x}/${y}"
 
 
+def test_values_that_wandbs_agent_passes() -> None:
+    """It writes each value as Python does, whatever its type."""
+    values = {"data.crop_size": None, "data.scale": [0.5, 1.5], "model.learn_upsampling": True}
+    values |= {"data.download": False, "optimizer.lr": 1e-5, "model.backbone": "vgg16"}
+    values |= {"trainer.gradient_clip_val": None, "data.jitter": "0.2", "data.limit": "None"}
+    values |= {"model.weights": None}
+    cfg = compose([*(f"{key}={value}" for key, value in values.items()), "name=x"])
+    for key, value in (values | {"data.jitter": 0.2, "data.limit": None}).items():
+        assert OmegaConf.select(cfg, key) == value, key
+
+
 # ---- parts of the configuration
 
 

@@ -19,6 +19,7 @@ import predict
 import train
 from fcn import cli, memory, stages, visualize
 from fcn.datasets import check
+from fcn.errors import ConfigError
 from fcn.runs.folder import read_changes
 
 Call = Callable[..., None]
@@ -132,4 +133,43 @@ def test_folder_with_an_interpolation(call: Call, capsys: pytest.CaptureFixture[
     """Hydra itself cannot take it; the message names the folder."""
     with pytest.raises(SystemExit):
         call(train.main, "data=shapes", "hydra.run.dir=a/${x}")
-    assert capsys.readouterr().err.startswith("error: hydra.run.dir=a/${x}: Hydra takes no name ")
+    assert capsys.readouterr().err.startswith("error: hydra.run.dir=a/${x}: the name of this ")
+
+
+WORK = {
+    "predict": "fcn.inference.predictor.predict_files",
+    "export": "fcn.checkpoint.write_safetensors",
+    "check": "fcn.datamodule.SegmentationDataModule.open",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "output"),
+    [
+        *(("predict", "file"), ("predict", "file/out")),
+        *(("export", "folder.safetensors"), ("export", "file/a/x.safetensors")),
+        *(("check", "file"), ("check", "file/out"), ("check", ".")),
+    ],
+)
+def test_output_is_refused_before_the_work(
+    script: str, output: str, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For evaluate.py, tests/test_evaluate.py has this."""
+    monkeypatch.setattr(WORK[script], lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.safetensors").mkdir()
+    Path("data_check.png").mkdir()
+    Image.new("RGB", (9, 9)).save("photo.png")
+    calls: dict[str, Callable[[], Any]] = {
+        "check": lambda: check.check(
+            cli.build(cli.compose(["data=shapes", "name=x"]), "data"), Path(output)
+        ),
+        "predict": lambda: predict.predict(
+            cli.compose([*given, "input=photo.png", "device=cpu"], "predict")
+        ),
+        "export": lambda: export.export(cli.compose([*given, "format=safetensors"], "export")),
+    }
+    given = [f"ckpt={finished_run}", f"output={output}"]
+    with pytest.raises(ConfigError, match=rf"^output={output[:4]}.*: (there is|Not a|File exists)"):
+        calls[script]()

@@ -92,8 +92,8 @@ def open_candidate(
         cast_weights(module.network, precision)
     else:
         # The file takes the place of this network, which is therefore made as small as it can be.
-        small: dict[str, Any] = {"backbone": "vgg11", "stride": 32, "head_width": 1, "head_kernel": 1}
-        module = SegmentationModule(**checkpoint["hyper_parameters"], **small)
+        size: dict[str, Any] = {"backbone": "vgg11", "head_width": 1, "head_kernel": 1}
+        module = SegmentationModule(**checkpoint["hyper_parameters"], **size)
         module.network = network  # type: ignore[assignment]
     if wrap is not None:
         module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
@@ -148,10 +148,10 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
     known = [candidate.module.class_names for candidate in candidates]
     first = "the checkpoint" if len(known) == 1 else "A"
     for other, names in (("B", known[-1]), ("the data", list(classes))):
-        if names != known[0]:
-            both = f"{first} knows {_some(known[0])}, {other} {_some(names)}"
-            raise ConfigError(f"{both}: they must be the same")
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}, ...)"
+        if len(names) != len(known[0]):
+            numbers = f"{first} has {len(known[0])} classes, {other} {len(names)}"
+            raise ConfigError(f"{numbers}: they must be the same classes")
+        for label, (one, two) in enumerate(zip(known[0], names, strict=True)):
+            if one != two:
+                both = f"label {label} is {one!r} for {first}, but {two!r} for {other}"
+                raise ConfigError(f"{both}: they must have the same classes in the same order")
