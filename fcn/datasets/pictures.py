@@ -210,6 +210,9 @@ def _check_tiff(picture: TiffImageFile, found: str) -> None:
         raise ValueError(f"Pillow reads only 8 of its {max(bits)} bits; save it in 8 bits")
     if max(bits) == 8 and 2 in tags.get(SAMPLE_FORMAT, (1,)):
         raise ValueError("its values are signed; save them in 16 bits")
+    swapped = any(_raw_mode(tile.args).endswith(("BS", "BF")) for tile in picture.tile)
+    if swapped and picture.tile[0].codec_name == "libtiff":  # Pillow 13.0 swaps the bytes twice
+        raise ValueError("it is compressed, with big-endian numbers; save it without compression")
     if found != "8-bit" and tags.get(COLOURS) == 0:
         raise ValueError("its value 0 is white (WhiteIsZero); save it with 0 for black")
 
