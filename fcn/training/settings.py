@@ -169,10 +169,11 @@ def check_trainer(settings: Settings) -> None:
     if isinstance(devices, int) and devices > 256:  # each would be a process
         refuse("trainer.devices", devices, "at most 256")
     share = settings.get("limit_val_batches")
-    if not isinstance(share, float):
-        check_whole("trainer.limit_val_batches", share, 1, optional=True)
-    elif not 0 < share <= 1:
-        refuse("trainer.limit_val_batches", share, "null, a whole number, or a part of 1.0")
+    if share is not None:
+        right = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
+        wanted = "null, a whole number from 1 up, or a part of 1.0: best.ckpt needs a validation"
+        if not right:
+            refuse("trainer.limit_val_batches", share, wanted)
 
 
 def _is_duration(value: Any) -> bool:
