@@ -33,6 +33,7 @@ SIZE = (7, 9)  # height and width of each upright image
 # standard, so that it is independent of the reader.
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
+    9: lambda a: a,  # no such orientation
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
     4: lambda a: a[::-1],
@@ -172,7 +173,7 @@ def write_masks(folder: Path, names: Sequence[str]) -> np.ndarray:
     ]
     for number, name in enumerate(names):
         ending, make = writers[number % len(writers)]
-        orientation = 1 + number % 8
+        orientation = list(STORED)[number % len(STORED)]
         stored = make(np.ascontiguousarray(STORED[orientation](labels)))
         save(folder / f"{name}.{ending}", stored, orientation)
     return labels

@@ -218,9 +218,10 @@ def _check_tiff(picture: TiffImageFile, found: str) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 is upright. An EXIF block that cannot be read counts as 1."""
+    """EXIF's orientation, 1 to 8; 1 is upright. What cannot be read, or is no such number, is 1."""
     with suppress(Exception):
-        return int(picture.getexif().get(ORIENTATION, 1))
+        found = int(picture.getexif()[ORIENTATION])
+        return found if found in TURNS else 1
     return 1
 
 
