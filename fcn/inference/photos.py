@@ -112,6 +112,8 @@ def describe(left_out: LeftOut) -> list[str]:
 
 def is_result(path: Path) -> bool:
     """Whether predict.py has written this picture."""
+    if not path.name.endswith((".png", "_overlay.jpg")):
+        return False  # without opening it
     with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
         marks = picture.info.get("Software"), picture.info.get("comment")  # of PNG and JPEG
         return bool({MARK, MARK.encode()} & set(marks))
