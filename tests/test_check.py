@@ -12,6 +12,7 @@ from PIL import Image
 from fcn.datasets import check
 from fcn.datasets.check import SHOWN, main
 from fcn.datasets.reading import check_disjoint
+from fcn.datasets.survey import balanced_weights
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import DataError
 from fcn.figures.masks import VOID_COLOUR
@@ -44,10 +45,12 @@ def test_good_data(own_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "96×64 (1)" in text
     plane = next(line for line in text.splitlines() if " aeroplane " in line).split()
     assert (plane[0], plane[4], plane[7]) == ("1", "1", "1")  # one image in train and one in val
-    assert "never in val: bicycle, bird" in text
+    assert "warning: never in val: bicycle, bird" in text
     rows = text.partition("label class")[2].splitlines()[1:23]  # 21 classes and void
-    counted = sum(int(row.split()[2].replace(",", "")) for row in rows)
-    assert counted == sum(w * h for w, h, _, _ in list(TINY_VOC.values())[:6])
+    pixels = [int(row.split()[2].replace(",", "")) for row in rows]
+    balanced = ", ".join(f"{weight:.4g}" for weight in balanced_weights(np.array(pixels[:21])))
+    assert f"model.class_weights=balanced would be [{balanced}]" in text
+    assert sum(pixels) == sum(w * h for w, h, _, _ in list(TINY_VOC.values())[:6])
     with Image.open(own_voc / "out" / "data_check.png") as picture:
         assert picture.width == 940  # three columns of 300, and the gaps
         colours = {colour for _, colour in picture.getcolors(2**24)}

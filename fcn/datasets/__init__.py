@@ -46,6 +46,9 @@ class SegmentationDataset(Protocol):
     The data module asks for classes and palette before any data is on disk. They are therefore
     attributes of the class; or, where they depend on the constructor's arguments, the class has a
     class method `labels(**arguments) -> Labels`.
+
+    A data set may have a method `read_labels(index)`, which returns the mask (H, W) of a sample as
+    an array without reading its image. train.py then reads the masks before it trains.
     """
 
     classes: tuple[str, ...]

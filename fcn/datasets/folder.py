@@ -287,8 +287,9 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
         raise DataError(f"{folder.absolute()}: there is no such folder; see data.root")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if is_picture(path) and path.stem.endswith(suffix) and not path.name.startswith("."):
-            name = unicodedata.normalize("NFC", path.stem).removesuffix(suffix)
+        stem = unicodedata.normalize("NFC", path.stem)
+        if is_picture(path) and stem.endswith(suffix) and not stem.startswith("."):
+            name = stem.removesuffix(suffix)
             if name in files:
                 raise DataError(f"{path}: {files[name].name} has the same stem; keep one")
             files[name] = path

@@ -124,7 +124,7 @@ class Survey:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every pair of the split on disk has been read without an error."""
+        """Whether every pair has been read, and none of them with an error."""
         return len(self.good) == len(self.data)
 
     def unseen_classes(self) -> list[str]:
