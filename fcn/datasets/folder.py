@@ -166,14 +166,9 @@ class Folder(reading.Pairs):
         names = sorted(found | of_masks.keys())
         given = {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
-        if "" not in of_images.parts:  # there is a folder for each split
-            if lists:
-                raise ConfigError(f"data.dataset.{min(lists)}: folders train and val say this")
-            lists = {p[:-1]: [n for n in names if n.startswith(p)] for p in of_images.parts}
-        elif not lists:
+        if not lists and "" in of_images.parts:
             lists["val"] = _draw(names, val_share, seed)
-        rest = sorted(set(names).difference(*lists.values()))
-        ids = names if split == "all" else lists.get(split) or (rest if split != "test" else [])
+        ids = _splits(names, list(of_images.parts), lists)[split]
         if not ids:
             raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
         pairs = {name: (of_images.path(name), of_masks.path(name)) for name in ids}
@@ -309,6 +304,24 @@ def _read_list(file: Path, suffix: str) -> list[str]:
         ids.append(name.stem.removesuffix(suffix) if is_picture(name) else name.name)
     reading.check_once(ids, file)
     return ids
+
+
+def _splits(
+    names: list[str], parts: Sequence[str], lists: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """The ids of each split.
+
+    Args:
+        names: all ids.
+        parts: "", or how the ids of each split begin if it has a folder, such as "train/".
+        lists: the ids of train, of val or of both, if there are no such folders.
+    """
+    if "" not in parts:
+        if lists:
+            raise ConfigError(f"data.dataset.{min(lists)}: folders train and val say this")
+        lists = {part[:-1]: [name for name in names if name.startswith(part)] for part in parts}
+    rest = sorted(set(names).difference(*lists.values()))
+    return {"all": names, "train": rest, "val": rest, "test": []} | lists
 
 
 def _draw(names: Sequence[str], share: float, seed: int) -> list[str]:
