@@ -259,7 +259,16 @@ def test_range_of_values(tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "x.tif")
     read = read_image(tmp_path / "x.tif", (0, 1))[0, :, 0]
     assert read.tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
-    assert image_facts(tmp_path / "x.tif") == Facts("float", -5, 7)
+    assert image_facts(tmp_path / "x.tif") == Facts("float", -5, 7, (-5, 7))
+    # A few defect pixels do not hide that 12 bits fill little of 16.
+    values = np.random.default_rng(0).integers(0, 4096, (80, 90)).astype(np.uint16)
+    values[3, 4:8] = 65535
+    Image.fromarray(values).save(tmp_path / "hot.png")
+    facts = image_facts(tmp_path / "hot.png")
+    assert facts.highest == 65535
+    problem = range_problem({tmp_path / "hot.png": facts}, None)
+    assert problem is not None
+    assert "value_range=[0,4095]" in problem
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,7 @@ def test_range_of_values(tmp_path: Path) -> None:
         ([("float", 0, 1)], None, None),
         ([("float", 0, 0.9), ("float", 0.01, 0.1)], None, None),
         ([("float", 0, 0.1)], None, r"fill only 10% .*value_range=\[0,0\.1\]"),
+        ([("float", -0.005, 1.009)], None, None),  # a resized image
         ([("float", 0, 250)], None, r"exceed the range from 0 to 1; .*value_range=\[0,255\]"),
         ([("float", -1, 1)], None, r"value_range=\[-1,1\]"),
         ([("16-bit", 200, 4000)], [0, 4095], None),

@@ -299,12 +299,12 @@ def read_image(
 
 
 def image_facts(path: Path, *, max_pixels: int = MAX_PIXELS) -> Facts:
-    """The type of an image's values, and the lowest and highest of them, as they are stored.
+    """The type of an image's values, and the lowest and highest of them: all, and the usual ones.
 
     Args:
         path, max_pixels: as for `read_image`, which raises the same errors.
     """
-    return measure(*_read_values(path, max_pixels))
+    return measure(*_read_values(path, max_pixels), usual=True)
 
 
 def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | None:

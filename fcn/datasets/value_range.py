@@ -20,6 +20,8 @@ FULL_RANGE = {"8-bit": (0, 255), "16-bit": (0, 65535), "float": (0, 1)}
 # Where all values lie in less than this share of the full range, the range is set wrongly: 12 bits
 # fill 6 % of 16, and 14 bits fill a quarter.
 SMALL_SHARE = 1 / 3
+RARE = 0.001  # this share of the lowest and of the highest pixels may be defects of a sensor
+TOLERANCE = 0.01  # of the range of floats: resizing goes a little beyond the values that there were
 
 
 class Facts(NamedTuple):
@@ -28,6 +30,12 @@ class Facts(NamedTuple):
     type: str  # a key of FULL_RANGE
     lowest: float
     highest: float
+    usual: tuple[float, float] | None = None  # lowest and highest without the RARE pixels
+
+    @property
+    def without_rare(self) -> tuple[float, float]:
+        """The lowest and highest value, without the rare ones if these were counted."""
+        return self.usual or (self.lowest, self.highest)
 
 
 def check_range(value_range: object) -> None:
@@ -52,12 +60,20 @@ def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str
     """
     if not facts:
         return None
-    first, (found, _, _) = next(iter(facts.items()))
+    first, found = next((path, fact.type) for path, fact in facts.items())
     for path, fact in facts.items():
         if fact.type != found:
             return f"{path}: {mixed_types(fact.type, str(first), found)}"
-    lowest, highest = min(f.lowest for f in facts.values()), max(f.highest for f in facts.values())
-    together = Facts(found, lowest, highest)
+    together = Facts(
+        found,
+        min(fact.lowest for fact in facts.values()),
+        max(fact.highest for fact in facts.values()),
+        (
+            min(fact.without_rare[0] for fact in facts.values()),
+            max(fact.without_rare[1] for fact in facts.values()),
+        ),
+    )
+    lowest, highest = together.without_rare
     images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
     problem = misfit(together, value_range)
     low, high = FULL_RANGE[found]
@@ -77,13 +93,22 @@ def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str
     return images + problem if problem else None
 
 
-def measure(values: np.ndarray, found: str) -> Facts:
-    """The lowest and highest of values (H, W) or (H, W, 3), without NaN and infinity."""
+def measure(values: np.ndarray, found: str, *, usual: bool = False) -> Facts:
+    """The lowest and highest of values (H, W) or (H, W, 3), without NaN and infinity.
+
+    Args:
+        values, found: the values and their type.
+        usual: whether to look for these without the RARE pixels too, which takes longer.
+    """
     if found == "float":
         values = values[np.isfinite(values)]
     if values.size == 0:  # nothing but NaN
         return Facts(found, 0, 0)
-    return Facts(found, float(values.min()), float(values.max()))
+    facts = Facts(found, float(values.min()), float(values.max()))
+    if not usual:
+        return facts
+    low = np.quantile(values, RARE, method="lower")
+    return facts._replace(usual=(low, np.quantile(values, 1 - RARE, method="higher")))
 
 
 def mixed_types(found: str, first: str, expected: str | None) -> str:
@@ -101,7 +126,8 @@ def misfit(facts: Facts, value_range: Range | None) -> str | None:
             return f"{setting} is for images of another type, and these values are {facts.type}"
         return None
     low, high = FULL_RANGE[facts.type]
-    if low <= facts.lowest <= facts.highest <= high:
+    slack = TOLERANCE if facts.type == "float" else 0
+    if low - slack <= facts.lowest <= facts.highest <= high + slack:
         return None
     return (
         f"{facts.type} values from {facts.lowest:g} to {facts.highest:g} exceed the range from "
@@ -112,7 +138,7 @@ def misfit(facts: Facts, value_range: Range | None) -> str | None:
 def _proposal(facts: Facts) -> str:
     """Advice with a range for these values: that of 8, 10, 12, ... bits if they fill it, or else
     from 0 or from the lowest value to the highest."""
-    found, lowest, highest = facts
+    found, (lowest, highest) = facts.type, facts.without_rare
     known = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
     tops = [*(float(top) for top in known if highest <= top), highest]
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
