@@ -33,6 +33,7 @@ MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
 PATHS = re.compile(
     r"\+*(ckpt|input|output|resume|model\.weights|data\.dataset\.(images|masks|train|val)"
+    r"|logger\.\w+\.notes"  # no path, but as free
     r"|([\w.]+\.)?\w*(dir|path|root|folder|filename))"  # such as hydra.run.dir, callbacks.a.dirpath
 )
 # A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
@@ -143,10 +144,8 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     if key == "compare":
         value = _quoted_pair(value)
     elif key.startswith("hydra.") and PATHS.fullmatch(key):
-        # Such a folder may be named after the time, ${now:...}, or after the run, ${name}.
-        value = re.sub(r"\\(\$\{(now:|oc\.|hydra[.:]|name\}))", r"\1", _quoted_path(value))
-        if "\\${" in value:
-            raise ConfigError(f"{argument}: the name of this folder cannot hold ${{, Hydra says")
+        # Hydra's own folders may be named after the time, ${now:...}, or after a setting, ${name}.
+        value = _quoted_path(value).replace("\\${", "${")
     elif PATHS.fullmatch(key):
         swept = sweep and not os.path.exists(value)
         if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)

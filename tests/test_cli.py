@@ -203,6 +203,7 @@ def test_new_names_are_settings() -> None:
         ("data.dataset.train=a,b", "data.dataset.train='a,b'"),
         ("callbacks.panels.images=2", "callbacks.panels.images=2"),
         ("hydra.run.dir=runs/${now:%Y} (a)", "hydra.run.dir='runs/${now:%Y} (a)'"),
+        ("logger.wandb.notes=lr=1, then (2)", "logger.wandb.notes='lr=1, then (2)'"),
         ("compare=[a=1,b (2)]", "compare=['a=1','b (2)']"),
         ("compare=['a=1', b]", "compare=['a=1',b]"),
         ("compare=[a,b,c]", "compare=[a,b,c]"),

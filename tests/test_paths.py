@@ -129,13 +129,6 @@ def test_stages(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
     assert cfg.data.dataset.images == f"images {NAME}"
 
 
-def test_folder_with_an_interpolation(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
-    """Hydra itself cannot take it; the message names the folder."""
-    with pytest.raises(SystemExit):
-        call(train.main, "data=shapes", "hydra.run.dir=a/${x}")
-    assert capsys.readouterr().err.startswith("error: hydra.run.dir=a/${x}: the name of this ")
-
-
 WORK = {
     "predict": "fcn.inference.predictor.predict_files",
     "export": "fcn.checkpoint.write_safetensors",
