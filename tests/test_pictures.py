@@ -454,3 +454,13 @@ def test_limit_of_pixels_and_endings_that_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "images" / "0.png").unlink()
     with pytest.raises(DataError, match=r"no picture in this folder; 1\.dcm: DICOM is not read"):
         Folder(split="all", root=tmp_path, classes=["a", "b"])
+
+
+def test_heic(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif", reason="requirements/heic.txt")
+    pixels = np.kron(np.random.default_rng(0).integers(0, 255, (*SIZE, 3)), np.ones((8, 8, 1)))
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.HEIC", quality=-1)
+    assert np.abs(read_image(tmp_path / "x.HEIC") - pixels).mean() < 2
+    jobs, left_out = find_photos(str(tmp_path), tmp_path / "out")
+    assert [path.name for path in jobs] == ["x.HEIC"]
+    assert not left_out
