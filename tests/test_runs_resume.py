@@ -241,9 +241,10 @@ def test_callbacks_loggers_and_optimizers_of_any_kind_are_resumed(
     assert "callbacks_of_a_user" not in sys.modules
     assert resumed_config(run, [f"callbacks.mine._target_={mine}"]).callbacks == added["callbacks"]
     assert "callbacks_of_a_user" not in sys.modules
-    write_overrides(run, [f"+callbacks.mine._target_={mine}"])
-    cfg = resumed_config(run, [])
-    assert {name: cfg[name] for name in added} == added
+    for more in ([], ["seed=1", f"resume={run}"]):  # at the first start, or when it was resumed
+        write_overrides(run, [*more, f"+callbacks.mine._target_={mine}"])
+        cfg = resumed_config(run, [])
+        assert {name: cfg[name] for name in added} == added
 
 
 # Callbacks and the logger of a run of commit 33324f3

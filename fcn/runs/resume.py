@@ -7,7 +7,7 @@ and call. A name is accepted only if at least one of these is true:
 - a file in conf/ has the same `_target_`;
 - the user has given it again on the command line now;
 - it is a callback, a logger or an optimizer, it stands where one belongs, and it comes from
-  Lightning, from torch, or was named on the command line with which the run was first started.
+  Lightning, from torch, or was named on a command line with which the run was started before.
 """
 
 import json
@@ -191,13 +191,13 @@ def _check_targets(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
     texts = [path.read_text(encoding="utf-8") for path in CONF.glob("**/*.yaml")]
     known = {target for text in texts for target in re.findall(r"(?m)^ *_target_: *(\S+)", text)}
     now = {override.lstrip("+") for override in overrides}
-    first = {override.lstrip("+") for override in read_overrides(run)[0]}
+    before = {override.lstrip("+") for part in read_overrides(run) for override in part}
     for key, target in _targets(plain(cfg)):
         named = f"{key}={target}"
         if target in known or named in now:
             continue
         # `_fits` imports the module, to see what kind of class this is. So trust comes first.
-        trusted = target.startswith(LIBRARIES) or named in first
+        trusted = target.startswith(LIBRARIES) or named in before
         if not (trusted and _fits(key, target)):
             raise ConfigError(
                 f"resume={run}: its config.yaml wants to call {target}, which conf/ does not name. "
