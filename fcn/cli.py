@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fcn.errors import ConfigError, FCNError
+from fcn.errors import ConfigError, FCNError, reason
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # Errors of Hydra and OmegaConf, which a user can correct on the command line.
@@ -288,6 +288,8 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
 
 def _of_hydra(error: BaseException) -> str:
     """The one or two useful lines of a message of Hydra's or OmegaConf's."""
+    if isinstance(error, OSError) and error.filename:  # no error of Hydra's own has a file
+        return f"hydra.run.dir, or hydra.sweep.dir: {error.filename}: {reason(error)}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__).strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -321,7 +323,10 @@ def _of_hydra(error: BaseException) -> str:
 def _raised_by_hydra(error: Exception) -> bool:
     """Whether Hydra or OmegaConf raised the error themselves, and not a function that they called.
 
-    Hydra's own errors may be of any type: `data=1` raises a ValueError.
+    Hydra's own errors may be of any type: `data=1` raises a ValueError, and a folder that it cannot
+    make an OSError from Python's pathlib.
     """
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf")
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    modules = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    *_, last = (module for module in modules if module not in ("pathlib", "os"))
+    return last in ("hydra", "omegaconf")

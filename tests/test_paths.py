@@ -129,6 +129,17 @@ def test_stages(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
     assert cfg.data.dataset.images == f"images {NAME}"
 
 
+@pytest.mark.parametrize("command", [["hydra.run.dir=file/x"], ["-m", "hydra.sweep.dir=file/x"]])
+def test_folders_that_hydra_cannot_make(
+    command: list[str], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    with pytest.raises(SystemExit):
+        call(train.main, *command, "data=shapes", "seed=0,1" if "-m" in command else "seed=0")
+    message = "error: hydra.run.dir, or hydra.sweep.dir: file/x: Not a directory\n"
+    assert capsys.readouterr().err == message
+
+
 WORK = {
     "predict": "fcn.inference.predictor.predict_files",
     "export": "fcn.checkpoint.write_safetensors",
