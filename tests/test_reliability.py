@@ -197,20 +197,6 @@ def test_a_requeued_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [*(tmp_path / "runs" / "tiny").iterdir()] == [run]
 
 
-@pytest.mark.slow
-def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
-    logs = [tmp_path / "one.log", tmp_path / "two.log"]
-    work = partial(train_tiny, tmp_path / "runs" / "now")
-    processes = [fork(work, log) for log in logs]
-    assert [wait(p) for p in processes] == [0, 0], "".join(log.read_text() for log in logs)
-    one, two = sorted((tmp_path / "runs").iterdir())
-    assert (one.name, two.name) == ("now", "now_2")
-    for run in (one, two):
-        assert json.loads((run / "summary.json").read_text())["status"] == "finished"
-        assert steps(run) == ["1", "2", "3", "4"]
-    assert_same_weights(one, two)
-
-
 # Disks
 
 

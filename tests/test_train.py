@@ -18,7 +18,7 @@ from PIL import Image
 from evaluate import evaluate
 from fcn.checkpoint import last_checkpoint
 from fcn.datasets.shapes import Shapes
-from fcn.errors import ConfigError, DataError, FCNError, WeightsError
+from fcn.errors import ConfigError, DataError, WeightsError
 from fcn.module import SegmentationModule
 from fcn.runs.folder import read_overrides
 from fcn.runs.metrics import read_column, read_metrics
@@ -92,23 +92,6 @@ def test_seed_decides_a_run(tmp_path: Path, finished_run: Path) -> None:
     train_tiny(tmp_path / "other", *FINISHED, "seed=1", "trainer.max_steps=2")
     rows, other = (read_metrics(r / "metrics.csv") for r in (finished_run, tmp_path / "other"))
     assert other[1]["train/loss"] != rows[1]["train/loss"]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.batch_size=-1", r"data\.batch_size=-1: must be"),
-        ("optimizer.lr=0", r"optimizer\.lr=0: must be"),
-        ("model.num_classes=21", r"model\.num_classes=21: must be null or 8"),
-        ("trainer.max_steps=-1", "never end"),
-    ],
-)
-def test_settings_that_cannot_work(tmp_path: Path, override: str, message: str) -> None:
-    run = tmp_path / "runs" / "tiny"
-    with pytest.raises(ConfigError, match=message) as error:
-        train_tiny(run, override)
-    assert len(str(error.value).splitlines()) <= 2
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
@@ -186,21 +169,20 @@ def test_sweep(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = [o for o in TINY if not o.startswith(("name=", "model=", "optimizer.", "trainer.max_"))]
-    sweep = ["-m", "model=fcn32s,fcn8s", "optimizer.lr=1e-2,1e-3", "hydra.sweep.dir=sweep"]
+    sweep = ["-m", "model=fcn32s,fcn8s", "optimizer.lr=1e-2", "hydra.sweep.dir=sweep"]
     assert begin(*sweep, *tiny, "trainer.max_steps=1") == 0, capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
     runs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert [run.name for run in runs] == ["0", "1", "2", "3"]
+    assert [run.name for run in runs] == ["0", "1"]
     assert all({path.name for path in run.iterdir()} == RUN_FILES for run in runs)
     with (tmp_path / "sweep" / "sweep.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["model"], float(row["optimizer.lr"])) for row in rows] == [
-        (model, lr) for model in ("fcn32s", "fcn8s") for lr in (1e-2, 1e-3)
-    ]
+    assert [row["model"] for row in rows] == ["fcn32s", "fcn8s"]
+    assert {float(row["optimizer.lr"]) for row in rows} == {1e-2}
     assert {row["status"] for row in rows} == {"finished"}
     assert all(0 <= float(row["val/miou"]) <= 1 for row in rows)
     strides = [OmegaConf.load(run / "config.yaml").model.stride for run in runs]
-    assert strides == [32, 32, 8, 8]
+    assert strides == [32, 8]
 
 
 @pytest.mark.slow
@@ -275,11 +257,11 @@ def test_real_photographs_and_weights(tmp_path: Path, real_voc_root: Path) -> No
         pytest.skip(f"real VGG features not found at {features}")
     run = tmp_path / "run"
     options = ["name=real", "logger=none", f"data.root={real_voc_root}", "data.download=false"]
-    options += ["data.limit=2", "data.crop_size=96", "data.num_workers=0", "model.head_width=8"]
-    options += [f"model.weights={features}", "model.head_kernel=3", "trainer.max_steps=2"]
+    options += ["data.limit=1", "data.crop_size=96", "data.num_workers=0", "model.head_width=8"]
+    options += [f"model.weights={features}", "model.head_kernel=3", "trainer.max_steps=1"]
     options += ["callbacks.best_checkpoint=null", "callbacks.curves=null"]
     summary = train(compose_config("train", *options, "trainer.accelerator=cpu"), run)
-    assert summary["steps"] == 2
+    assert summary["steps"] == 1
     assert 0 < summary["val/miou"] < 1
     cfg = compose_config("evaluate", f"ckpt={last_checkpoint(run)}", "accelerator=cpu")
     assert evaluate(cfg)["miou"] == summary["val/miou"]
@@ -313,10 +295,6 @@ def test_settings_beside_resume_are_kept(tmp_path: Path) -> None:
         assert OmegaConf.load(run / "config.yaml").resume is None
     assert read_overrides(run) == (["trainer.max_steps=2"], ["trainer.max_steps=4"])
     assert summary["seconds"] > first["seconds"]  # of all three sessions
-
-
-def test_errors_of_the_user_are_one_family() -> None:
-    assert all(issubclass(e, FCNError) for e in (ConfigError, DataError, WeightsError))
 
 
 def test_panel_shows_validation_images(finished_run: Path) -> None:

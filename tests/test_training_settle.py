@@ -35,7 +35,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[tuple[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fits", "most"), [(5, 20), (9, 4)])
+@pytest.mark.parametrize(("fits", "most"), [(3, 8), (9, 2)])
 def test_largest_batch(monkeypatch: pytest.MonkeyPatch, fits: int, most: int) -> None:
     cfg = compose_config("train", *TINY)
     _, module = build_data_and_module(cfg)
