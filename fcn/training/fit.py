@@ -4,6 +4,7 @@ summary = fit(trainer, module, datamodule, checkpoint, advice)      # as train.p
 """
 
 import gc
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def fit(
 
 def _go_on(trainer: pl.Trainer) -> str:
     """The command that resumes this run, for the end of a message."""
-    return f"go on with: python train.py resume={trainer.default_root_dir}"
+    command = shlex.join(["python", "train.py", f"resume={trainer.default_root_dir}"])
+    return f"go on with: {command}"
 
 
 def _explained(

@@ -31,10 +31,9 @@ Settings = Mapping[str, Any]
 GROUPS = ("data", "model", "optimizer", "scheduler", "trainer")
 SWITCHES = ["compile", "enable_progress_bar", "enable_model_summary", "detect_anomaly"]
 SWITCHES += ["inference_mode"]
-# Arguments of Lightning's Trainer that would be replaced, or have no effect, with what serves
-# instead.
 ONE_EPOCH = "a run is one endless epoch, and all settings count optimizer steps"
 ONLY_TRAINS = "train.py only trains and validates; evaluate.py scores, predict.py predicts"
+# Arguments of Lightning's Trainer that a run would replace or ignore, with what serves instead.
 NOT_TAKEN = {
     "barebones": "it would switch off checkpoints and metrics.csv",
     "callbacks": "callbacks are entries of conf/callbacks: +callbacks.NAME._target_=CLASS",
@@ -49,7 +48,7 @@ NOT_TAKEN = {
     "logger": "loggers are entries of conf/logger: logger=none, logger=tensorboard",
     "min_epochs": f"{ONE_EPOCH}; use trainer.min_steps",
     "model_registry": "it belongs to a paid service of Lightning's makers",
-    "overfit_batches": "data.limit=N data.val_split=train validates on the N images it trains on",
+    "overfit_batches": "data.limit=N trains on the first N images; train/loss_smooth shows the fit",
     "plugins": "trainer.precision and trainer.strategy choose Lightning's own",
     "reload_dataloaders_every_n_epochs": ONE_EPOCH,
     "sync_batchnorm": "the network has no batch normalisation",
