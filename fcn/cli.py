@@ -60,6 +60,8 @@ def run(main: Callable[[], None]) -> None:
     sweep = bool({"-m", "--multirun"} & set(sys.argv))
     with short_messages():
         sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
+        # Between settings, Hydra does not know this option.
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
         main()
 
 

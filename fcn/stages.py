@@ -12,6 +12,7 @@ below `hydra.run.dir=DIR`. After a kill or Ctrl-C the same command goes on: stag
 finished are skipped, and the one that has not is resumed.
 """
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def train_stages(given: Sequence[str]) -> int:
                 arguments = [quoted(f"resume={run}")]
             else:
                 arguments = [*settings, quoted(f"hydra.run.dir={run or folder / stage}")]
-            print(f"stage {stage}: python train.py {' '.join(arguments)}", flush=True)
+            print(f"stage {stage}: python train.py {shlex.join(arguments)}", flush=True)
             code = run_train(arguments)
             if code != 0:
                 print(f"stage {stage} has not finished. The same command goes on with it")

@@ -246,9 +246,9 @@ def test_paths_in_a_sweep(
     """A comma separates values, unless there is a file or folder of that name."""
     monkeypatch.chdir(tmp_path)
     Path("there, it is").mkdir()
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", argument])
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "-m", argument])
     cli.run(lambda: None)
-    assert sys.argv[-1] == expected
+    assert sys.argv == ["train.py", "-m", "seed=1", expected]
 
 
 def test_pair_of_paths_with_commas(tmp_path: Path) -> None:

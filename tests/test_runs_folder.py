@@ -112,18 +112,20 @@ def test_the_next_process_removes_half_written_files(tmp_path: Path) -> None:
 def test_settings_of_a_run(tmp_path: Path) -> None:
     cfg = OmegaConf.create({"a": 1, "resume": str(tmp_path)})
     assert not started_with(tmp_path, [])  # it is not a run yet
-    write_settings(tmp_path, cfg, ["a='x: ${y}'", "callbacks.panel_images=3", "resume=auto"])
+    given = ["a='x: ${y}'", "callbacks.panel_images=3", "data.root=a (b)", "resume=auto"]
+    write_settings(tmp_path, cfg, given)
     (tmp_path / "error.txt").touch()  # it has crashed, and goes on
     write_settings(tmp_path, cfg, ["b=2"])
     assert OmegaConf.load(tmp_path / "config.yaml") == {"a": 1, "resume": None}
-    first = ["a='x: ${y}'", "callbacks.panels.images=3"]  # by today's names
+    # By today's names, and with the quotes that a path has had since then.
+    first = ["a='x: ${y}'", "callbacks.panels.images=3", "data.root='a (b)'"]
     assert read_overrides(tmp_path) == (first, ["b=2"])
     assert not (tmp_path / "error.txt").exists()
     for changes in (["+c=1", "b=3"], [], ["c=2", "a=0"], ["c=2", "a=0"]):  # it is resumed again
         write_settings(tmp_path, cfg, [f"resume={tmp_path}", *changes])
     assert read_overrides(tmp_path) == (first, ["b=3", "c=2", "a=0"])
-    settings = {"a": "0", "callbacks.panels.images": "3", "b": "3", "c": "2"}
-    assert read_changes(tmp_path) == settings
+    settings = {"a": "0", "callbacks.panels.images": "3", "data.root": "'a (b)'", "b": "3"}
+    assert read_changes(tmp_path) == settings | {"c": "2"}
     assert started_with(tmp_path, [*first, "resume=auto"])
     assert not started_with(tmp_path, first[:1])
     assert not started_with(tmp_path, [*first, "b=3"])

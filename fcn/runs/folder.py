@@ -20,7 +20,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fcn import files
-from fcn.cli import RENAMED
+from fcn.cli import RENAMED, quoted
 from fcn.errors import ConfigError
 
 LOCK = ".lock"
@@ -149,14 +149,14 @@ def write_overrides(run: Path, overrides: Sequence[str]) -> None:
 def read_overrides(run: Path) -> tuple[list[str], list[str]]:
     """What was given on the command line when a run was started, and when it was resumed.
 
-    Settings that had another name in an earlier version are returned with today's name. Both lists
-    are empty for a folder without overrides.yaml.
+    Settings are returned as they would be written today: an earlier version may have had another
+    name for one. Both lists are empty for a folder without overrides.yaml.
     """
     path = run / "overrides.yaml"
     if not path.is_file():
         return [], []
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    overrides = [_renamed(str(override)) for override in content or ()]
+    overrides = [_as_today(str(override)) for override in content or ()]
     first = list(takewhile(lambda override: not override.startswith("resume="), overrides))
     return first, overrides[len(first) + 1 :]
 
@@ -172,7 +172,7 @@ def started_with(run: Path, overrides: Sequence[str]) -> bool:
 
     What was changed when the run was resumed makes no difference.
     """
-    wanted = [_renamed(o) for o in overrides if not o.startswith("resume=")]
+    wanted = [_as_today(o) for o in overrides if not o.startswith("resume=")]
     return (run / "overrides.yaml").is_file() and read_overrides(run)[0] == wanted
 
 
@@ -181,7 +181,7 @@ def setting_name(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _renamed(override: str) -> str:
-    """An override such as "data.batch_size=2", with today's name of its setting."""
+def _as_today(override: str) -> str:
+    """An override such as "data.batch_size=2", with today's name of its setting and its quotes."""
     key, equals, value = override.partition("=")
-    return f"{RENAMED.get(key, key)}{equals}{value}"
+    return quoted(f"{RENAMED.get(key, key)}{equals}{value}")
