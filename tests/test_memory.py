@@ -84,14 +84,15 @@ def test_kept_activations_are_those_counted_by_hand() -> None:
 
 
 def test_activations_grow_with_the_batch_exactly_until_it_does_not_fit() -> None:
-    config = settings("data.crop_size=512")
+    tiny = "model.backbone=vgg_tiny"
+    config = settings("data.crop_size=512", tiny)
     need, four = Need(config), trace(config, 4)
     assert (four == need.constant + 4 * need.slope).all()
     two = need.constant + 2 * need.slope
     assert four[:, 3].max() == pytest.approx(2 * two[:, 3].max(), rel=1e-6)
     moment = four.sum(1).argmax()
     assert four[moment, 3] == pytest.approx(2 * two[moment, 3], rel=1e-6)
-    assert peak(four) == planned(*WIDE)
+    assert peak(four) == planned(*WIDE, tiny)
 
     images = need.largest_batch(size := peak(four).total + 100_000_000)
     assert images >= 4
