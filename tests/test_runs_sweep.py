@@ -224,7 +224,7 @@ def test_sweep_table(tmp_path: Path) -> None:
     assert rows[3]["data.scale"] == "[0.5,2.0]"
     assert rows[3]["data.root"] == "'a: b'"
     assert rows[3]["name"] == "${x}"
-    assert rows[3]["logger.wandb.notes"] == notes.partition("=")[2]
+    assert rows[3]["logger.wandb.notes"] == f"'{notes.partition('=')[2]}'"
     columns = {
         "run",
         "status",
