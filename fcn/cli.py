@@ -140,8 +140,15 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
 
     Args:
         sweep: in a sweep, commas separate the values of a setting, which may be paths too.
+
+    Raises:
+        ConfigError: the argument is a setting with hyphens before it.
     """
     key, equals, value = argument.partition("=")
+    if re.fullmatch(r"--\w+(\.\w+)+", key):  # as W&B's ${args} has it; Hydra would print its usage
+        raise ConfigError(
+            f"{argument}: a setting has no hyphens before it, as ${{args_no_hyphens}}"
+        )
     value = re.sub(r"(^|[\[,]) *None *(?=[\],]|$)", r"\1null", value)
     if key == "compare":
         value = _quoted_pair(value)
