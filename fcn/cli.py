@@ -146,10 +146,8 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     """
     key, equals, value = argument.partition("=")
     if re.fullmatch(r"--\w+(\.\w+)+", key):  # as W&B's ${args} has it; Hydra would print its usage
-        raise ConfigError(
-            f"{argument}: a setting has no hyphens before it, as ${{args_no_hyphens}}"
-        )
-    value = re.sub(r"(^|[\[,]) *None *(?=[\],]|$)", r"\1null", value)
+        better = f"write {argument.lstrip('-')} (in a W&B sweep, use ${{args_no_hyphens}})"
+        raise ConfigError(f"{argument}: a setting has no hyphens in front: {better}")
     if key == "compare":
         value = _quoted_pair(value)
     elif key.startswith("hydra.") and PATHS.fullmatch(key):
@@ -160,11 +158,15 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
         if not (swept and re.fullmatch(r"[a-z]+\(.*\)", value)):  # such as choice(a,b)
             values = VALUES.findall(value) if swept else [value]
             value = ",".join(map(_quoted_path, values))
+    else:
+        value = re.sub(r"(^|[\[,]) *None *(?=[\],]|$)", r"\1null", value)
     return f"{key}{equals}{value}"
 
 
 def _quoted_path(path: str) -> str:
     """A path in quotes, unless it has some already, or holds only characters that need none."""
+    if path == "None":
+        return "null"
     if PLAIN.fullmatch(path) or re.fullmatch(r"|'.*'|\".*\"", path):
         return path
     text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)

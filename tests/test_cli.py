@@ -128,7 +128,10 @@ def test_output_that_nobody_reads() -> None:
         ("+nope@x=1", "Override +nope@x=1 looks like a config group override, but config group"),
         ("epochs", "epochs: this does not read as setting=value (missing EQUAL at '<EOF>')"),
         ("data.crop_size=[1", "data.crop_size=[1: this does not read as setting=value (no viable "),
-        ("--optimizer.lr=1", "--optimizer.lr=1: a setting has no hyphens before it, as ${args_no_"),
+        (
+            "--optimizer.lr=1",
+            "--optimizer.lr=1: a setting has no hyphens in front: write optimizer.",
+        ),
         ("--epochs=1", "--epochs=1: this does not read as setting=value (LexerNoViable"),
     ],
 )
