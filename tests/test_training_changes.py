@@ -68,12 +68,14 @@ def test_a_finished_schedule_is_extended(tmp_path: Path) -> None:
     assert rates(run) == pytest.approx([1e-3 * (1 - share) ** 0.9 for share in shares])
 
 
+@pytest.mark.slow
 def test_adamw(tmp_path: Path) -> None:
     train_tiny(tmp_path / "first", "optimizer=adamw", "trainer.max_steps=1", EACH)
     run = go_on(tmp_path / "first", tmp_path, "trainer.max_steps=2", "optimizer.betas=[0.8,0.9]")
     assert {tuple(group["betas"]) for group in groups(run)} == {(0.8, 0.9)}
 
 
+@pytest.mark.slow
 def test_patience_of_early_stopping(tmp_path: Path) -> None:
     options = ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=1"]  # never better
     options += ["callbacks.early_stopping.patience=2", "trainer.val_check_interval=1"]

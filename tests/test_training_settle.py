@@ -100,7 +100,9 @@ def pixels_of_training() -> np.ndarray:
     return np.bincount(masks[masks != 255], minlength=8)
 
 
-@pytest.mark.parametrize("given", ["balanced", "[1,2,3,0,1,1,1,1]"])
+@pytest.mark.parametrize(
+    "given", ["balanced", pytest.param("[1,2,3,0,1,1,1,1]", marks=pytest.mark.slow)]
+)
 def test_class_weights(tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
     """They average 1 over the training pixels, and are kept where they are looked for."""
     run = tmp_path / "run"
@@ -132,6 +134,7 @@ def test_least_number_of_steps(tmp_path: Path) -> None:
         train_tiny(tmp_path / "run", "trainer.max_epochs=1", "+trainer.min_steps=9")
 
 
+@pytest.mark.slow
 def test_sanity_check_leaves_no_trace(tmp_path: Path) -> None:
     options = ["+trainer.num_sanity_val_steps=2", "trainer.max_steps=2", "seed=0"]
     train_tiny(tmp_path / "checked", *options)
