@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -238,10 +238,6 @@ class SegmentationModule(pl.LightningModule):
             decay = {"weight_decay": 0.0} if is_bias else {}
             settings.append({"params": parameters, **rates, **decay})
         optimizer = self.make_optimizer(settings)
-        self.group_settings = [
-            {name: value for name, value in group.items() if name not in ("params", "fused")}
-            for group in optimizer.param_groups
-        ]
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(
@@ -255,25 +251,9 @@ class SegmentationModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Give a resumed run the rates, momentum, weight decay and schedule of its settings.
-
-        What Lightning has just restored from the checkpoint are those of the time before. If no
-        setting has changed, they are equal.
-
-        Raises:
-            ValueError: `class_weights` is still the placeholder "balanced".
-        """
+        """Refuse to train with a placeholder instead of class weights."""
         if self.hparams["class_weights"] == "balanced":
             raise ValueError("class_weights=balanced: call `set_class_weights` before training")
-        (optimizer,) = self.trainer.optimizers
-        for group, settings in zip(optimizer.param_groups, self.group_settings, strict=True):
-            group.update(settings)
-        for config in self.trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            if isinstance(schedule, LambdaLR):  # as all of fcn/schedules.py
-                schedule.base_lrs = [settings["lr"] for settings in self.group_settings]
-                for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
-                    group["lr"] *= factor(schedule.last_epoch)
 
     def time_used(self) -> float:
         """The share of `trainer.max_time` that has passed, from 0 to 1; 0 without a limit."""

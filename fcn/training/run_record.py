@@ -6,7 +6,7 @@ fcn/training/trainer.py adds this callback to every run.
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback
 
 from fcn.checkpoint import without_targets
 from fcn.runs.versions import versions
@@ -22,15 +22,6 @@ class RunRecord(Callback):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = without_targets(config)
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        """Let a resumed run change the patience of early stopping, which Lightning restores."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if isinstance(callback, EarlyStopping) and state:
-                state["patience"] = callback.patience
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]

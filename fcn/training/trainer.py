@@ -17,6 +17,7 @@ from fcn.errors import ConfigError, check_choice
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
 from fcn.training.interruption import Interruption
+from fcn.training.resumed import ResumedSettings
 from fcn.training.run_record import RunRecord
 from fcn.training.seeding import DropoutSeeds
 
@@ -68,6 +69,7 @@ def build_trainer(
                 *(c for c in callbacks if progress or not isinstance(c, ProgressBar)),
                 Clock(cli.plain(cfg)["trainer"]["max_time"]),
                 RunRecord(cli.plain(cfg)),
+                ResumedSettings(),
                 DropoutSeeds(cfg.seed),
                 Interruption(),
             ],

@@ -1,0 +1,49 @@
+"""A resumed run has the settings of its configuration, which may have changed since it was begun.
+
+    python train.py resume=RUN optimizer.lr=1e-5 scheduler=poly trainer.max_steps=80000
+
+fcn/training/trainer.py adds this callback to every run. What cannot be changed is refused in
+fcn/runs/resume.py.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, EarlyStopping
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class ResumedSettings(Callback):
+    """Puts the settings of today where Lightning has restored those of the checkpoint.
+
+    These are the rates, momentum, weight decay and schedule, and the patience of early stopping. If
+    no setting has changed, they are equal to what they replace.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] = []  # settings of the optimizer's parameter groups
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: Any) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and state:
+                state["patience"] = callback.patience
+
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Keep the settings of the new optimizer. Lightning restores its state after this."""
+        (optimizer,) = trainer.optimizers
+        self.groups = [
+            {name: value for name, value in group.items() if name not in ("params", "fused")}
+            for group in optimizer.param_groups
+        ]
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(settings)
+        for config in trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if isinstance(schedule, LambdaLR):  # as all of fcn/schedules.py
+                schedule.base_lrs = [settings["initial_lr"] for settings in self.groups]
+                for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                    group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
