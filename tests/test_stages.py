@@ -1,6 +1,7 @@
 """FCN-32s, 16s and 8s in one command: what train.py is called with, and a kill in the middle."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -122,7 +123,8 @@ def test_killed_in_the_second_stage(
     assert train_stages(command) == 0
     assert {run.name for run in folder.iterdir()} == set(stages.STAGES)
     assert (folder / "fcn32s" / "summary.json").stat().st_mtime_ns == summary
-    assert f"stage fcn16s: python train.py resume='{folder}/fcn16s'" in capsys.readouterr().out
+    resumed = shlex.quote(f"resume='{folder}/fcn16s'")  # for a shell
+    assert f"stage fcn16s: python train.py {resumed}\n" in capsys.readouterr().out
     for stage, before in (("fcn16s", "fcn32s"), ("fcn8s", "fcn16s")):
         rows = read_metrics(folder / stage / "metrics.csv")
         assert [row["step"] for row in rows] == [str(step) for step in range(1, 4)]
