@@ -131,6 +131,10 @@ class TolerantWandbLogger(WandbLogger):
         A resumed run has several W&B runs there, and one that was killed in its first seconds is
         damaged. `wandb sync` stops at a damaged one, so each is uploaded by a command of its own.
         """
-        folder = shlex.quote(f"{self.run_folder}/wandb")
-        sync = 'wandb sync --include-online "$run"'
-        return f"upload later with: for run in {folder}/*run-*; do {sync}; done"
+        if os.name == "nt":  # PowerShell
+            runs = f"Get-ChildItem '{self.run_folder}/wandb/*run-*'"
+            command = f"{runs} | ForEach-Object {{ wandb sync --include-online $_.FullName }}"
+        else:
+            runs = f"{shlex.quote(f'{self.run_folder}/wandb')}/*run-*"
+            command = f'for run in {runs}; do wandb sync --include-online "$run"; done'
+        return f"upload later with: {command}"
