@@ -13,7 +13,7 @@ class Clock(Timer):
     """Lightning's timer, which here also counts the seconds of a run without a time limit.
 
     A run ends when an optimizer step is complete, since no checkpoint holds accumulated gradients,
-    and then validates once more.
+    and then validates once more. `time_elapsed` includes the seconds before a resume.
 
     Args:
         max_time: a text DD:HH:MM:SS, or a dict such as {"hours": 1, "minutes": 30}. None: no limit.
@@ -23,11 +23,6 @@ class Clock(Timer):
 
     def __init__(self, max_time: str | dict[str, int] | None) -> None:
         super().__init__(duration=max_time)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that training and validation have taken, those before a resume included."""
-        return self.time_elapsed()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]

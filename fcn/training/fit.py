@@ -116,7 +116,7 @@ def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     (clock,) = (callback for callback in callbacks if isinstance(callback, Clock))
     summary = summarise(run, status) | {
-        "seconds": round(clock.seconds, 1),
+        "seconds": round(clock.time_elapsed(), 1),
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),
         "devices": trainer.world_size,
