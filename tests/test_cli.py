@@ -364,3 +364,25 @@ def test_other_errors_are_raised_as_they_are() -> None:
         with pytest.raises(type(error)) as caught:
             raise_named("data", error)
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "shown"),
+    [
+        ("train.py", "--cfg=job", "data:"),
+        ("evaluate.py", "--help", "data:"),
+        ("predict.py", "--help", "ckpt:"),
+        ("export.py", "--help", "ckpt:"),
+    ],
+)
+def test_help_needs_no_torch(tmp_path: Path, script: str, argument: str, shown: str) -> None:
+    """Each script in an interpreter of its own: it answers at once, and writes nothing."""
+    command = [sys.executable, "-X", "importtime", str(PROJECT / script), *argument.split("=")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "hydra" in imported  # so the list is there
+    slow = {"torch", "torchvision", "pytorch_lightning", "wandb", "matplotlib", "numpy", "PIL"}
+    assert not imported & slow
+    assert shown in result.stdout
+    assert list(tmp_path.iterdir()) == []

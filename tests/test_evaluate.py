@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -228,24 +227,6 @@ def test_error_of_evaluation_is_short(
         runpy.run_path(str(PROJECT / "evaluate.py"), run_name="__main__")
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "error: ckpt=none.ckpt: no such file\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_needs_no_torch(tmp_path: Path) -> None:
-    """The script itself: it answers at once, and writes nothing."""
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", str(PROJECT / "evaluate.py"), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert result.returncode == 0
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported  # so the list is there
-    slow = {"torch", "torchvision", "pytorch_lightning", "wandb", "matplotlib", "numpy"}
-    assert not imported & slow
-    assert "data:" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,6 @@
 """predict.py, and fcn/inference/predictor.py: what is written for photographs, and where."""
 
 import runpy
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -268,15 +267,3 @@ def test_script(
     assert "Traceback" not in printed.err
     assert printed.out.startswith("1 of 2 images")
     assert {path.name for path in Path("o,u${t}").iterdir()} == {"ä (1).png", "ä (1)_overlay.jpg"}
-
-
-@pytest.mark.parametrize("name", ["predict.py", "export.py"])
-def test_help_needs_no_torch(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-X", "importtime", str(PROJECT / name), "--help"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported
-    assert not imported & {"torch", "torchvision", "pytorch_lightning", "numpy", "PIL", "onnx"}
-    assert "ckpt:" in result.stdout
-    assert list(tmp_path.iterdir()) == []
