@@ -60,8 +60,8 @@ def settle_length(
         step = data["batch_size"] * settings["accumulate_grad_batches"] * trainer.world_size
         steps = math.ceil(settings["max_epochs"] * images / step)
         if is_main_process():
-            what = f"trainer.max_epochs={settings['max_epochs']}: {steps} optimizer steps"
-            print(f"{what}, in place of trainer.max_steps={settings['max_steps']}", flush=True)
+            given = f"trainer.max_epochs={settings['max_epochs']}"
+            print(f"{given}: trainer.max_steps={steps}, not {settings['max_steps']}", flush=True)
         settings["max_steps"], settings["max_epochs"] = steps, None
     least, most = settings.get("min_steps") or 0, settings["max_steps"]
     if least > most != -1:
