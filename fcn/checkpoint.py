@@ -140,7 +140,7 @@ def is_state_dict(content: Any) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
-def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, list[str]]:
+def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, int, list[str]]:
     """The newest checkpoint of a run that is undamaged and holds the run's network.
 
     Args:
@@ -148,7 +148,8 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
         weights: what the network needs, by name; only their shapes matter.
 
     Returns:
-        Its path, and for each checkpoint that cannot be used a message that says why.
+        Its path, its optimizer step, and for each checkpoint that cannot be used a message that
+        says why.
 
     Raises:
         ConfigError: there is no such checkpoint. The message says what is wrong with each file.
@@ -164,7 +165,7 @@ def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, l
     newest = max(steps, key=lambda path: (steps[path], path == last_checkpoint(run)), default=None)
     if newest is None:
         raise ConfigError(f"resume={run}: " + ("; ".join(wrong) or "there is no checkpoint in it"))
-    return newest, wrong
+    return newest, steps[newest], wrong
 
 
 def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:

@@ -252,15 +252,15 @@ def test_newest_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^resume=.*: there is no checkpoint in it$"):
         newest_checkpoint(tmp_path, weights)
     best, last = save("best.ckpt", global_step=9), save("last.ckpt", global_step=9)
-    assert newest_checkpoint(tmp_path, weights) == (last, [])  # it knows if a validation is due
+    assert newest_checkpoint(tmp_path, weights) == (last, 9, [])  # it knows if a validation is due
     best = save("best.ckpt", global_step=10)
-    assert newest_checkpoint(tmp_path, weights) == (best, [])
+    assert newest_checkpoint(tmp_path, weights) == (best, 10, [])
     last.write_bytes(last.read_bytes()[:-200])
     with pytest.raises(WeightsError, match=r"best\.ckpt: no such file, only .*last\.ckpt$"):
         best.rename(tmp_path / "x"), read_checkpoint(best)
     (tmp_path / "x").rename(best)
-    found, wrong = newest_checkpoint(tmp_path, weights)
-    assert found == best
+    found, step, wrong = newest_checkpoint(tmp_path, weights)
+    assert (found, step) == (best, 10)
     assert len(wrong) == 1
     assert "last.ckpt cannot be read" in wrong[0]
 

@@ -21,8 +21,8 @@ from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_column, read_metrics
 from fcn.runs.resume import resumed_config
-from fcn.training.loss_statistics import LossStatistics
 from fcn.training.interruption import SIGNALS
+from fcn.training.loss_statistics import LossStatistics
 from train import train
 
 

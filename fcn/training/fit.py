@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from fcn.checkpoint import last_checkpoint, newest_checkpoint, read_checkpoint
+from fcn.checkpoint import last_checkpoint, newest_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import Stopped, TrainingError, WriteError
 from fcn.files import write_json
@@ -21,7 +21,6 @@ from fcn.runs.process import is_main_process, memory_size
 from fcn.runs.summary import summarise
 from fcn.training.clock import Clock
 from fcn.training.interruption import loader_died
-from fcn.training.wandb_logger import TolerantWandbLogger
 
 
 def fit(
@@ -70,8 +69,11 @@ def fit(
     finally:
         gc.unfreeze()
         for logger in trainer.loggers:
-            if isinstance(logger, TolerantWandbLogger):
-                logger.finish(exit_code)
+            # Only our logger for W&B has this. It is not imported here, since importing the package
+            # wandb takes two seconds, also in runs without it.
+            end_run = getattr(logger, "end_run", None)
+            if end_run is not None:
+                end_run(exit_code)
         if exit_code != 1 and is_main_process():
             summary = _write_summary(trainer, status)
     return summary if is_main_process() else {}
@@ -137,8 +139,7 @@ def find_checkpoint(run: Path, module: SegmentationModule) -> tuple[Path, int]:
     Raises:
         ConfigError: there is no usable checkpoint.
     """
-    path, wrong = newest_checkpoint(run, module.state_dict())
-    step = read_checkpoint(path)["global_step"]
+    path, step, wrong = newest_checkpoint(run, module.state_dict())
     if wrong and is_main_process():
         print(f"warning: {'; '.join(wrong)}\ngoing on from {path}, step {step}", flush=True)
     return path, step

@@ -100,7 +100,7 @@ class TolerantWandbLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         self._attempt(lambda: self.experiment.config.update(params, allow_val_change=True))
 
-    def finish(self, exit_code: int) -> None:
+    def end_run(self, exit_code: int) -> None:
         """End the W&B run, so that a sweep's next job starts its own."""
         self._attempt(lambda: self.experiment.finish(exit_code=exit_code))
 
