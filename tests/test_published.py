@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fcn.inference.export
 from evaluate import evaluate
 from export import export
 from fcn.checkpoint import AT_ONCE, data_settings, last_checkpoint, read_checkpoint
@@ -387,23 +386,16 @@ def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
     assert metrics["pixel_acc"] == right / pixels
 
 
-@pytest.mark.slow
-def test_prediction_and_export(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The .pth and a .safetensors of it give one mask; its .pt2 is compared as it is written."""
-    sizes = ((1, 33, 50),)  # all of them are in the tests of export
-    monkeypatch.setattr(fcn.inference.export, "SIZES", sizes)
+def test_prediction(published: Path, tmp_path: Path) -> None:
+    """The .pth and a .safetensors of it give the mask of the network itself."""
     image = photo(40, 55)
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    for ending, form in (("pt2", "torch"), ("safetensors", "safetensors")):
-        options = [f"output={tmp_path / 'x'}.{ending}", f"format={form}"]
-        export(compose_config("export", f"ckpt={published}", *options))
-    assert (tmp_path / "x.pt2").is_file()
+    safe = tmp_path / "x.safetensors"
+    export(compose_config("export", f"ckpt={published}", f"output={safe}", "format=safetensors"))
     with torch.inference_mode():
         expected = network_of(published)(image)[0].argmax(0).numpy()
-    assert read_checkpoint(tmp_path / "x.safetensors")["hyper_parameters"]["alignment"] == "caffe"
-    for ckpt in (published, tmp_path / "x.safetensors"):
+    assert read_checkpoint(safe)["hyper_parameters"]["alignment"] == "caffe"
+    for ckpt in (published, safe):
         options = [f"ckpt={ckpt}", f"input={tmp_path / 'x.png'}", f"output={tmp_path / 'out'}"]
         output = predict(compose_config("predict", *options, "device=cpu"))
         with Image.open(output / "x.png") as mask:
