@@ -20,7 +20,7 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import pictures
 from fcn.datasets.folder import Folder
 from fcn.datasets.pictures import image_facts, image_size, image_type, read_image
-from fcn.datasets.reading import read_mask
+from fcn.datasets.reading import missing_allowed, read_mask
 from fcn.datasets.survey import Survey
 from fcn.datasets.value_range import Facts, range_problem
 from fcn.errors import ConfigError, DataError
@@ -179,6 +179,7 @@ def write_masks(folder: Path, names: Sequence[str]) -> np.ndarray:
     return labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["8-bit", "16-bit", "float"])
 def test_all_four_see_the_same(kind: str, tmp_path: Path) -> None:
     """Training, the check, evaluation and prediction, for each format, mode and orientation."""
@@ -234,7 +235,7 @@ def test_alpha_warns_once(
     for name in ("a.png", "b.png"):
         Image.new("RGBA", (3, 2), (9, 8, 7, 0)).save(tmp_path / name)
     with caplog.at_level(logging.WARNING):
-        assert image_type([tmp_path / "a.png"]) == "8-bit"
+        assert image_type(tmp_path / "a.png") == "8-bit"
         for name in ("a.png", "b.png"):
             assert read_image(tmp_path / name)[0, 0].tolist() == [9, 8, 7]
     assert len(caplog.records) == 1
@@ -259,7 +260,7 @@ def test_range_of_values(tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "x.tif")
     read = read_image(tmp_path / "x.tif", (0, 1))[0, :, 0]
     assert read.tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
-    assert image_facts(tmp_path / "x.tif") == Facts("float", -5, 7, (-5, 7))
+    assert image_facts(tmp_path / "x.tif") == Facts("float", -5, 7, (0, 1))
     # A few defect pixels do not hide that 12 bits fill little of 16.
     values = np.random.default_rng(0).integers(0, 4096, (80, 90)).astype(np.uint16)
     values[3, 4:8] = 65535
@@ -294,6 +295,14 @@ def test_range_of_values(tmp_path: Path) -> None:
         ([("16-bit", 300, 4000)], [0, 255], r"all lie outside of .*=\[0,255\]; .*=\[0,4095\]"),
         ([("8-bit", 0, 255)], [0, 4095], r"=\[0,4095\] is for images of another type.* 8-bit"),
         ([("16-bit", 0, 99)], [0, 1], r"=\[0,1\] is for images of another type.* 16-bit"),
+        ([("8-bit", 0, 255)], [0, 1], r"=\[0,1\] is for images of another type.* 8-bit.*=null"),
+        ([("8-bit", 0, 255)], [0, 1.5], r"=\[0,1\.5\] is for images of another type"),
+        ([("16-bit", 0, 4095)] * 9 + [("16-bit", 0, 65520)], None, r"fill only 6% .*\[0,4095\]"),
+        (
+            [("float", 0, 1)] * 3 + [("float", 0, 9)] * 2,
+            None,
+            r"3\.png and 1 more images: .*exceed",
+        ),
         (
             [("8-bit", 0, 9), ("16-bit", 0, 65535)],
             None,
@@ -386,7 +395,7 @@ def test_another_type_is_refused(tmp_path: Path) -> None:
     assert data[1]["id"] == "1"
     with pytest.raises(DataError, match=r"2\.png: this image is 16-bit, but .* is 8-bit"):
         data[2]
-    assert image_type(sorted((tmp_path / "images").iterdir())) == "8-bit"
+    assert data.image_type == image_type(tmp_path / "images" / "0.png") == "8-bit"
     with pytest.raises(DataError, match=r"value_range=\[0,4095\] is for images of another type"):
         Folder(split="all", root=tmp_path, classes=["a", "b"], value_range=[0, 4095])[0]
     for wrong in ([1, 0], [0], "0,1", [0, float("nan")]):
@@ -451,6 +460,10 @@ def test_limit_of_pixels_and_endings_that_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "images" / "1.dcm").write_bytes(bytes(300))
     with pytest.raises(DataError, match=r"1 of 2 images missing, .*; 1\.dcm: DICOM is not read"):
         Folder(split="all", root=tmp_path, classes=["a", "b"])
+    with missing_allowed():  # as the check opens it
+        data = Folder(split="all", root=tmp_path, classes=["a", "b"])
+    with pytest.raises(DataError, match=r"No such file .*; 1\.dcm: DICOM is not read"):
+        data[1]
     (tmp_path / "images" / "0.png").unlink()
     with pytest.raises(DataError, match=r"no picture in this folder; 1\.dcm: DICOM is not read"):
         Folder(split="all", root=tmp_path, classes=["a", "b"])

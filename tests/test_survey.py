@@ -9,10 +9,11 @@ import pytest
 from conftest import write_mask
 from PIL import Image
 from test_folder import write
+from test_pictures import save
 
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import survey
-from fcn.datasets.check import check
+from fcn.datasets.check import check, some_samples
 from fcn.datasets.folder import Folder
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.survey import Survey, balanced_weights, before_training
@@ -69,6 +70,7 @@ THREE = {"classes": ["ground", "cat", "dog"]}
         (palette_picture(BINARY, [(i, i, i) for i in range(256)]), {}, "cat"),
         (np.where(LABELS == 1, LABELS, 255), {}, "ground"),
         (np.where(LABELS == 0, 255, LABELS), THREE, "ground, dog"),
+        (BINARY, THREE, "cat, dog"),
         (np.where(LABELS == 0, 7, LABELS), THREE | {"void": 7}, "ground, dog"),
         (BINARY, {"palette": [[0, 0, 0], [9, 9, 9]], "void": [255, 255, 255]}, "cat"),
     ],
@@ -81,6 +83,35 @@ def test_a_class_that_is_taken_for_void(
     assert "data.dataset.void=null 'data.dataset.palette=[[0,0,0],[255,255,255]]'" in text
     assert "data.limit=2 trains" in text
     assert len(text.splitlines()) == 1
+
+
+BORDER = LABELS.copy()
+BORDER[1, 3:8] = 255
+
+
+def test_a_missing_class_beside_void_at_borders(tmp_path: Path) -> None:
+    text = problem(opened(tmp_path, [BORDER] * 3, **THREE), tmp_path)
+    assert "no pixel of dog in the 2 training masks" in text
+    assert "into the training list, or remove it from data.dataset.classes. If" in text
+    assert "data.dataset.void" not in text
+
+
+@pytest.mark.parametrize(
+    ("masks", "share"),
+    [
+        ([LABELS, *[BINARY] * 4], "4 of 5 masks hold only ground and void"),
+        ([*[LABELS] * 4, BINARY], "1 of 5 masks hold only ground and void"),  # the validation mask
+        ([*[BORDER] * 3, LABELS, *[BORDER * (LABELS == 0)] * 2], ""),  # crops beside an object
+        ([BORDER, *[BORDER * (LABELS == 0)] * 20], ""),  # a rare class, and a field of view
+        ([LABELS, 255 + 0 * LABELS, LABELS], ""),  # an image that nobody has labelled
+    ],
+)
+def test_labels_among_masks_of_0_and_255(
+    tmp_path: Path, masks: list[np.ndarray], share: str
+) -> None:
+    text = problem(opened(tmp_path, masks), tmp_path)
+    assert share in text
+    assert (text == "") == (share == "")
 
 
 def test_void_and_missing_classes_that_are_meant(
@@ -97,6 +128,7 @@ def test_void_and_missing_classes_that_are_meant(
     assert out.count("warning: never in train: dog\n") == 2  # by the check, and before training
 
 
+@pytest.mark.slow
 def test_published_data_may_lack_classes_but_not_all(
     own_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +141,8 @@ def test_published_data_may_lack_classes_but_not_all(
     assert "no pixel of aeroplane, bicycle" in problem(datamodule, tmp_path)
 
 
+GREY_LABELS = LABELS.copy()
+GREY_LABELS[0, :2] = 2
 SAME = palette_picture(LABELS, VOC_COLOURS)
 RED_IS_2 = palette_picture(LABELS * 2, [(0, 0, 0), (9, 9, 9), (128, 0, 0)])
 COLOURS: dict[str, Any] = THREE | {"palette": [[255, 255, 255], [255, 0, 0], [0, 0, 0]]}
@@ -132,6 +166,10 @@ COLOURED = palette_picture(LABELS, [(255, 255, 255), (255, 0, 0)]).convert("RGB"
             "p3.png: this",
         ),
         ([Image.fromarray(LABELS == 1), LABELS, BINARY], {}, "brightness"),
+        # The palette of a program that makes files smaller: a number for each grey value there is.
+        ([palette_picture(LABELS, [(0, 0, 0), (2, 2, 2)]), GREY_LABELS, LABELS], THREE, "palette"),
+        ([palette_picture(LABELS, [(0, 0, 0), (99, 99, 99)]), GREY_LABELS, LABELS], THREE, ""),
+        ([Image.fromarray(LABELS == 1), GREY_LABELS, LABELS], THREE, ""),
         # Colours of data.dataset.palette, and one mask in grey.
         ([COLOURED, COLOURED, COLOURED.convert("L")], COLOURS, "labels must be|brightness"),
         ([COLOURED, COLOURED, np.full_like(LABELS, 255)], COLOURS, "this mask is grey, but"),
@@ -254,3 +292,108 @@ def test_range_is_a_setting_of_the_data(tmp_path: Path) -> None:
     image = data[0]["image"]
     assert (image.min(), image.max()) == (0, 255)
     assert Survey("all", data).errors == []
+
+
+def noise(low: float, high: float, kind: str = "uint16") -> np.ndarray:
+    return np.random.default_rng(0).uniform(low, high, (8, 10)).astype(kind)
+
+
+def with_text(values: np.ndarray, share: float, value: float) -> np.ndarray:
+    values.ravel()[: round(share * values.size)] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "proposal"),
+    [
+        ([noise(0, 4095)] * 9 + [noise(0, 4095) * 16], "[0,4095] spreads"),
+        (
+            [with_text(noise(0, 4095), 0.05, 65535)] * 3,
+            "[0,4095] spreads them from black to white (",
+        ),
+        ([with_text(noise(0.01, 1, "float32"), 0.0125, -9999)] * 3, "[0,1] spreads"),
+    ],
+)
+def test_values_that_hide_the_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: list[np.ndarray], proposal: str
+) -> None:
+    """One file of another scale, text of 5 % in the images, no data as -9999: said once."""
+    datamodule = write_deep(tmp_path, values)
+    capsys.readouterr()
+    text = problem(datamodule, tmp_path)
+    assert f"data.dataset.value_range={proposal}" in text
+    assert len(text.splitlines()) == 1
+    assert "errors: 1\n" in capsys.readouterr().out
+
+
+def test_range_that_clips_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """12 bits in a PGM: Pillow spreads them over 16, so that no range is needed."""
+    datamodule = opened(tmp_path, [LABELS] * 3)
+    for i in range(3):
+        (tmp_path / "images" / f"p{i}.jpg").unlink()
+        head, content = b"P5\n10 8\n4095\n", np.roll(noise(0, 4095), i).astype(">u2")
+        (tmp_path / "images" / f"p{i}.pgm").write_bytes(head + content.tobytes())
+    for value_range, warnings in ((None, 0), ([0, 4095], 2), ([0, 60000], 0)):
+        dataset = partial(Folder, classes=["a", "b"], val="val.txt", value_range=value_range)
+        datamodule = SegmentationDataModule(dataset=dataset, root=tmp_path, num_workers=0)
+        datamodule.setup("fit")
+        assert problem(datamodule, tmp_path) == ""
+        out = capsys.readouterr().out
+        assert out.count("of the pixels of 3 images lie outside of data.dataset.") == warnings
+
+
+def save_frames(path: Path) -> None:
+    frames = [Image.effect_noise((10, 8), 90) for _ in range(2)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "message"),
+    [
+        ("p2.jpg", lambda path: Image.new("CMYK", (10, 8)).save(path), "mode CMYK is not read"),
+        ("p2.tif", lambda path: Image.new("LAB", (10, 8)).save(path), "mode LAB is not read"),
+        ("p2.gif", save_frames, "it has 2 pages"),
+        ("p2.png", save_frames, "it has 2 pages"),
+    ],
+)
+def test_bad_validation_image(tmp_path: Path, name: str, save: Any, message: str) -> None:
+    """What the reader refuses by the head of a file is refused before training too."""
+    opened(tmp_path, [LABELS] * 3)
+    (tmp_path / "images" / "p2.jpg").unlink()
+    save(tmp_path / "images" / name)
+    dataset = partial(Folder, classes=["a", "b"], val="val.txt")
+    datamodule = SegmentationDataModule(dataset=dataset, root=tmp_path, num_workers=0)
+    datamodule.setup("fit")
+    assert f"{name}: cannot read this image: {message}" in problem(datamodule, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "mask_orientation", "turned"),
+    [
+        ((10, 8), 3, 1, 1),
+        ((10, 8), 3, 3, 0),
+        ((8, 8), 6, 1, 1),
+        ((8, 10), 6, 1, 0),
+        ((10, 8), 1, 1, 0),
+    ],
+)
+def test_images_that_exif_turns(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    size: tuple[int, int],
+    orientation: int,
+    mask_orientation: int,
+    turned: int,
+) -> None:
+    """Of some orientations, the size does not show whether the mask fits what is stored."""
+    upright = LABELS[:, : size[0]] if size[0] == size[1] else LABELS
+    datamodule = opened(tmp_path, [upright] * 9)
+    for i in range(9):
+        save(tmp_path / "images" / f"p{i}.jpg", Image.effect_noise(upright.shape[::-1], 90))
+    save(tmp_path / "images" / "p5.jpg", Image.effect_noise(size, 90), orientation)
+    save(tmp_path / "masks" / "p5.png", Image.fromarray(upright), mask_orientation)
+    assert problem(datamodule, tmp_path) == ""
+    line = "warning: 1 images are turned by EXIF and their masks are not: look at data_check.png"
+    assert capsys.readouterr().out.count(line) == turned
+    first = some_samples(Survey("train", datamodule.open("train"), images=True))[0]
+    assert (first["id"] == "p5") == bool(turned)

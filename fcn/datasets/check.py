@@ -29,7 +29,8 @@ from fcn.datasets.reading import (
     check_disjoint,
     missing_allowed,
 )
-from fcn.datasets.survey import Survey, balanced_weights, find_errors
+from fcn.datasets.survey import Survey, balanced_weights, find_errors, images_and_range
+from fcn.datasets.value_range import RangeError, clipping
 from fcn.errors import DataError
 from fcn.figures.legend import legend_entries, one_line
 from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
@@ -45,6 +46,7 @@ PICTURED = 3  # samples of each split in data_check.png
 KINDS: dict[type[DataError], str] = {
     UnknownLabelError: "with unknown labels",
     MismatchedSizeError: "of two sizes",
+    RangeError: "outside of the range",
 }
 
 
@@ -69,9 +71,11 @@ def describe(survey: Survey) -> Iterator[str]:
 
 
 def some_samples(survey: Survey) -> list[Sample]:
-    """Some of the good pairs, from all over the split."""
+    """Some of the good pairs: those that EXIF turns, or else some from all over the split."""
     step = max(1, len(survey.good) // PICTURED)
-    return [survey.data[index] for index in survey.good[::step][:PICTURED]]
+    turned = [index for index in survey.good if survey.pairs[index].turned]
+    chosen = list(dict.fromkeys([*turned, *survey.good[::step]]))
+    return [survey.data[index] for index in chosen[:PICTURED]]
 
 
 def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterator[str]:
@@ -161,6 +165,9 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
     if len(surveys) == 2:
         errors += find_errors(*surveys, limit=datamodule.limit)
         errors += images_in_both(*surveys)
+        warning = clipping(*images_and_range(*surveys))
+        if warning:
+            print(warning)
     else:
         errors += [error for survey in surveys for error in survey.errors]
     samples = [sample for survey in surveys for sample in some_samples(survey)]
@@ -170,6 +177,12 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
         with atomic_write(output / "data_check.png") as part:
             draw(samples, data).save(part, "PNG")
         print(f"some samples: {output / 'data_check.png'}")
+        turned = sum(pair.turned for survey in surveys for pair in survey.pairs.values())
+        if turned:
+            print(
+                f"warning: {turned} images are turned by EXIF and their masks are not: look at "
+                "data_check.png whether they fit"
+            )
     with suppress(OSError):
         output.rmdir()  # if it is empty
     return _print_errors(errors)

@@ -20,7 +20,15 @@ from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch.utils.data import get_worker_info
 
-from fcn.datasets.value_range import FULL_RANGE, Facts, Range, measure, misfit, mixed_types
+from fcn.datasets.value_range import (
+    FULL_RANGE,
+    Facts,
+    Range,
+    RangeError,
+    measure,
+    misfit,
+    mixed_types,
+)
 from fcn.errors import DataError, reason
 
 log = logging.getLogger(__name__)
@@ -76,6 +84,12 @@ def why_no_picture(path: PurePath) -> str | None:
     return "it has not the ending of a picture that can be read"
 
 
+def others_of_stem(missing: PurePath, files: Iterable[PurePath]) -> str:
+    """Which files of the same stem as a missing one are no pictures that are read, and why."""
+    reasons = {path.name: why_no_picture(path) for path in files if path.stem == missing.stem}
+    return "".join(f"; {name}: {why}" for name, why in sorted(reasons.items()) if why)
+
+
 def open_picture(
     path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS
 ) -> ImageFile.ImageFile:
@@ -118,7 +132,8 @@ def _why_not_opened(path: Path, error: Exception) -> str:
             "or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or 32-bit float"
         )
     ending = why_no_picture(path) if path.exists() else None
-    return ending or reason(error).splitlines()[0]
+    others = "" if path.exists() else others_of_stem(path, path.parent.glob("*"))
+    return ending or reason(error).splitlines()[0] + others
 
 
 def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -146,10 +161,8 @@ def _decode(
     """
     with open_picture(path, what, max_pixels=max_pixels) as picture:
         try:
-            _choose_page(picture)
-            found = _type_of(picture)
+            found = _judge(picture)
             if isinstance(picture, TiffImageFile):
-                _check_tiff(picture, found)
                 # Without a name, Pillow does not map the file into memory. It would map a TIFF that
                 # is to be turned by 90 degrees with width and height exchanged (Pillow 13.0).
                 picture.filename = ""
@@ -159,8 +172,30 @@ def _decode(
             turn = TURNS.get(_orientation(picture))
             return (picture if turn is None else picture.transpose(turn)), found
         except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
-            first_line = (reason(e).splitlines() or [type(e).__name__])[0]
-            raise DataError(f"{path}: cannot read this {what}: {first_line}") from e
+            raise _unreadable(path, what, e) from e
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> DataError:
+    first_line = (reason(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{path}: cannot read this {what}: {first_line}")
+
+
+def _judge(picture: ImageFile.ImageFile) -> str:
+    """Go to the one picture in an open file; the type of its values. No pixel is decoded.
+
+    Raises:
+        ValueError: it is not read, because of its pages, mode, bands or bits.
+    """
+    _choose_page(picture)
+    found, mode = _type_of(picture), picture.mode
+    if mode not in (*COLOUR_MODES, *ALPHA_MODES, *WIDE_MODES, "F"):
+        raise ValueError(f"mode {mode} is not read; save it as RGB")
+    if isinstance(picture, TiffImageFile):
+        _check_tiff(picture, found)
+    if found == "16-bit" and mode not in WIDE_MODES:
+        for tile in picture.tile:
+            _low_bytes(tile.args)
+    return found
 
 
 def _choose_page(picture: ImageFile.ImageFile) -> None:
@@ -225,8 +260,8 @@ def _orientation(picture: Image.Image) -> int:
     return 1
 
 
-def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], bool]:
-    """Height and width of an image, upright; and whether these are exchanged in its file, by EXIF.
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], int]:
+    """Height and width of an image, upright; and its EXIF orientation, 1 to 8.
 
     Only the head of the file is read. The EXIF block of a PNG may lie behind its pixels, which
     Pillow would decode to find it; such a block is not seen here.
@@ -234,10 +269,11 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, 
     with open_picture(path, max_pixels=max_pixels) as picture:
         width, height = picture.size
         has_exif = "exif" in picture.info or picture.format != "PNG"
-        is_turned = has_exif and _orientation(picture) >= 5
+        orientation = _orientation(picture) if has_exif else 1
         # Newer versions of Pillow exchange the sides of a TIFF when they open it.
         exchanged = isinstance(picture, TiffImageFile) and picture.tag_v2.get(WIDTH) != width
-    return ((width, height) if is_turned and not exchanged else (height, width)), is_turned
+    swap = orientation >= 5 and not exchanged
+    return ((width, height) if swap else (height, width)), orientation
 
 
 def _raw_mode(args: object) -> str:
@@ -281,13 +317,13 @@ def read_image(
     """
     values, found = _read_values(path, max_pixels)  # (H, W) or (H, W, 3)
     if expected not in (None, found):
-        raise DataError(
-            f"{path}: {mixed_types(found, 'the first image of its data set', expected)}"
-        )
+        first = "the type of the training images"
+        raise DataError(f"{path}: {mixed_types(found, first, expected)}")
     facts = Facts(found, 0, 255) if found == "8-bit" else measure(values, found)
     problem = misfit(facts, value_range)
     if problem:
-        raise DataError(f"{path}: {problem}")
+        advice = "" if value_range else "; fcn.datasets.check proposes a data.dataset.value_range"
+        raise RangeError(f"{path}: {problem}{advice}")
     low, high = FULL_RANGE[found] if value_range is None else value_range
     if found != "8-bit" or (low, high) != (0, 255):
         wide = np.subtract(values, low, dtype=np.result_type(values.dtype, np.float32))
@@ -298,22 +334,30 @@ def read_image(
     return values
 
 
-def image_facts(path: Path, *, max_pixels: int = MAX_PIXELS) -> Facts:
-    """The type of an image's values, and the lowest and highest of them: all, and the usual ones.
+def image_facts(
+    path: Path, value_range: Range | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Facts:
+    """The type of an image's values, and how they lie in their range.
 
     Args:
-        path, max_pixels: as for `read_image`, which raises the same errors.
+        path, value_range, max_pixels: as for `read_image`, which raises the same errors.
     """
-    return measure(*_read_values(path, max_pixels), usual=True)
+    return measure(*_read_values(path, max_pixels), value_range, usual=True)
 
 
-def image_type(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS) -> str | None:
-    """The type of the first image that can be opened; None if none can. None is decoded."""
-    for path in paths:
-        with suppress(DataError), open_picture(path, max_pixels=max_pixels) as picture:
-            _warn_about_alpha(picture, path)
-            return _type_of(picture)
-    return None
+def image_type(path: Path, *, max_pixels: int = MAX_PIXELS) -> str:
+    """The type of an image's values: "8-bit", "16-bit" or "float". No pixel is decoded.
+
+    Raises:
+        DataError: as `read_image`, as far as the head of the file shows it.
+    """
+    with open_picture(path, max_pixels=max_pixels) as picture:
+        try:
+            found = _judge(picture)
+        except Exception as e:  # as in `_decode`
+            raise _unreadable(path, "image", e) from e
+        _warn_about_alpha(picture, path)
+        return found
 
 
 _with_alpha: list[Path] = []  # the first image with alpha; one warning is enough
@@ -338,8 +382,6 @@ def _read_values(path: Path, max_pixels: int) -> tuple[np.ndarray, str]:
     if mode in WIDE_MODES or mode == "F":
         values = np.array(picture)
         return values.astype(values.dtype.newbyteorder("=")), found
-    if mode not in COLOUR_MODES and mode not in ALPHA_MODES:
-        raise DataError(f"{path}: an image of mode {mode} is not read; save it as RGB")
     if mode in ("La", "RGBa"):  # colours that are multiplied by alpha
         picture = picture.convert(mode.upper())
     _warn_about_alpha(picture, path)

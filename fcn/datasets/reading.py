@@ -29,9 +29,9 @@ from fcn.datasets.pictures import (
     WIDE_MODES,
     image_size,
     image_type,
+    others_of_stem,
     read_image,
     read_picture,
-    why_no_picture,
 )
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
@@ -136,10 +136,7 @@ def check_exist(paths: Iterable[Path], *, what: str) -> None:
     if missing:
         first = missing[0]
         message = f"{len(missing)} of {len(wanted)} {what} missing, the first {first}"
-        for name in sorted(found[first.parent]):
-            why = why_no_picture(PurePath(name)) if PurePath(name).stem == first.stem else None
-            message += f"; {name}: {why}" if why else ""
-        refuse_missing(message)
+        refuse_missing(message + others_of_stem(first, map(PurePath, found[first.parent])))
 
 
 def refuse_missing(message: str) -> None:
@@ -211,17 +208,25 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
         labels = labels[..., :-1]
     if labels.ndim == 3:
         if (labels != labels[..., :1]).any():
-            raise DataError(f"{path}: a mask of mode {picture.mode} needs data.dataset.palette")
+            found = sorted(picture.convert("RGB").getcolors() or [], reverse=True)  # None: many
+            colours = ", ".join(str(colour) for _, colour in found[:4]) or "more than 256"
+            raise DataError(
+                f"{path}: a mask of mode {picture.mode} needs data.dataset.palette, the colour of "
+                f"each class; its colours are {colours}{', …' if len(found) > 4 else ''}"
+                f"{jpeg_hint(path)}"
+            )
         labels = labels[..., 0]
     if labels.dtype.kind == "f":
         whole = np.nan_to_num(labels, nan=0.5).round()
         if (whole != labels).any():
             raise DataError(f"{path}: this mask holds fractions; its values must be labels")
-        labels = whole.clip(-1, 2**31 - 1).astype(np.int64)
+        labels = whole.clip(-(2**31), 2**31 - 1).astype(np.int64)
     return labels
 
 
-def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Path) -> np.ndarray:
+def to_mask(
+    labels: np.ndarray, num_classes: int, *, void: int | None, path: Path, hint: str | None = None
+) -> np.ndarray:
     """Labels (H, W) of any integer type -> (H, W) uint8: class indices, and VOID.
 
     Args:
@@ -230,6 +235,7 @@ def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Pat
             1, 2, 3, ...
         void: the label of pixels to ignore; None: there are none.
         path: the file that they come from, for the message.
+        hint: how the message ends, beginning with "; ". None: what the labels make likely.
 
     Raises:
         UnknownLabelError: a label is neither that of a class nor `void`.
@@ -243,7 +249,7 @@ def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Pat
         found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
         allowed = f"{first} to {first + num_classes - 1}"
         allowed += "" if void is None else f" or {void} (void)"
-        hint = _hint(path, values, num_classes)
+        hint = _hint(path, values, num_classes) if hint is None else hint
         raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
     mask = labels.astype(np.uint8, copy=False)
     if void == 0:
@@ -253,15 +259,22 @@ def to_mask(labels: np.ndarray, num_classes: int, *, void: int | None, path: Pat
 
 def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
     """What unknown labels most likely mean, and what to do then."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        return "; JPEG changes the values of pixels, so save masks as PNG"
+    if jpeg_hint(path):
+        return jpeg_hint(path)
     if unknown.tolist() == [num_classes]:
         return "; if the labels begin with 1 and 0 is void, set data.dataset.void=0"
-    if unknown[-1] == VOID:
+    if unknown[-1] in range(32, 256):  # spread over all values, so that people can see them
         return (
-            "; for grey values that are no labels, set data.dataset.palette to the classes' colours"
+            "; for grey values that are no labels, set data.dataset.palette to the classes' "
+            "colours, such as [100,100,100] for the value 100"
         )
     return ""
+
+
+def jpeg_hint(path: Path) -> str:
+    """What is wrong with the values of a mask, if its file is a JPEG."""
+    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
+    return "; JPEG changes the values of pixels, so save masks as PNG" if is_jpeg else ""
 
 
 class Pairs(Dataset[Sample]):
@@ -299,9 +312,11 @@ class Pairs(Dataset[Sample]):
 
     @cached_property
     def image_type(self) -> str | None:
-        """The type of the first image's values."""
-        images = (image for image, _ in self.pairs.values())
-        return image_type(images, max_pixels=self.max_pixels)
+        """The type of the values in the first image that can be read."""
+        for image, _ in self.pairs.values():
+            with suppress(DataError):
+                return image_type(image, max_pixels=self.max_pixels)
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -338,7 +353,7 @@ def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -
     turned = []
     for path in (image, mask):
         with suppress(DataError):  # a .mat is no picture
-            turned += [path.name] if image_size(path, max_pixels=2**63)[1] else []
+            turned += [path.name] if image_size(path, max_pixels=2**63)[1] >= 5 else []
     if turned and (mh, mw) == (w, h):
         message += (
             f"; by its EXIF orientation {turned[0]} is turned by 90 degrees, and the other fits "

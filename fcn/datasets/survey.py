@@ -11,6 +11,7 @@ mask (H, W) of a sample without reading its image. Data sets of files have it, s
 import hashlib
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from fcn.datasets.folder import Folder
 from fcn.datasets.palettes import Appearance, contradiction
 from fcn.datasets.pictures import image_facts, image_size, image_type
 from fcn.datasets.reading import Pairs
-from fcn.datasets.value_range import Facts, range_problem
+from fcn.datasets.value_range import Facts, Range, RangeError, clipping, range_problem
 from fcn.errors import DataError
 
 if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
 
 SECONDS = 10.0  # before training, for each of the two splits; masks that are left then are not read
+VOID_SHARE = 0.9  # of the masks with void; if more hold no class but the first, it is none
 SHOWN = 3  # errors in a message before training
 
 
@@ -45,6 +47,7 @@ class Pair:
     pixels: np.ndarray | None = None  # (256,), the number of pixels with each label
     size: tuple[int, int] | None = None  # height and width
     content: bytes | None = None  # a hash of the image's pixels
+    turned: bool = False  # by EXIF, so that the size does not show whether the mask is turned too
 
 
 class Survey:
@@ -101,9 +104,16 @@ class Survey:
         data: Any = self.data
         if isinstance(data, Pairs):
             image, mask = data.pairs[data.ids[index]]
-            is_8_bit = image_type([image], max_pixels=data.max_pixels) in (None, "8-bit")
-            facts = None if is_8_bit else image_facts(image, max_pixels=data.max_pixels)
-            pair.facts[image] = facts or Facts("8-bit", 0, 255)
+            kind = image_type(image, max_pixels=data.max_pixels)
+            if kind == "8-bit" and data.value_range is None:
+                pair.facts[image] = Facts(kind, 0, 255)
+            else:
+                facts = image_facts(image, data.value_range, max_pixels=data.max_pixels)
+                pair.facts[image] = facts
+            (height, width), turn = image_size(image, max_pixels=data.max_pixels)
+            if turn in (2, 3, 4) or (turn > 4 and height == width):
+                with suppress(DataError):  # a mask in a .mat is no picture
+                    pair.turned = image_size(mask, max_pixels=data.max_pixels)[1] == 1
         if isinstance(data, Folder):
             pair.appearance[mask] = data.appearance(mask)
         if self._with_images or not hasattr(data, "read_labels"):
@@ -115,10 +125,8 @@ class Survey:
             pair.content = hashlib.blake2b(values.tobytes(), digest_size=16, salt=salt).digest()
         else:
             labels = data.read_labels(index)
-            if isinstance(data, Pairs):
-                size, _ = image_size(image, max_pixels=data.max_pixels)
-                if size != labels.shape:
-                    data[index]  # this raises the error that says what differs
+            if isinstance(data, Pairs) and (height, width) != labels.shape:
+                data[index]  # this raises the error that says what differs
         pair.size = labels.shape
         pair.pixels = np.bincount(labels.ravel(), minlength=256)
 
@@ -150,14 +158,24 @@ def find_errors(train: Survey, val: Survey, *, limit: int | None) -> list[DataEr
         train, val: what is in the two splits.
         limit: the setting data.limit.
     """
-    facts: dict[Path, Facts] = {}
     appearances: dict[Path, Appearance] = {}
     for pair in (*train.pairs.values(), *val.pairs.values()):
-        facts |= pair.facts
         appearances |= pair.appearance
-    problems = [range_problem(facts, getattr(train.data, "value_range", None))]
-    problems += [contradiction(appearances), void_problem(train) if limit is None else None]
-    return [*(DataError(text) for text in problems if text), *train.errors, *val.errors]
+    problems = [range_problem(*images_and_range(train, val))]
+    problems += [contradiction(appearances)]
+    if limit is None:
+        problems += [void_problem(train) or mixed_with_void(train, val)]
+    # The first problem is said once, and not for each image.
+    single = [e for e in (*train.errors, *val.errors) if not isinstance(e, RangeError)]
+    return [*(DataError(text) for text in problems if text), *single]
+
+
+def images_and_range(train: Survey, val: Survey) -> tuple[dict[Path, Facts], Range | None]:
+    """What was noted of the images of both splits, and the range that is set for their values."""
+    facts: dict[Path, Facts] = {}
+    for pair in (*train.pairs.values(), *val.pairs.values()):
+        facts |= pair.facts
+    return facts, getattr(train.data, "value_range", None)
 
 
 def void_problem(train: Survey) -> str | None:
@@ -177,13 +195,42 @@ def void_problem(train: Survey) -> str | None:
         f"no pixel of {', '.join(unseen)} in the {len(train.data)} training masks, but {share:.1%} "
         "of their pixels are void, which is ignored. "
     )
-    if own:
+    if own and len(unseen) >= len(train.data.classes) - 1:
         message += (
             "If these pixels are the missing class, as in masks of the values 0 and 255, set "
             "data.dataset.void=null 'data.dataset.palette=[[0,0,0],[255,255,255]]', a colour for "
             "each class. "
         )
+    elif own:
+        message += (
+            "Put images of it into the training list, or remove it from data.dataset.classes. "
+        )
     return f"{message}If the class is missing on purpose, data.limit={len(train.data)} trains"
+
+
+def mixed_with_void(train: Survey, val: Survey) -> str | None:
+    """What is wrong if masks of the labels 0 and 1 are mixed with masks of the values 0 and 255.
+
+    In these, void takes the place of the class. Where void is a border, or lies outside of the
+    field of view, there are masks that have it beside a class.
+    """
+    data = train.data
+    if not isinstance(data, Folder):
+        return None
+    noted = (*train.pairs.values(), *val.pairs.values())
+    counts = [pair.pixels for pair in noted if pair.pixels is not None]
+    present = np.array(counts, np.int64).reshape(-1, 256) > 0  # (number of masks, 256)
+    first, void = present[:, 0], present[:, data.void]  # (number of masks,)
+    others = present[:, 1 : len(data.classes)].any(1)
+    in_place = int((first & void & ~others).sum())
+    if in_place <= VOID_SHARE * void.sum() or not (others & ~void).any():
+        return None
+    return (
+        f"{in_place} of {len(present)} masks hold only {data.classes[0]} and void, which is "
+        "ignored, while nearly all masks of the other classes hold no void. If void is a class "
+        "there, as in masks of the values 0 and 255 among masks of labels, save all masks with the "
+        f"same labels. If it is meant, data.limit={len(data)} trains"
+    )
 
 
 def before_training(datamodule: "SegmentationDataModule") -> None:
@@ -213,5 +260,8 @@ def before_training(datamodule: "SegmentationDataModule") -> None:
         if len(errors) > SHOWN:
             lines.append(f"and {len(errors) - SHOWN} more errors")
         raise DataError("\n".join(lines))
+    warning = clipping(*images_and_range(train, val))
+    if warning:
+        print(warning, flush=True)
     if train.is_complete and train.unseen_classes():
         print(f"warning: never in {train.split}: {', '.join(train.unseen_classes())}", flush=True)

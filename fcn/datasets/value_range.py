@@ -13,15 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fcn.errors import is_number, refuse
+from fcn.errors import DataError, is_number, refuse
 
 Range = Sequence[float]  # the values that become 0 and 255
 FULL_RANGE = {"8-bit": (0, 255), "16-bit": (0, 65535), "float": (0, 1)}
 # Where all values lie in less than this share of the full range, the range is set wrongly: 12 bits
 # fill 6 % of 16, and 14 bits fill a quarter.
 SMALL_SHARE = 1 / 3
-RARE = 0.001  # this share of the lowest and of the highest pixels may be defects of a sensor
+RARE = 0.01  # this share of the lowest and of the highest pixels may be defects of a sensor
+CLIPPED = 1 / 4  # a warning if more than this share of the pixels lies outside of a set range
 TOLERANCE = 0.01  # of the range of floats: resizing goes a little beyond the values that there were
+
+
+class RangeError(DataError):
+    """An image's values do not fit the range that they are read with."""
 
 
 class Facts(NamedTuple):
@@ -30,12 +35,8 @@ class Facts(NamedTuple):
     type: str  # a key of FULL_RANGE
     lowest: float
     highest: float
-    usual: tuple[float, float] | None = None  # lowest and highest without the RARE pixels
-
-    @property
-    def without_rare(self) -> tuple[float, float]:
-        """The lowest and highest value, without the rare ones if these were counted."""
-        return self.usual or (self.lowest, self.highest)
+    usual: tuple[float, float] | None = None  # the same without what `_usual` leaves out
+    outside: float = 0.0  # the share of the pixels outside of data.dataset.value_range
 
 
 def check_range(value_range: object) -> None:
@@ -64,41 +65,51 @@ def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str
     for path, fact in facts.items():
         if fact.type != found:
             return f"{path}: {mixed_types(fact.type, str(first), found)}"
-    together = Facts(
-        found,
-        min(fact.lowest for fact in facts.values()),
-        max(fact.highest for fact in facts.values()),
-        (
-            min(fact.without_rare[0] for fact in facts.values()),
-            max(fact.without_rare[1] for fact in facts.values()),
-        ),
-    )
-    lowest, highest = together.without_rare
-    images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
-    problem = misfit(together, value_range)
+    wrong = [(path, misfit(fact, value_range)) for path, fact in facts.items()]
+    wrong = [(path, problem) for path, problem in wrong if problem]
+    # The median over the images ignores a few that differ from all others.
+    usual = [fact.usual or (fact.lowest, fact.highest) for fact in facts.values()]
+    lowest, highest = (float(value) for value in np.median(usual, axis=0))
+    proposal = _proposal(list(facts.values()), (lowest, highest))
+    if wrong:
+        more = f" and {len(wrong) - 1} more images" if len(wrong) > 1 else ""
+        return f"{wrong[0][0]}{more}: {wrong[0][1]}; {proposal}"
     low, high = FULL_RANGE[found]
-    outside = value_range is not None and (lowest >= value_range[1] or highest <= value_range[0])
-    if not problem and value_range is not None and outside:
-        problem = (
-            f"their {found} values from {lowest:g} to {highest:g} all lie outside of "
-            f"data.dataset.value_range={_written(value_range)}; {_proposal(together)}"
-        )
+    images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
+    values = f"{images}their {found} values from {lowest:g} to {highest:g}"
+    if value_range is not None and (lowest >= value_range[1] or highest <= value_range[0]):
+        setting = f"data.dataset.value_range={_written(value_range)}"
+        return f"{values} all lie outside of {setting}; {proposal}"
     share = (highest - lowest) / (high - low)
-    if not problem and value_range is None and found != "8-bit" and share < SMALL_SHARE:
-        problem = (
-            f"their {found} values from {lowest:g} to {highest:g} fill only {share:.0%} of the "
-            f"range from {low} to {high}, so that the network would see hardly any contrast; "
-            f"{_proposal(together)}, and {_written((low, high))} leaves them as they are"
+    if value_range is None and found != "8-bit" and share < SMALL_SHARE:
+        return (
+            f"{values} fill only {share:.0%} of the range from {low} to {high}, so that the "
+            f"network would see hardly any contrast; {proposal}, and {_written((low, high))} "
+            "leaves them as they are"
         )
-    return images + problem if problem else None
+    return None
 
 
-def measure(values: np.ndarray, found: str, *, usual: bool = False) -> Facts:
+def clipping(facts: Mapping[Path, Facts], value_range: Range | None) -> str | None:
+    """A warning if much of the images lies outside of a range that is set; None: it does not."""
+    share = float(np.mean([fact.outside for fact in facts.values()])) if facts else 0.0
+    if value_range is None or share <= CLIPPED:
+        return None
+    return (
+        f"warning: {share:.0%} of the pixels of {len(facts)} images lie outside of "
+        f"data.dataset.value_range={_written(value_range)} and become black or white"
+    )
+
+
+def measure(
+    values: np.ndarray, found: str, value_range: Range | None = None, *, usual: bool = False
+) -> Facts:
     """The lowest and highest of values (H, W) or (H, W, 3), without NaN and infinity.
 
     Args:
         values, found: the values and their type.
-        usual: whether to look for these without the RARE pixels too, which takes longer.
+        value_range: the setting `data.dataset.value_range`.
+        usual: whether to look for the usual values and those outside too, which takes longer.
     """
     if found == "float":
         values = values[np.isfinite(values)]
@@ -107,8 +118,22 @@ def measure(values: np.ndarray, found: str, *, usual: bool = False) -> Facts:
     facts = Facts(found, float(values.min()), float(values.max()))
     if not usual:
         return facts
-    low = np.quantile(values, RARE, method="lower")
-    return facts._replace(usual=(low, np.quantile(values, 1 - RARE, method="higher")))
+    low, high = value_range or (facts.lowest, facts.highest)
+    outside = float(np.mean((values < low) | (values > high)))
+    return facts._replace(usual=_usual(values), outside=outside)
+
+
+def _usual(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and highest value without those that need not belong to the picture.
+
+    These are the RARE ones, and before them all pixels with exactly the lowest or the highest
+    value: they may be "no data", a border, or text in the picture.
+    """
+    inner = values[(values > values.min()) & (values < values.max())]
+    if inner.size < values.size / 10:  # as in black and white pictures
+        inner = values.ravel()
+    low = np.quantile(inner, RARE, method="lower")
+    return float(low), float(np.quantile(inner, 1 - RARE, method="higher"))
 
 
 def mixed_types(found: str, first: str, expected: str | None) -> str:
@@ -117,10 +142,10 @@ def mixed_types(found: str, first: str, expected: str | None) -> str:
 
 
 def misfit(facts: Facts, value_range: Range | None) -> str | None:
-    """Why images with these values cannot be read with this range; None: they can be."""
+    """Why an image with these values cannot be read with this range; None: it can be."""
     if value_range is not None:
         low, high = value_range
-        other = low < 0 or high > 255 if facts.type == "8-bit" else high - low <= 1
+        other = high - low < 2 or (facts.type == "8-bit" and (low < 0 or high > 255))
         if other and facts.type != "float":
             setting = f"data.dataset.value_range={_written(value_range)}"
             return f"{setting} is for images of another type, and these values are {facts.type}"
@@ -131,21 +156,30 @@ def misfit(facts: Facts, value_range: Range | None) -> str | None:
         return None
     return (
         f"{facts.type} values from {facts.lowest:g} to {facts.highest:g} exceed the range from "
-        f"{low} to {high}; {_proposal(facts)}"
+        f"{low} to {high}"
     )
 
 
-def _proposal(facts: Facts) -> str:
+def _proposal(facts: Sequence[Facts], usual: tuple[float, float]) -> str:
     """Advice with a range for these values: that of 8, 10, 12, ... bits if they fill it, or else
     from 0 or from the lowest value to the highest."""
-    found, (lowest, highest) = facts.type, facts.without_rare
+    found, (low, high) = facts[0].type, usual
+    if found == "8-bit":
+        return "data.dataset.value_range=null is for 8-bit images"
+    ends = min(fact.lowest for fact in facts), max(fact.highest for fact in facts)
+    near = [abs(end - value) <= (high - low) / 2 for end, value in zip(ends, usual, strict=True)]
+    lowest, highest = (e if n else u for e, u, n in zip(ends, usual, near, strict=True))
     known = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
     tops = [*(float(top) for top in known if highest <= top), highest]
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
     best: Range = (0, filled[0]) if filled else (lowest, highest)
     if lowest == highest:  # nothing can be said of a single value
         best = (0, tops[0])
-    return f"data.dataset.value_range={_written(best)} spreads them from black to white"
+    text = f"data.dataset.value_range={_written(best)} spreads them from black to white"
+    if not all(near):
+        far = ends[near.index(False)]
+        text += f" ({far:g} is far from the others: if it is no data, this makes it black or white)"
+    return text
 
 
 def _written(value_range: Range) -> str:

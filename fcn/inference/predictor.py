@@ -229,7 +229,7 @@ def predict_files(
 
 def _warn_about_range(path: Path, max_pixels: int) -> bool:
     """Whether the values of an image fill little of the range of their type; if so, a warning."""
-    if image_type([path], max_pixels=max_pixels) == "8-bit":
+    if image_type(path, max_pixels=max_pixels) == "8-bit":
         return False
     problem = range_problem({path: image_facts(path, max_pixels=max_pixels)}, None)
     if problem:
