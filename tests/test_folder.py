@@ -113,10 +113,80 @@ def test_colours(root: Path) -> None:
         opened(root)[0]
 
 
-def test_grey_colours(root: Path) -> None:
-    write(root / "masks", NAMES[0], np.where(MASK == 1, 255, 0).astype(np.uint8))
-    settings: dict[str, Any] = {"classes": ["no", "yes"], "palette": [[0] * 3, [255] * 3]}
-    assert np.array_equal(opened(root, **settings)[0]["mask"], MASK == 1)
+GREY = [[0, 0, 0], [128, 128, 128], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, ">u2", np.int32, np.float32])
+def test_grey_colours(root: Path, kind: Any) -> None:
+    values = np.array([0, 128, 255])[MASK.clip(max=2)].astype(kind)  # (8, 12)
+    path = write(root, "x", values, "tif")
+    data = opened(root, palette=GREY, void=None)
+    assert np.array_equal(data.read_mask(path), MASK.clip(max=2))
+    for value in (-7, 9, 300, 65535):
+        if kind is np.uint8 or (value < 0 and kind not in (np.int32, np.float32)):
+            continue
+        values[0, 0] = value
+        write(root, "x", values, "tif")
+        with pytest.raises(DataError, match=rf"x\.tif: not in .*palette: \(?{value}(, 9, 9\))?$"):
+            data.read_mask(path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_of_coloured_masks(root: Path, mode: str) -> None:
+    """What was erased has no colour, but its file may keep one; people see the background."""
+    seen = np.zeros((8, 12, 4), np.uint8)
+    seen[2:5, 3:9] = 255
+    erased = seen.copy()
+    erased[..., :3] = 255
+    data = opened(root, palette=GREY, void=None)
+    for pixels, is_right in ((seen, True), (erased, False)):
+        if mode == "P":
+            picture = Image.fromarray(pixels[..., 3] // 255)
+            picture.putpalette([*pixels[0, 0, :3], 255, 255, 255])
+            picture.info["transparency"] = 0
+        else:
+            picture = Image.fromarray(pixels).convert(mode)
+        path = write(root, "x", picture)
+        if is_right:
+            assert np.array_equal(data.read_mask(path), seen[..., 3] // 255 * 2)
+        else:
+            with pytest.raises(
+                DataError, match=r"x\.png: .*transparent pixels above \(255, 255, 2"
+            ):
+                data.read_mask(path)
+
+
+COLOURS: dict[str, Any] = {"palette": PALETTE, "void": 255}
+
+
+@pytest.mark.parametrize(
+    ("picture", "settings", "message"),
+    [
+        # Grey values that are spread, so that people can see them.
+        *((np.array([0, *v], np.uint8)[MASK.clip(max=2)], {}, r"palette .* as \[100,100,100\]")
+          for v in ((128, 255), (127, 254), (100, 200), (85, 170))),
+        (coloured(), {}, r"palette, .*; its colours are \(20, 10, 250\), \(255, 255, 255\), \(2"),
+        (np.arange(1200, dtype=np.uint8).reshape(20, 20, 3), {}, r"its colours are \("),
+        (np.arange(1200).astype(">u2").view("u1").reshape(20, 40, 3), {}, "are more than 256$"),
+        (coloured(), COLOURS, r"void=\[255, 255, 255\] is the colour of void"),
+        (coloured().convert("L"), COLOURS, r"labels must be .*; a grey mask holds labels: save it"),
+    ],
+)  # fmt: skip
+def test_hints(
+    root: Path, picture: np.ndarray | Image.Image, settings: dict[str, Any], message: str
+) -> None:
+    path = write(root, "x", picture)
+    with pytest.raises(DataError, match=message) as error:
+        opened(root, **settings).read_mask(path)
+    assert ("set data.dataset.palette" in str(error.value)) == ("100" in message)
+
+
+@pytest.mark.parametrize("settings", [{}, COLOURS, {"palette": GREY, "void": None}])
+def test_jpeg_masks(root: Path, settings: dict[str, Any]) -> None:
+    picture = coloured() if settings is COLOURS else Image.fromarray(MASK)
+    path = write(root, "x", picture, "jpg")
+    with pytest.raises(DataError, match=r"x\.jpg: .*JPEG changes the values .* as PNG"):
+        opened(root, **settings).read_mask(path)
 
 
 def test_share(root: Path) -> None:

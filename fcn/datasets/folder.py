@@ -180,28 +180,62 @@ class Folder(reading.Pairs):
         Raises:
             DataError: it is damaged, or holds unknown labels or colours.
         """
-        picture = reading.read_picture(path, "mask", max_pixels=self.max_pixels)
+        picture = self._read_picture(path)
         if self._holds_labels(picture):
-            labels = reading.labels_of(picture, path)
-            return reading.to_mask(labels, len(self.classes), void=self._void, path=path)
-        pixels = np.array(picture.convert("RGB"), np.int32)  # (H, W, 3)
-        colours = _number(*np.moveaxis(pixels, 2, 0))  # (H, W, 3) -> (H, W)
-        known = np.array(sorted(self._colours), np.int32)  # (number of colours,)
+            hint = "; a grey mask holds labels: save it in the colours of data.dataset.palette"
+            return reading.to_mask(
+                reading.labels_of(picture, path),
+                len(self.classes),
+                void=self._void,
+                path=path,
+                hint=hint if self._colours else None,
+            )
+        colours = self._colours_of(picture, path)  # (H, W)
+        known = np.array(sorted(self._colours))  # (number of colours,)
         place = np.searchsorted(known, colours).clip(max=len(known) - 1)  # (H, W), indices of known
         unknown = np.unique(colours[known[place] != colours]).tolist()
         if unknown:
-            found = ", ".join(str((c >> 16, c >> 8 & 255, c & 255)) for c in unknown[:3])
+            found = ", ".join(map(_colour_text, unknown[:3]))
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            hint = "; null if the mask holds labels" if picture.mode == "P" else ""
-            message = f"{path}: not in data.dataset.palette{hint}: {found}{more}"
+            hint = reading.jpeg_hint(path)
+            if self._void is not None and _number(*[self._void] * 3) in unknown:
+                hint = f"; data.dataset.void={[self._void] * 3} is the colour of void pixels"
+            elif picture.mode == "P":
+                hint = "; null if the mask holds labels"
+            message = f"{path}: not in data.dataset.palette: {found}{more}{hint}"
             raise reading.UnknownLabelError(message)
         labels = np.array([self._colours[c] for c in known.tolist()], np.uint8)
         return labels[place]  # (H, W)
 
+    def _read_picture(self, path: Path) -> Image.Image:
+        return reading.read_picture(path, "mask", max_pixels=self.max_pixels)
+
     def _holds_labels(self, picture: Image.Image) -> bool:
         """Whether the values in a mask are labels, and not colours of data.dataset.palette."""
-        is_grey = picture.mode in reading.LABEL_MODES[1:]
+        is_grey = picture.getbands()[0] in ("1", "L", "I", "F")
         return not self._colours or (is_grey and not self._grey)
+
+    def _colours_of(self, picture: Image.Image, path: Path) -> np.ndarray:
+        """The colours (H, W) in a mask, each as one number.
+
+        Raises:
+            DataError: below a transparent pixel is a colour of neither the first class nor void.
+        """
+        if picture.getbands() in (("I",), ("F",)):  # Pillow would clip these values to 255
+            grey = reading.labels_of(picture, path).astype(np.int64)
+            return _number(grey, grey, grey)
+        mode = "RGBA" if picture.has_transparency_data else "RGB"
+        pixels = np.array(picture.convert(mode), np.int32)  # (H, W, 3 or 4)
+        colours = _number(*np.moveaxis(pixels[..., :3], 2, 0))  # (H, W, 3) -> (H, W)
+        if mode == "RGBA":
+            clear = np.unique(colours[pixels[..., 3] < 255]).tolist()
+            hidden = [c for c in clear if self._colours.get(c) not in (0, VOID)]
+            if hidden:
+                raise DataError(
+                    f"{path}: this mask has transparent pixels above {_colour_text(hidden[0])}, "
+                    "which may be no part of it; save it without transparency"
+                )
+        return colours
 
     def appearance(self, path: Path) -> Appearance:
         """How the file of a mask shows its labels, so that masks can be compared.
@@ -209,7 +243,7 @@ class Folder(reading.Pairs):
         Raises:
             DataError: the file is damaged, or holds no labels.
         """
-        picture = reading.read_picture(path, "mask", max_pixels=self.max_pixels)
+        picture = self._read_picture(path)
         if self._holds_labels(picture):
             return appearance(picture, path)
         first = 1 if self._void == 0 else 0
@@ -231,8 +265,18 @@ def _void_colours(void: Void) -> list[tuple[int, ...]]:
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:
-    """A colour (r, g, b) as one number. For arrays (H, W), an array of such numbers."""
-    return r << 16 | g << 8 | b
+    """A colour (r, g, b) as one number. For arrays (H, W), an array of such numbers.
+
+    The grey (v, v, v) of a value outside of 0 to 255 is a number outside of those of all colours.
+    """
+    return r * 0x10000 + g * 0x100 + b
+
+
+def _colour_text(number: int) -> str:
+    """A colour for a message, or the value of a grey that is none."""
+    if 0 <= number < 1 << 24:
+        return str((number >> 16, number >> 8 & 255, number & 255))
+    return str(number // 0x10101)
 
 
 class Files(dict[str, Path]):
