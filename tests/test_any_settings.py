@@ -220,6 +220,7 @@ SIGNS = [
 ]
 
 
+@pytest.mark.slow
 @settings(QUIET, max_examples=25)
 @given(st.lists(st.sampled_from(WORDS + SIGNS) | st.text(max_size=3), min_size=1, max_size=5))
 def test_command_line(parts: list[str]) -> None:

@@ -36,6 +36,7 @@ def run(
     return text, [line for line in text.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_good_data(own_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, errors = run(capsys, own_voc)
     assert not errors

@@ -70,6 +70,7 @@ def test_stream_of_nothing() -> None:
         ShuffledStream(0, seed=0)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_workers_or_global_randomness() -> None:
     augment: dict[str, Any] = {"crop_size": 32, "scale": [0.7, 1.4], "jitter": 0.2}
     expected = take(shapes(**augment), 4)

@@ -46,6 +46,7 @@ def line(figure: Figure, label: str) -> np.ndarray:
     return np.array(found.get_data(), float)
 
 
+@pytest.mark.slow
 def test_curves(tmp_path: Path) -> None:
     path, columns = tmp_path / "curves.png", columns_of(40)
     draw_curves(columns, path)
@@ -65,6 +66,7 @@ def test_curves_of_a_young_run(steps: int, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "curves.png").format == "PNG"
 
 
+@pytest.mark.slow
 def test_curves_with_numbers_that_are_not_finite(tmp_path: Path) -> None:
     """A validation without labels is NaN, an overflowing one is Inf, and one batch explodes."""
     columns = columns_of(40)
@@ -97,6 +99,7 @@ def test_what_is_in_the_curves(figures: list[Figure], tmp_path: Path) -> None:
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.25, 0.25]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps(tmp_path: Path, figures: list[Figure]) -> None:
     steps, rng = 100_000, np.random.default_rng(0)
     columns = {"step": np.arange(1, steps + 1), "train/loss": rng.random(steps)}
@@ -114,6 +117,7 @@ def test_a_hundred_thousand_steps(tmp_path: Path, figures: list[Figure]) -> None
     assert columns_at_the_top[-1] == pytest.approx(756, abs=8)
 
 
+@pytest.mark.slow
 def test_many_runs_have_different_colours(figures: list[Figure], tmp_path: Path) -> None:
     compare_runs({f"${n}": columns_of(20) for n in range(12)}, tmp_path / "many.png")
     assert len({tuple(x.get_color()) for x in figures[0].axes[0].lines}) == 12

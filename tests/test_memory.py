@@ -65,6 +65,7 @@ def test_weights_and_optimizer_state_are_exact(optimizer: str, copies: int) -> N
     assert of.gradients == exact  # those of the last step exist during the forward pass
 
 
+@pytest.mark.slow
 def test_kept_activations_are_those_counted_by_hand() -> None:
     """VGG-11 on 512x512 in float32: what the backward pass needs of the stages, at its beginning.
 
@@ -83,6 +84,7 @@ def test_kept_activations_are_those_counted_by_hand() -> None:
     assert count < lived < count + head
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_exactly_until_it_does_not_fit() -> None:
     tiny = "model.backbone=vgg_tiny"
     config = settings("data.crop_size=512", tiny)
@@ -163,6 +165,7 @@ def test_advice_names_what_helps_and_nothing_else() -> None:
         assert useless not in text.partition("\n")[2]
 
 
+@pytest.mark.slow
 def test_image_is_the_crop_or_the_largest() -> None:
     assert image_size(settings("data.crop_size=[64,96]").data) == (64, 96)
     assert image_size(settings("data.crop_size=null").data) == (96, 96)  # that of data=shapes
@@ -213,6 +216,7 @@ def test_command_refuses_wrong_settings_in_short(
     assert said in first
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_a_second_set_of_them() -> None:
     config = settings(*WIDE)
     config.callbacks = {"ema": {"decay": 0.99}}

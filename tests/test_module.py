@@ -302,6 +302,7 @@ def test_share_of_time_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.time_used() == 0
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

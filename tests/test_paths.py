@@ -129,6 +129,7 @@ def test_stages(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
     assert cfg.data.dataset.images == f"images {NAME}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["hydra.run.dir=file/x"], ["-m", "hydra.sweep.dir=file/x"]])
 def test_folders_that_hydra_cannot_make(
     command: list[str], call: Call, capsys: pytest.CaptureFixture[str]

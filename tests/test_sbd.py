@@ -80,6 +80,7 @@ def test_augmented(root: Path) -> None:
     assert val[0]["mask"].equal(VOC2012(root=root, split="val")[0]["mask"])
 
 
+@pytest.mark.slow
 def test_paper(root: Path) -> None:
     train = SBD(root=root, split="train")
     assert train.ids == sorted(TRAIN)

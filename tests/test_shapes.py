@@ -83,6 +83,7 @@ def test_void_lies_between_labels(masks: Tensor) -> None:
     assert 0.03 < (masks == 255).float().mean() < 0.12  # thin
 
 
+@pytest.mark.slow
 def test_thin_parts(masks: Tensor) -> None:
     for name in (*SOLID, *THIN):
         labels = (masks == Shapes.classes.index(name)).float()  # (P, 96, 96)
@@ -93,6 +94,7 @@ def test_thin_parts(masks: Tensor) -> None:
             assert core.sum() > 0.2 * labels.sum()
 
 
+@pytest.mark.slow
 def test_colour_does_not_give_the_class_away() -> None:
     data = Shapes(split="train")
     sums, counts = torch.zeros(8, 3), torch.zeros(8)

@@ -82,6 +82,7 @@ def test_config_is_resolved(finished_run: Path) -> None:
     assert list(OmegaConf.load(finished_run / "overrides.yaml")) == list(FINISHED)
 
 
+@pytest.mark.slow
 def test_seed_decides_a_run(tmp_path: Path, finished_run: Path) -> None:
     torch.manual_seed(99)
     train_tiny(tmp_path / "same", *FINISHED)
@@ -131,6 +132,7 @@ def test_errors_are_short(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +194,7 @@ def test_optuna(
     assert results.best_value == max(scores)
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_job_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +207,7 @@ def test_sweep_goes_on_after_a_job_that_fails(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.slow
 def test_finer_stride_starts_from_a_coarser_checkpoint(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

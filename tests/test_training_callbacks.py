@@ -179,6 +179,7 @@ def test_no_checkpoint_is_made_of_a_diverged_network() -> None:
         recorder.statistics.state_dict()
 
 
+@pytest.mark.slow
 def test_run_that_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls = tmp_path / "run", 0
     loss = SegmentationModule.loss
@@ -212,6 +213,7 @@ def test_accumulated_steps_of_a_run(finished_run: Path) -> None:
     assert read_column(rows, "val/miou")[0] == [2, 4]
 
 
+@pytest.mark.slow
 def test_pictures(finished_run: Path) -> None:
     panels = sorted((finished_run / "panels").glob("step_*"))
     assert [path.name for path in panels] == ["step_0000002.png", "step_0000004.png"]
@@ -308,6 +310,7 @@ def test_stopped_in_the_last_validation(
     assert (run / "panels" / "step_0000004.png").exists()
 
 
+@pytest.mark.slow
 def test_time_is_up_between_accumulated_batches(tmp_path: Path) -> None:
     summary = train_tiny(
         tmp_path / "run",

@@ -108,6 +108,7 @@ def test_early_stopping(
     assert validated(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_the_least_number_of_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_own_callback(tmp_path: Path) -> None:
     assert read_checkpoint(last_checkpoint(run))["callbacks"]["Own"]["count"] == 11
 
 
+@pytest.mark.slow
 def test_own_checkpoints(tmp_path: Path) -> None:
     """Lightning's own ModelCheckpoint writes beside ours."""
     options = ["+callbacks.own._target_=pytorch_lightning.callbacks.ModelCheckpoint"]
@@ -162,6 +164,7 @@ def test_own_checkpoints(tmp_path: Path) -> None:
     assert names == {"best.ckpt", "last.ckpt", "own.ckpt"}
 
 
+@pytest.mark.slow
 def test_null_removes_an_entry(tmp_path: Path) -> None:
     names = ("panels", "score_table", "wandb_scores", "progress_bar", "best_checkpoint")
     train_tiny(tmp_path / "run", *(f"callbacks.{name}=null" for name in names))
@@ -170,6 +173,7 @@ def test_null_removes_an_entry(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -208,6 +212,7 @@ def test_entries_that_cannot_be(tmp_path: Path, options: list[str], message: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_own_logger_gets_everything(tmp_path: Path) -> None:
     cfg = compose_config(
         "train",
@@ -248,6 +253,7 @@ def test_several_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert folders == [tmp_path / "a" / "b", tmp_path / "tensorboard"]
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
     """Where its package is missing, one line says what to install."""
     try:

@@ -94,6 +94,7 @@ def test_killed_while_a_row_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_metrics(log.path) == [{"step": "8", "train/loss": "2.0", "val/miou": "0.5"}]
 
 
+@pytest.mark.slow
 def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
     path, rows = tmp_path / "metrics.csv", 10_000
     path.write_text("step,train/loss\n" + "".join(f"{step},0.5\n" for step in range(1, rows + 1)))

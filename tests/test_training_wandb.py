@@ -88,6 +88,7 @@ def warned(run: Path, why: str) -> None:
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_unreachable(tmp_path: Path, service: Service) -> None:
     service.begins = ("offline",)
     warned(tmp_path / "run", "the server does not answer")

@@ -36,6 +36,7 @@ def test_widths_of_a_thin_vgg() -> None:
     assert stages[0](torch.zeros(1, 3, 7, 9)).shape == (1, 4, 4, 5)  # rounded up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_stages_equal_torchvision_after_each_pool(backbone: str) -> None:
     with torch.device("meta"):

@@ -25,6 +25,7 @@ def write_run(run: Path, columns: Columns, *overrides: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_several_runs_in_one_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,7 @@ def test_real_features(caplog: pytest.LogCaptureFixture) -> None:
 # ---- our own checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["score", "feature"])
 @pytest.mark.parametrize(
     ("coarse", "fine", "pools"),
