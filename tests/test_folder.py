@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from fcn.datasets import SegmentationDataset
 from fcn.datasets.folder import Folder
+from fcn.datasets.reading import missing_allowed
 from fcn.errors import ConfigError, DataError
 
 CLASSES = ["ground", "cat", "dog"]
@@ -217,8 +218,16 @@ def test_lists(root: Path) -> None:
     (root / "masks" / "photo 09.png").unlink()  # it is in no list, so that nobody misses it
     assert opened(root, "train", **settings).ids == NAMES[:2]
     (lists / "train.txt").write_text("photo 00\nphoto 99\n")
-    with pytest.raises(DataError, match=r"1 of 2 images missing, the first .*images/photo 99\.\*"):
+    with pytest.raises(DataError, match=r"train\.txt: 1 of its 2 ids have no file, .*'photo 99'"):
         opened(root, "train", **settings)
+    with missing_allowed():  # as the check opens it
+        data = opened(root, "train", **settings)
+    for read in (data.read_labels, lambda i: data.appearance(data.pairs[data.ids[i]][1])):
+        read(0)
+        with pytest.raises(
+            DataError, match=r"99\.\*: there is no such file, but .*train\.txt names"
+        ):
+            read(1)
     with pytest.raises(DataError, match=r"none\.txt.*No such file"):
         opened(root, "train", train="none.txt")
 
@@ -246,6 +255,32 @@ def test_folders(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
+@pytest.mark.parametrize("names", ["train val test", "Training validation Test", "train valid x"])
+def test_names_of_the_folders(tmp_path: Path, layout: str, names: str) -> None:
+    for split in names.split():
+        for folder in ("images", "masks"):
+            write(tmp_path / layout.format(folder=folder, split=split), "a", MASK)
+    assert opened(tmp_path, "train").ids == ["train/a"]
+    val = opened(tmp_path, "val")
+    assert val.ids == ["val/a"]
+    assert np.array_equal(val[0]["mask"], MASK)
+    assert len(opened(tmp_path, "all")) == (2 if "x" in names else 3)
+    (tmp_path / layout.format(folder="masks", split="val")).mkdir(parents=True, exist_ok=True)
+    if "val" not in names.split():
+        with pytest.raises(DataError, match=r"val.* are of one split; keep one"):
+            opened(tmp_path, "val")
+
+
+@pytest.mark.parametrize("names", ["train", "aachen ulm", "train/aachen val/ulm"])
+def test_folders_that_are_not_read(tmp_path: Path, names: str) -> None:
+    for name in names.split():
+        for folder in ("images", "masks"):
+            write(tmp_path / folder / name, "a", MASK)
+    with pytest.raises(DataError, match=r"no picture in this folder, but .* named train and val"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
 def test_a_folder_for_each_split(tmp_path: Path, layout: str) -> None:
     for split, number in (("train", 3), ("val", 2), ("test", 1)):
         for i in range(number):  # the same names in each split
@@ -270,7 +305,8 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str) -> None:
         opened(tmp_path, "val")
 
 
-def test_one_folder_and_suffixes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["a", "a_sat", "a_sat.jpg"])
+def test_one_folder_and_suffixes(tmp_path: Path, line: str) -> None:
     for name in ("a", "b"):
         write(tmp_path, name, Image.new("RGB", (12, 8)), "jpg")
         write(tmp_path, f"{name}_mask", MASK)
@@ -279,7 +315,7 @@ def test_one_folder_and_suffixes(tmp_path: Path) -> None:
     assert data.ids == ["a", "b"]
     assert np.array_equal(data[1]["mask"], MASK)
     (tmp_path / "a.jpg").rename(tmp_path / "a_sat.jpg")
-    (tmp_path / "val.txt").write_text("a_sat.jpg")
+    (tmp_path / "val.txt").write_text(line)
     both = here | {"image_suffix": "_sat", "mask_suffix": "_mask", "val": "val.txt"}
     assert opened(tmp_path, "val", **both).ids == ["a"]
     with pytest.raises(DataError, match=r"1 of 1 images missing, the first .*b_sat\.\*"):
@@ -306,11 +342,17 @@ def test_forms_of_unicode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_lists_as_other_systems_write_them(root: Path, encoding: str) -> None:
-    text = "images\\photo 01.JPEG\r\nC:\\data/images/photo 04.jpg\r\n photo 07\r\n"
+    text = (
+        "# chosen by hand\r\nimages\\photo 01.JPEG\r\nC:\\data/images/photo 04.jpg\r\n photo 07\r\n"
+    )
     if encoding in ("utf-16-le", "utf-16-be"):
         text = "\ufeff" + text
     (root / "val.txt").write_bytes(text.encode(encoding))
     assert opened(root, "val", val="val.txt").ids == ["photo 01", "photo 04", "photo 07"]
+    if encoding.startswith("utf-16-"):
+        (root / "val.txt").write_bytes(text[1:].encode(encoding))
+        with pytest.raises(DataError, match=r"val\.txt: .*not in UTF-8"):
+            opened(root, "val", val="val.txt")
 
 
 @pytest.mark.parametrize("second", ["photo 01", "photo 01.JPEG", "images/photo 01.JPEG"])

@@ -12,7 +12,8 @@ settings there; the data is then `data=<name>`. On disk:
 
 Instead of lists there may be a folder for each split: <images>/train and <images>/val with
 <masks>/train and <masks>/val, or train/<images>, val/<images> and so on. Ids are then "train/<id>"
-and "val/<id>". A folder "test" beside them is the split `test`.
+and "val/<id>". A folder "test" beside them is the split `test`. Other names of these folders are
+"training", "valid", "validation" and "testing".
 """
 
 import hashlib
@@ -164,6 +165,7 @@ class Folder(reading.Pairs):
                 "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
             )
         names = sorted(found | of_masks.keys())
+        self._listed = ""  # what has asked for a file that is missing
         given = {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
         if not lists and "" in of_images.parts:
@@ -171,6 +173,15 @@ class Folder(reading.Pairs):
         ids = _splits(names, list(of_images.parts), lists)[split]
         if not ids:
             raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
+        if given.get(split):
+            file = base / str(given[split])
+            self._listed = f", but {file} names it"
+            missing = [name for name in ids if name not in of_images and name not in of_masks]
+            if missing:
+                text = (
+                    f"{len(missing)} of its {len(ids)} ids have no file, the first '{missing[0]}'"
+                )
+                reading.refuse_missing(f"{file}: {text}")
         pairs = {name: (of_images.path(name), of_masks.path(name)) for name in ids}
         super().__init__(pairs, value_range=value_range, max_pixels=max_pixels)
 
@@ -208,6 +219,8 @@ class Folder(reading.Pairs):
         return labels[place]  # (H, W)
 
     def _read_picture(self, path: Path) -> Image.Image:
+        if path.suffix == ".*":
+            raise DataError(f"{path}: there is no such file{self._listed}")
         return reading.read_picture(path, "mask", max_pixels=self.max_pixels)
 
     def _holds_labels(self, picture: Image.Image) -> bool:
@@ -279,6 +292,11 @@ def _colour_text(number: int) -> str:
     return str(number // 0x10101)
 
 
+# How ids begin if each split has a folder, by the names of these folders, in any case.
+PARTS = {"train": "train/", "training": "train/", "test": "test/", "testing": "test/"}
+PARTS |= {"val": "val/", "valid": "val/", "validation": "val/"}
+
+
 class Files(dict[str, Path]):
     """The images, or the masks, by their ids.
 
@@ -296,11 +314,14 @@ class Files(dict[str, Path]):
         one = base / Path(folder).expanduser()
         self.suffix, self.parts = suffix, {"": one}
         for inside in (True, False):
-            parts = {}
-            for split in ("train", "val", "test"):
-                path = one / split if inside else base / split / folder
-                if path.is_dir() and path != one:  # they are equal if `folder` is absolute
-                    parts[f"{split}/"] = path
+            parts: dict[str, Path] = {}
+            for entry in sorted((one if inside else base).glob("*")):
+                part = PARTS.get(entry.name.lower(), "")
+                path = entry if inside else entry / folder
+                if part and path.is_dir() and path != one:  # equal if `folder` is absolute
+                    if part in parts:
+                        raise DataError(f"{parts[part]} and {path} are of one split; keep one")
+                    parts[part] = path
             if {"train/", "val/"} <= parts.keys():
                 if any(map(is_picture, one.glob("*"))):
                     raise DataError(f"{one}: there are pictures outside of train and val too")
@@ -334,8 +355,15 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
             files[name] = path
     if not files:
         which = f" whose name ends with {suffix}" if suffix else ""
-        others = [path.name for path in sorted(folder.glob("[!.]*")) if not is_picture(path)]
-        why = f"; {others[0]}: {why_no_picture(PurePath(others[0]))}" if others else ""
+        entries = sorted(folder.glob("[!.]*"))
+        folders = [path.name for path in entries if path.is_dir()]
+        others = [path for path in entries if not is_picture(path)]
+        why = f"; {others[0].name}: {why_no_picture(others[0])}" if others else ""
+        if folders:
+            why = (
+                f", but the folder {folders[0]}. Pictures in folders of it are read only if these "
+                "are named train and val (or training, and valid or validation) and both are there"
+            )
         raise DataError(f"{folder.absolute()}: there is no picture{which} in this folder{why}")
     return files
 
@@ -345,7 +373,7 @@ def _read_list(file: Path, suffix: str) -> list[str]:
     ids = []
     for line in reading.read_lines(file.expanduser()):
         name = PurePath(re.split(r"[/\\]", unicodedata.normalize("NFC", line))[-1])
-        ids.append(name.stem.removesuffix(suffix) if is_picture(name) else name.name)
+        ids.append((name.stem if is_picture(name) else name.name).removesuffix(suffix))
     reading.check_once(ids, file)
     return ids
 

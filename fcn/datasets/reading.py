@@ -53,7 +53,7 @@ class MismatchedSizeError(DataError):
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text list, without blank ones.
+    """The lines of a text list, without blank ones and comments, which begin with "#".
 
     Raises:
         DataError: the list cannot be read, or is empty.
@@ -64,7 +64,9 @@ def read_lines(path: Path) -> list[str]:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot read this list of ids: {reason(e)}") from e
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "\0" in text:
+        raise DataError(f"{path}: cannot read this list of ids: it is not in UTF-8; save it so")
+    lines = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
     if not lines:
         raise DataError(f"{path}: this list of ids is empty")
     return lines
