@@ -165,7 +165,6 @@ class Folder(reading.Pairs):
                 "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
             )
         names = sorted(found | of_masks.keys())
-        self._listed = ""  # what has asked for a file that is missing
         given = {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
         if not lists and "" in of_images.parts:
@@ -173,15 +172,11 @@ class Folder(reading.Pairs):
         ids = _splits(names, list(of_images.parts), lists)[split]
         if not ids:
             raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
-        if given.get(split):
-            file = base / str(given[split])
-            self._listed = f", but {file} names it"
-            missing = [name for name in ids if name not in of_images and name not in of_masks]
-            if missing:
-                text = (
-                    f"{len(missing)} of its {len(ids)} ids have no file, the first '{missing[0]}'"
-                )
-                reading.refuse_missing(f"{file}: {text}")
+        self._list = base / str(given.get(split))
+        self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
+        if self._nowhere:
+            count = f"{len(self._nowhere)} of {len(ids)} ids"
+            reading.refuse_missing(f"{self._list}: no file of '{self._nowhere[0]}' ({count})")
         pairs = {name: (of_images.path(name), of_masks.path(name)) for name in ids}
         super().__init__(pairs, value_range=value_range, max_pixels=max_pixels)
 
@@ -210,7 +205,7 @@ class Folder(reading.Pairs):
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             hint = reading.jpeg_hint(path)
             if self._void is not None and _number(*[self._void] * 3) in unknown:
-                hint = f"; data.dataset.void={[self._void] * 3} is the colour of void pixels"
+                hint = f"; if these are void, data.dataset.void=[{','.join([str(self._void)] * 3)}]"
             elif picture.mode == "P":
                 hint = "; null if the mask holds labels"
             message = f"{path}: not in data.dataset.palette: {found}{more}{hint}"
@@ -218,9 +213,16 @@ class Folder(reading.Pairs):
         labels = np.array([self._colours[c] for c in known.tolist()], np.uint8)
         return labels[place]  # (H, W)
 
+    def check_listed(self, index: int) -> None:
+        """Refuse an id of a list that has neither an image nor a mask.
+
+        Raises:
+            DataError: it is such an id.
+        """
+        if self.ids[index] in self._nowhere:
+            raise DataError(f"{self._list}: no file of '{self.ids[index]}'")
+
     def _read_picture(self, path: Path) -> Image.Image:
-        if path.suffix == ".*":
-            raise DataError(f"{path}: there is no such file{self._listed}")
         return reading.read_picture(path, "mask", max_pixels=self.max_pixels)
 
     def _holds_labels(self, picture: Image.Image) -> bool:

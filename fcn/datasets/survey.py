@@ -102,6 +102,8 @@ class Survey:
 
     def _note(self, index: int, pair: Pair) -> None:
         data: Any = self.data
+        if isinstance(data, Folder):
+            data.check_listed(index)
         if isinstance(data, Pairs):
             image, mask = data.pairs[data.ids[index]]
             kind = image_type(image, max_pixels=data.max_pixels)
