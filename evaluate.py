@@ -59,7 +59,8 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
             refuse(key, cfg[key], "a group of settings")
     check_whole("report.images", cfg.report.images)
 
-    from fcn.checkpoint import find_checkpoint, without_targets
+    from fcn.checkpoint import find_checkpoint, image_type, without_targets
+    from fcn.datasets.reading import Pairs
     from fcn.evaluation.candidate import check_classes, checkpoint_data, open_candidate
     from fcn.evaluation.folder import FILES, write_folder
     from fcn.evaluation.result import score
@@ -88,15 +89,18 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     check_classes(candidates, datamodule.classes)
     datamodule.prepare_data()
     split, images = datamodule.open(cfg.split), cfg.report.images
+    expected = image_type(candidates[0].checkpoint)
+    if expected and "_target_" not in data and isinstance(split, Pairs):
+        split.image_type = expected  # and not that of the split's first image
     name = "comparison" if cfg.compare else "evaluation"
     output = Path(cfg.output or output_folder(candidates[0].path, name)).expanduser()
-    create_folder(output, *FILES)
-    results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
-    for m in [result.metrics for result in results]:
-        m.update(split=cfg.split, tta=tta, tile=cfg.tile, data=settings)
-        print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
-        print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
-    metrics = write_folder(output, results, split, images=images, command=command)
+    with create_folder(output, *FILES):
+        results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
+        for m in [result.metrics for result in results]:
+            m.update(split=cfg.split, tta=tta, tile=cfg.tile, data=settings)
+            print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
+            print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
+        metrics = write_folder(output, results, split, images=images, command=command)
     print(f"See {output / 'report.html'}")
     return metrics
 

@@ -48,8 +48,8 @@ def export(cfg: DictConfig) -> Path:
     path = export_path(cfg.output, ckpt, cfg.format)
     module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
     if cfg.format == "safetensors":
-        create_folder(path.parent, path.name)
-        write_safetensors(checkpoint, module.state_dict(), path)
+        with create_folder(path.parent, path.name):
+            write_safetensors(checkpoint, module.state_dict(), path)
         says = "takes the place of a checkpoint"
     else:
         value_range, _ = image_settings(ckpt, checkpoint)

@@ -68,17 +68,17 @@ def predict(cfg: DictConfig) -> Path:
         jobs, left_out = photos.find_photos(cfg.input, output)
     flip, scales = (OmegaConf.select(cfg, f"tta.{name}") for name in ("flip", "scales"))
     network = TestTime(predictor.scores, flip=flip, scales=scales, tile=cfg.tile)
-    create_folder(output)
-
     started = time.perf_counter()
-    failed = predict_files(
-        jobs,
-        network,
-        predictor.write_mask if voc else predictor.write_results,
-        batch_size=cfg.batch_size,
-        value_range=predictor.value_range,
-        max_pixels=cfg.max_pixels or MAX_PIXELS,
-    )
+    with create_folder(output):
+        failed = predict_files(
+            jobs,
+            network,
+            predictor.write_mask if voc else predictor.write_results,
+            batch_size=cfg.batch_size,
+            value_range=predictor.value_range,
+            expected=predictor.image_type,
+            max_pixels=cfg.max_pixels or MAX_PIXELS,
+        )
     speed = len(jobs) / (time.perf_counter() - started)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} images, {speed:.2f} a second; see {output}")
     print(*photos.describe(left_out), sep="\n", end="\n" if left_out else "")

@@ -15,6 +15,7 @@ A checkpoint is a dict with at least these entries:
     hyper_parameters  the arguments of `SegmentationModule`
     config            the run's settings as plain values. Where the run's config.yaml has a
                       `_target_`, which Hydra calls, this has a `class`, which is only a name.
+                      And `image_type`, the type of the training images (see `image_type`).
     precision         such as "bf16-mixed"
     global_step       the number of optimizer steps that were taken
 
@@ -37,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write
@@ -219,6 +221,16 @@ def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("dataset"), dict):
         raise WeightsError(f"{path} has no data settings; choose the data with data=...")
     return {name: value for name, value in data.items() if name != "class"}
+
+
+def image_type(checkpoint: Mapping[str, Any]) -> str | None:
+    """The type of the images that a network was trained on: "8-bit", "16-bit" or "float".
+
+    None: it is not known, as of older checkpoints, or these were no files.
+    """
+    config = checkpoint["config"]
+    name = str(config.get("image_type")) if isinstance(config, dict) else ""
+    return name if name in FULL_RANGE else None
 
 
 def without_targets(config: Any) -> Any:

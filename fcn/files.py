@@ -68,8 +68,11 @@ def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
             raise
 
 
-def create_folder(folder: Path, *names: str) -> None:
+@contextmanager
+def create_folder(folder: Path, *names: str) -> Iterator[None]:
     """Create a folder for results, and see that they can be written, before the work is done.
+
+    If the folder is new, and nothing was written when the work ends, it is removed again.
 
     Args:
         folder: the value of the setting `output`.
@@ -78,15 +81,23 @@ def create_folder(folder: Path, *names: str) -> None:
     Raises:
         ConfigError: the folder cannot be made or written, or one of the files cannot.
     """
+    new: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output={folder}: {reason(error)}") from error
-    for path in (folder / name for name in names):
-        if path.is_dir():
-            raise ConfigError(f"output={path}: there is a folder of this name")
+        try:
+            new = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"output={folder}: {reason(error)}") from error
+        for path in (folder / name for name in names):
+            if path.is_dir():
+                raise ConfigError(f"output={path}: there is a folder of this name")
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

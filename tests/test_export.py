@@ -33,7 +33,8 @@ def run(ckpt: Path, output: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"dataset": {"class": "fcn.datasets.folder.Folder", "value_range": [0, 4095]}}
-    return write_checkpoint(tmp_path_factory.mktemp("exported") / "best.ckpt", data=data)
+    folder = tmp_path_factory.mktemp("exported")
+    return write_checkpoint(folder / "best.ckpt", data=data, image_type="16-bit")
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +108,8 @@ def test_prediction_with_an_onnx_file(tmp_path: Path, ckpt: Path, onnx_file: Pat
     assert np.mean(masks[0][0] == masks[1][0]) > 0.999
     assert masks[0][1] == masks[1][1]
     for source in (ckpt, onnx_file):  # a program reads an image as the checkpoint does
-        assert load_predictor(source, "cpu").value_range == [0, 4095]
+        predictor = load_predictor(source, "cpu")
+        assert (predictor.value_range, predictor.image_type) == ([0, 4095], "16-bit")
     with pytest.raises(ConfigError, match="an ONNX file runs with device=cpu precision=32-true"):
         load_predictor(onnx_file, "cpu", "bf16-mixed")
 

@@ -19,6 +19,7 @@ from fcn.files import (
     SUFFIX,
     LockedError,
     atomic_write,
+    create_folder,
     is_locked,
     lock,
     remove_parts,
@@ -160,6 +161,18 @@ def test_message_of_a_file_that_is_open_on_windows(
 def test_writing_leaves_other_errors_alone(tmp_path: Path) -> None:
     with pytest.raises(KeyError), writing(tmp_path / "a"):
         raise KeyError("a")
+
+
+def test_a_folder_for_results(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder, kept in (("old", True), ("old/new", False), ("new/a", False), ("full", True)):
+        with pytest.raises(KeyError), create_folder(tmp_path / folder):
+            assert (tmp_path / folder).is_dir()
+            if folder == "full":
+                (tmp_path / folder / "x").touch()
+            raise KeyError
+        assert (tmp_path / folder).exists() == kept, folder
+    assert not (tmp_path / "new").exists()
 
 
 def test_text_and_json(tmp_path: Path) -> None:

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, compose_config, write_tiny_voc
+from conftest import PROJECT, TINY, compose_config, write_tiny_voc
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-from fcn.checkpoint import find_checkpoint, read_checkpoint
+from evaluate import evaluate
+from fcn.checkpoint import (
+    best_checkpoint,
+    find_checkpoint,
+    read_checkpoint,
+    write_safetensors,
+)
 from fcn.cli import quoted
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
@@ -25,6 +31,7 @@ from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.precision import cast_weights
 from predict import predict
+from train import train
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -38,11 +45,12 @@ def write_checkpoint(
     class_names: Sequence[str] = Shapes.classes,
     palette: Sequence[Sequence[int]] | None = Shapes.palette,
     data: dict[str, Any] | None = None,
+    image_type: str | None = None,
 ) -> Path:
     """A checkpoint with what a run's holds, of a network with random scores: it finds all classes.
 
     Args:
-        data: the run's data settings.
+        data, image_type: the run's data settings, and the type of its training images.
     """
     torch.manual_seed(0)
     colours = None if palette is None else [list(colour) for colour in palette]
@@ -57,7 +65,8 @@ def write_checkpoint(
     for layer in (module.network.score, *module.network.skips.values()):
         nn.init.normal_(layer.weight, std=0.1)  # type: ignore[arg-type]
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    checkpoint |= {"config": {"data": data or {}}, "precision": "32-true", "global_step": 3}
+    config = {"data": data or {}, "image_type": image_type}
+    checkpoint |= {"config": config, "precision": "32-true", "global_step": 3}
     torch.save(checkpoint, path)
     return path
 
@@ -105,6 +114,7 @@ def test_results_of_a_photograph(tmp_path: Path, ckpt: Path) -> None:
         assert (distance < 12).sum() > 30
 
 
+@pytest.mark.slow
 def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "odd ${x} [1] name"
     names = ["a/x.jpg", "b/x.jpg", "b/x.png", "b/x.jpg.png", "b/c/x.JPG", "it's = {ä,ö}.webp"]
@@ -141,6 +151,7 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
         assert len(left_out) == 14
 
 
+@pytest.mark.slow
 def test_image_above_the_limit_of_pixels(tmp_path: Path, ckpt: Path) -> None:
     """Pillow would call it a decompression bomb."""
     photo = tmp_path / "x.tif"
@@ -174,6 +185,42 @@ def test_voc_folder(tmp_path: Path, voc_ckpt: Path, tiny_voc: Path) -> None:
     assert [path.name for path in found] == ["2007_000032.png"]
     with pytest.raises(DataError, match=r"none\.txt"):
         run(voc_ckpt, "format=voc", f"output={tmp_path}", "split=none")
+
+
+@pytest.mark.slow
+def test_images_of_another_type_than_in_training(tmp_path: Path) -> None:
+    """The type is in the checkpoint and in files of export.py; what is refused leaves no folder."""
+    values = np.random.default_rng(0).integers(0, 4096, (8, 40, 50))
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i, array in enumerate(values):
+        Image.fromarray(array.astype(np.uint16)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray((array > 2000).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    data = ["data=folder", f"data.root={tmp_path}", "data.dataset.value_range=[0,4095]"]
+    tiny = [o for o in TINY if not o.startswith("data")]
+    cfg = compose_config("train", *tiny, *data, "data.dataset.classes=[a,b]", "data.num_workers=0")
+    train(cfg, tmp_path / "run")
+    best = best_checkpoint(tmp_path / "run")
+    module, checkpoint = SegmentationModule.load_from_checkpoint(best), read_checkpoint(best)
+    handed_on = tmp_path / "handed_on.safetensors"
+    write_safetensors(checkpoint, module.state_dict(), handed_on)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray((values[0] / 4095).astype(np.float32)).save(photos / "float.tif")
+    for path in (best, handed_on):
+        assert load_predictor(path, "cpu").image_type == "16-bit"
+        with pytest.raises(DataError, match=r"float, but the type of the training images is 16"):
+            run(path, f"input={photos}", f"output={tmp_path / 'new' / 'out'}")
+        run(path, f"input={tmp_path / 'images' / '0.png'}", f"output={tmp_path / path.suffix}")
+    for path in list((tmp_path / "images").iterdir()):
+        path.with_suffix(".tif").write_bytes((photos / "float.tif").read_bytes())
+        path.unlink()
+    with pytest.raises(DataError, match="float, but the type of the training images is 16-bit"):
+        evaluate(compose_config("evaluate", f"ckpt={best}", f"output={tmp_path / 'new'}"))
+    assert not (tmp_path / "new").exists()
+    old = write_checkpoint(tmp_path / "old.ckpt")
+    assert load_predictor(old, "cpu").image_type is None
+    run(old, f"input={photos}", f"output={tmp_path / 'old'}")
 
 
 def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_checkpoint_calls_nothing(finished_run: Path) -> None:
     config = torch.load(last_checkpoint(finished_run), weights_only=True)["config"]
     assert "_target_" not in str(config)
     assert config["data"]["dataset"]["class"] == "fcn.datasets.shapes.Shapes"
+    assert config["image_type"] is None  # as these images are no files
 
 
 def test_progress_bar(tmp_path: Path) -> None:

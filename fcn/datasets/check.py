@@ -15,7 +15,6 @@ or by its content: two files are one image if their pixels are equal once decode
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +141,7 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
 
     Args:
         datamodule: opens the splits.
-        output: the folder for data_check.png. It is not kept if there are no samples to draw.
+        output: the folder for data_check.png. A new one is not kept if there are no samples.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -150,7 +149,12 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
     Returns:
         The number of errors.
     """
-    create_folder(output, "data_check.png")
+    with create_folder(output, "data_check.png"):
+        return _print_errors(_report(datamodule, output))
+
+
+def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataError]:
+    """Read both splits, print and draw what is found; return what is wrong."""
     surveys: list[Survey] = []
     errors: list[DataError] = []
     for split in (datamodule.train_split, datamodule.val_split):
@@ -183,9 +187,7 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
                 f"warning: {turned} images are turned by EXIF and their masks are not: look at "
                 "data_check.png whether they fit"
             )
-    with suppress(OSError):
-        output.rmdir()  # if it is empty
-    return _print_errors(errors)
+    return errors
 
 
 def _print_errors(errors: Sequence[DataError]) -> int:

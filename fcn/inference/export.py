@@ -121,8 +121,7 @@ def export_program(
         "step": (checkpoint or {}).get("global_step"),
     }
     metadata = {name: json.dumps(about[name]) for name in METADATA}
-    create_folder(path.parent, path.name)
-    with atomic_write(path) as part:
+    with create_folder(path.parent, path.name), atomic_write(path) as part:
         (_write_onnx if onnx else _write_torch)(exported, part, metadata)
         return compare(open_session(part)[0] if onnx else _read_torch(part), network)
 

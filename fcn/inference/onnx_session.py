@@ -1,6 +1,6 @@
 """Running an ONNX file that export.py has written, as predict.py and evaluate.py do.
 
-    scores, class_names, palette, value_range = open_onnx(Path("export/best.onnx"))
+    scores, class_names, palette, value_range, kind = open_onnx(Path("export/best.onnx"))
     logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
     checkpoint, network = open_onnx_checkpoint(Path("export/int8.onnx"))
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fcn.checkpoint import image_type
 from fcn.errors import ConfigError, WeightsError
 from fcn.inference.tiles import Scores
 
@@ -28,12 +29,13 @@ NEW = dict.fromkeys(("value_range", "config", "step"), "null")  # older files do
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
 
 
-def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any]:
-    """The network of an ONNX file, and three facts that export.py has put beside it.
+def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any, str | None]:
+    """The network of an ONNX file, and four facts that export.py has put beside it.
 
     Returns:
         The scores; the names of the classes; their colours, or None; and the values of an image's
-        file that are black and white, or None, as `fcn.datasets.pictures.read_image` takes them.
+        file that are black and white, and the type of an image's values, each of them or None, as
+        `fcn.datasets.pictures.read_image` takes them.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -45,6 +47,7 @@ def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any]:
         about["class_names"],
         about["palette"],
         about["value_range"],
+        image_type(about),
     )
 
 

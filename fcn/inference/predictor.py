@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fcn.checkpoint import data_settings, read_checkpoint
+from fcn.checkpoint import image_type as checkpoint_image_type
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, image_type, read_image
 from fcn.datasets.value_range import Range, check_range, range_problem
 from fcn.datasets.voc2012 import voc_palette
@@ -61,6 +62,7 @@ class Predictor:
         palette: K colours (R, G, B), 0 to 255. None stands for VOC's.
         value_range: the values of an image's file that are black and white for the network; see
             `fcn.datasets.pictures.read_image`.
+        image_type: the type that an image's file must have. None: any.
         data_root: where the run that trained the network had its data, if that is known.
     """
 
@@ -68,6 +70,7 @@ class Predictor:
     class_names: Sequence[str]
     palette: Sequence[Sequence[int]] | None
     value_range: Range | None = None
+    image_type: str | None = None
     data_root: str | None = None
 
     def __post_init__(self) -> None:
@@ -142,7 +145,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
 
     value_range, root = image_settings(path, checkpoint)
     palette = module.hparams.get("palette")
-    return Predictor(scores, module.class_names, palette, value_range, root)
+    kind = checkpoint_image_type(checkpoint)
+    return Predictor(scores, module.class_names, palette, value_range, kind, root)
 
 
 def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
@@ -186,6 +190,7 @@ def predict_files(
     *,
     batch_size: int = 1,
     value_range: Range | None = None,
+    expected: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[Path, str]:
     """Write the results of photographs. Photographs of the same size share a batch.
@@ -195,7 +200,7 @@ def predict_files(
         network: predicts the mask of each image.
         write: a function that writes the results of one photograph.
         batch_size: images in a batch.
-        value_range, max_pixels: as for `fcn.datasets.pictures.read_image`.
+        value_range, expected, max_pixels: as for `fcn.datasets.pictures.read_image`.
 
     Returns:
         The photographs that could not be segmented or written, and why.
@@ -209,7 +214,7 @@ def predict_files(
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
     for path in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
-            pixels = read_image(path, value_range, max_pixels=max_pixels)
+            pixels = read_image(path, value_range, expected=expected, max_pixels=max_pixels)
         except DataError as error:
             failed[path] = str(error).removeprefix(f"{path}: ")
             continue

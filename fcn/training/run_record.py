@@ -13,7 +13,7 @@ from fcn.runs.versions import versions
 
 
 class RunRecord(Callback):
-    """Puts settings, versions and precision into each checkpoint.
+    """Puts settings, the type of the training images, versions and precision into each checkpoint.
 
     Args:
         config: the resolved configuration. In a checkpoint, its `_target_` entries are replaced by
@@ -26,6 +26,8 @@ class RunRecord(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["config"] = self.config
+        data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+        # Generated images have no type. predict.py refuses files of another type.
+        checkpoint["config"] = self.config | {"image_type": getattr(data, "image_type", None)}
         checkpoint["versions"] = versions()
         checkpoint["precision"] = str(trainer.precision)  # evaluate.py computes in the same one
