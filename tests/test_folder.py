@@ -94,7 +94,7 @@ def test_void(root: Path) -> None:
 
 
 def test_colours(root: Path) -> None:
-    settings = {"palette": PALETTE, "void": [255, 255, 255]}
+    settings: dict[str, Any] = {"palette": PALETTE, "void": [255, 255, 255]}
     picture = coloured()
     write(root / "masks", NAMES[0], picture)
     write(root / "masks", NAMES[1], picture.convert("RGBA"))

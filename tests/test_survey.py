@@ -107,7 +107,7 @@ def test_a_missing_class_beside_void_at_borders(tmp_path: Path) -> None:
     ],
 )
 def test_labels_among_masks_of_0_and_255(
-    tmp_path: Path, masks: list[np.ndarray], share: str
+    tmp_path: Path, masks: list[np.ndarray | Image.Image], share: str
 ) -> None:
     text = problem(opened(tmp_path, masks), tmp_path)
     assert share in text

@@ -156,15 +156,7 @@ class Folder(reading.Pairs):
         of_images, of_masks = Files(base, images, image_suffix), Files(base, masks, mask_suffix)
         if of_images == of_masks:
             refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
-        are_masks = set(of_masks.values())  # they may lie in the folder of the images
-        found = {name for name, path in of_images.items() if path not in are_masks}
-        if not found & of_masks.keys():
-            raise DataError(
-                f"{base / images}: no image has a mask of its name in {base / masks}; the first "
-                f"files are {min(of_images.values()).name} and {min(are_masks).name}. With "
-                "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
-            )
-        names = sorted(found | of_masks.keys())
+        names = _all_ids(of_images, of_masks)
         given = {"train": train, "val": val}
         lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
         if not lists and "" in of_images.parts:
@@ -313,7 +305,7 @@ class Files(dict[str, Path]):
     """
 
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
-        one = base / Path(folder).expanduser()
+        self.folder = one = base / Path(folder).expanduser()
         self.suffix, self.parts = suffix, {"": one}
         for inside in (True, False):
             parts: dict[str, Path] = {}
@@ -337,6 +329,23 @@ class Files(dict[str, Path]):
         part = name[: name.find("/") + 1]
         folder = self.parts.get(part, next(iter(self.parts.values())))
         return self.get(name, folder / f"{name.removeprefix(part)}{self.suffix}.*")
+
+
+def _all_ids(of_images: Files, of_masks: Files) -> list[str]:
+    """The ids of all images and masks, in order.
+
+    Raises:
+        DataError: no image has a mask.
+    """
+    are_masks = set(of_masks.values())  # they may lie in the folder of the images
+    found = {name for name, path in of_images.items() if path not in are_masks}
+    if not found & of_masks.keys():
+        raise DataError(
+            f"{of_images.folder}: no image has a mask of its name in {of_masks.folder}; the first "
+            f"files are {min(of_images.values()).name} and {min(are_masks).name}. With "
+            "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
+        )
+    return sorted(found | of_masks.keys())
 
 
 def _pictures(folder: Path, suffix: str) -> dict[str, Path]:

@@ -87,12 +87,12 @@ def contradiction(appearances: Mapping[Path, Appearance]) -> str | None:
     labels = {value for path in grey for value in appearances[path].colours}
     for path in coloured:
         colours = appearances[path].colours
-        values = {r for r, g, b in colours.values() if r == g == b}
-        if len(values) == len(colours) and values <= labels:
+        shades = {r for r, g, b in colours.values() if r == g == b}
+        if len(shades) == len(colours) and shades <= labels:
             return (
                 f"{path}: this mask has a palette, which shows its labels "
                 f"{', '.join(map(str, sorted(colours)))} as the grey values "
-                f"{', '.join(map(str, sorted(values)))}, and these are labels in {grey[0]} or "
+                f"{', '.join(map(str, sorted(shades)))}, and these are labels in {grey[0]} or "
                 "another grey mask. Save all masks in one way"
             )
     return None
