@@ -301,7 +301,7 @@ def test_range_of_values(tmp_path: Path) -> None:
         (
             [("float", 0, 1)] * 3 + [("float", 0, 9)] * 2,
             None,
-            r"3\.png and 1 more images: .*exceed",
+            r"3\.png, 4\.png: float .*exceed",
         ),
         (
             [("8-bit", 0, 9), ("16-bit", 0, 65535)],

@@ -318,7 +318,7 @@ def read_image(
     values, found = _read_values(path, max_pixels)  # (H, W) or (H, W, 3)
     if expected not in (None, found):
         first = "the type of the training images"
-        raise DataError(f"{path}: {mixed_types(found, first, expected)}")
+        raise RangeError(f"{path}: {mixed_types(found, first, expected)}")
     facts = Facts(found, 0, 255) if found == "8-bit" else measure(values, found)
     problem = misfit(facts, value_range)
     if problem:

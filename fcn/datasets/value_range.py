@@ -7,6 +7,7 @@ The range belongs to the data set, never to a file: it is `data.dataset.value_ra
 range of the type. A 16-bit copy of an 8-bit image therefore has the same pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,18 +63,16 @@ def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str
     if not facts:
         return None
     first, found = next((path, fact.type) for path, fact in facts.items())
-    for path, fact in facts.items():
-        if fact.type != found:
-            return f"{path}: {mixed_types(fact.type, str(first), found)}"
-    wrong = [(path, misfit(fact, value_range)) for path, fact in facts.items()]
-    wrong = [(path, problem) for path, problem in wrong if problem]
+    others = [path for path, fact in facts.items() if fact.type != found]
+    if others:
+        return f"{_named(others)}: {mixed_types(facts[others[0]].type, str(first), found)}"
+    wrong = [path for path, fact in facts.items() if misfit(fact, value_range)]
     # The median over the images ignores a few that differ from all others.
     usual = [fact.usual or (fact.lowest, fact.highest) for fact in facts.values()]
     lowest, highest = (float(value) for value in np.median(usual, axis=0))
     proposal = _proposal(list(facts.values()), (lowest, highest))
     if wrong:
-        more = f" and {len(wrong) - 1} more images" if len(wrong) > 1 else ""
-        return f"{wrong[0][0]}{more}: {wrong[0][1]}; {proposal}"
+        return f"{_named(wrong)}: {misfit(facts[wrong[0]], value_range)}; {proposal}"
     low, high = FULL_RANGE[found]
     images = f"{first}: " if len(facts) == 1 else f"{len(facts)} images beginning with {first}: "
     values = f"{images}their {found} values from {lowest:g} to {highest:g}"
@@ -88,6 +87,12 @@ def range_problem(facts: Mapping[Path, Facts], value_range: Range | None) -> str
             "leaves them as they are"
         )
     return None
+
+
+def _named(paths: Sequence[Path]) -> str:
+    """The first of some files, and how many there are."""
+    more = f" and {len(paths) - 3} more images" if len(paths) > 3 else ""
+    return ", ".join(map(str, paths[:3])) + more
 
 
 def clipping(facts: Mapping[Path, Facts], value_range: Range | None) -> str | None:
@@ -167,13 +172,14 @@ def _proposal(facts: Sequence[Facts], usual: tuple[float, float]) -> str:
     if found == "8-bit":
         return "data.dataset.value_range=null is for 8-bit images"
     ends = min(fact.lowest for fact in facts), max(fact.highest for fact in facts)
-    near = [abs(end - value) <= (high - low) / 2 for end, value in zip(ends, usual, strict=True)]
+    reach = (high - low) / 2 or math.inf  # nothing can be said if there is a single value
+    near = [abs(end - value) <= reach for end, value in zip(ends, usual, strict=True)]
     lowest, highest = (e if n else u for e, u, n in zip(ends, usual, near, strict=True))
     known = (255, 1023, 4095, 16383, 65535) if found == "16-bit" else (1, 255, 65535)
     tops = [*(float(top) for top in known if highest <= top), highest]
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
     best: Range = (0, filled[0]) if filled else (lowest, highest)
-    if lowest == highest:  # nothing can be said of a single value
+    if lowest == highest:
         best = (0, tops[0])
     text = f"data.dataset.value_range={_written(best)} spreads them from black to white"
     if not all(near):
