@@ -86,12 +86,16 @@ def eval_transform() -> Transform:
 
 
 class Blur(v2.GaussianBlur):
-    """A Gaussian blur of images that are larger than what it reflects at the border."""
+    """A Gaussian blur that looks less far in an image that is too small for its kernel."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Blur an image (3, H, W), and leave a mask (H, W) as it is."""
-        is_small = min(inpt.shape[-2:]) <= max(self.kernel_size) // 2
-        return inpt if is_small else super().transform(inpt, params)
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        # At the border the image is reflected, by half a kernel, which must be less than its side.
+        sides = (inpt.shape[-1], inpt.shape[-2])  # kernel_size is (x, y)
+        size = [min(k, 2 * side - 1) for k, side in zip(self.kernel_size, sides, strict=True)]
+        return F.gaussian_blur(inpt, size, **params)
 
 
 class RandomScaleCrop(v2.Transform):

@@ -189,8 +189,18 @@ def test_blur() -> None:
         peaks.add(int(out["image"].max()))
     assert min(peaks) < 20  # 255 / (2 pi 3^2) is 4.5
     assert max(peaks) > 2 * min(peaks)
-    tiny = ramp(1, 90)  # smaller than what is reflected at the border
-    assert torch.equal(blur(tiny)["image"], tiny["image"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (20, 300), (1, 90)])
+def test_blur_of_images_smaller_than_its_kernel(size: tuple[int, int]) -> None:
+    """It reflects no more of them than there is."""
+    sample = make(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8))
+    sample["image"][:, :, ::2] = 255
+    torch.manual_seed(0)
+    out = train_transform(crop_size=None, scale=None, flip=0, blur=22)(sample)
+    assert out["image"].shape == sample["image"].shape
+    assert 100 < out["image"][..., 8:-8].min() <= out["image"][..., 8:-8].max() < 155
+    assert torch.equal(out["mask"], sample["mask"])
 
 
 def test_eval_changes_nothing() -> None:
