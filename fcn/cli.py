@@ -135,8 +135,8 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     """An argument key=value in a form that Hydra's grammar reads as it is meant.
 
     A path may hold any character, so quotes are put around it: `input=a,b=(1).jpg` becomes
-    `input='a,b=(1).jpg'`. `None`, which is how W&B's agent writes it, becomes `null`. All else
-    stays as it is.
+    `input='a,b=(1).jpg'`. `None`, which is how W&B's agent writes it, becomes `null`, and for
+    the groups logger and scheduler their option `none`. All else stays as it is.
 
     Args:
         sweep: in a sweep, commas separate the values of a setting, which may be paths too.
@@ -159,7 +159,10 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
             values = VALUES.findall(value) if swept else [value]
             value = ",".join(map(_quoted_path, values))
     else:
-        value = re.sub(r"(^|[\[,]) *None *(?=[\],]|$)", r"\1null", value)
+        before = "[,{:" if value.startswith(("[", "{")) else ","
+        value = re.sub(rf"(^|[{re.escape(before)}]) *None *(?=[\],}}]|$)", r"\1null", value)
+        if key in ("logger", "scheduler"):  # groups with an option of that name
+            value = re.sub(r"\bnull\b", "none", value)
     return f"{key}{equals}{value}"
 
 
@@ -292,6 +295,9 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
     if not mendable:
         raise error
     text = " ".join(str(error).partition("\nfull_key:")[0].split()) or type(error).__name__
+    unknown = re.search(r"(\w+)(\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        raise ConfigError(f"{key}.{unknown[3]}: {unknown[1]} has no such argument") from error
     if text.startswith((f"{key}.", f"{key}=")):
         raise ConfigError(text) from error
     raise ConfigError(f"{key}{'.' if re.match(r'[a-z_0-9]+=', text) else ': '}{text}") from error

@@ -8,6 +8,7 @@ the configuration, `fcn.cli.build` puts the group in front: "data.batch_size=0: 
 """
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from signal import Signals
@@ -126,6 +127,12 @@ def refuse(name: str, value: Any, wanted: str) -> None:
     Raises:
         ConfigError: always.
     """
+    if (
+        isinstance(value, str)
+        and "number" in wanted
+        and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value)
+    ):
+        wanted += ", but is a text; remove the quotes"
     raise ConfigError(f"{name}={_shown(value)}: must be {wanted}")
 
 
