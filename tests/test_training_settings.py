@@ -30,7 +30,9 @@ def check(cfg: DictConfig) -> None:
     build_trainer(cfg)
     cli.build_each(cfg, "callbacks", Callback)
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
-    cli.build(cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1)
+    cli.build(
+        cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1, time_used=lambda: 0
+    )
     names = list(cli.build(cfg, "data").classes)
     with torch.device("meta"):
         cli.build(cfg, "model", weights=None, class_names=names)
@@ -138,8 +140,6 @@ def test_bad_value_is_named(key: str, value: Any, defaults: DictConfig) -> None:
         ("devices", "two", r"`devices` "),
         ("accelerator", "gpuu", r"accelerator.*gpuu"),
         ("strategy", "ddpp", r"strategy.*ddpp"),
-        ("gradient_clip_algorithm", "max", r"gradient_clip_algorithm. max"),
-        ("patience", 3, r"argument 'patience'"),
     ],
 )
 def test_lightning_refuses_the_rest(
@@ -148,6 +148,29 @@ def test_lightning_refuses_the_rest(
     with pytest.raises(ConfigError, match=f"^trainer: .*{message}") as caught:
         check(changed(defaults, f"trainer.{key}", value))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainer.gradient_clip_algorithm", "value", "=value: needs trainer.gradient_clip_val"),
+        ("trainer.patience", 3, ": Trainer has no such argument"),
+        ("optimizer.lr", "1e-4", "=1e-4: must be .*, but is a text; remove the quotes"),
+        ("data.batch_size", "4", "=4: must be .*, but is a text; remove the quotes"),
+    ],
+)
+def test_what_is_wrong(key: str, value: Any, message: str, defaults: DictConfig) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}{message}$"):
+        check(changed(defaults, key, value))
+
+
+def test_precision_that_a_cpu_does_not_have(defaults: DictConfig) -> None:
+    cfg = changed(changed(defaults, "trainer.accelerator", "cpu"), "trainer.precision", "16-mixed")
+    wanted = "must be 32-true or bf16-mixed on the device cpu"
+    with pytest.raises(ConfigError, match=rf"^trainer\.precision=16-mixed: {wanted}$"):
+        check(cfg)
+    for precision in ("bf16-mixed", "64-true"):
+        check(changed(cfg, "trainer.precision", precision))
 
 
 def test_every_argument_of_lightnings_trainer(defaults: DictConfig) -> None:
@@ -175,7 +198,6 @@ def test_every_argument_of_lightnings_trainer(defaults: DictConfig) -> None:
         ("trainer.max_time", {"minutes": 15}),
         ("trainer.devices", 2),
         ("trainer.min_steps", 3),
-        ("trainer.gradient_clip_algorithm", "value"),
         ("trainer.inference_mode", False),
         ("trainer.num_sanity_val_steps", -1),
         ("trainer.devices", "auto"),

@@ -134,6 +134,12 @@ def test_least_number_of_steps(tmp_path: Path) -> None:
         train_tiny(tmp_path / "run", "trainer.max_epochs=1", "+trainer.min_steps=9")
 
 
+def test_share_of_less_than_one_validation_batch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.limit_val_batches=0\.3: .* one of 3 batches"):
+        train_tiny(tmp_path / "run", "trainer.limit_val_batches=0.3")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_sanity_check_leaves_no_trace(tmp_path: Path) -> None:
     options = ["+trainer.num_sanity_val_steps=2", "trainer.max_steps=2", "seed=0"]

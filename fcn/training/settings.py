@@ -158,6 +158,10 @@ def check_trainer(settings: Settings) -> None:
     check_whole("trainer.num_nodes", settings.get("num_nodes", 1), 1)
     clip = settings.get("gradient_clip_val")
     check_number("trainer.gradient_clip_val", clip, above=0, optional=True)
+    algorithm = settings.get("gradient_clip_algorithm")
+    if algorithm is not None and clip is None:
+        needs = "needs trainer.gradient_clip_val"
+        raise ConfigError(f"trainer.gradient_clip_algorithm={algorithm}: {needs}")
     check_choice("trainer.precision", settings.get("precision"), ("auto", *PRECISIONS))
     check_choice("trainer.benchmark", settings.get("benchmark"), (True, False), optional=True)
     exact = settings.get("deterministic", False)

@@ -47,7 +47,8 @@ def settle_length(
         trainer: a Trainer with the run's devices and precision; it takes no steps.
 
     Raises:
-        ConfigError: there is no GPU, or more than one, to find a batch size for.
+        ConfigError: there is no GPU, or more than one, to find a batch size for; or the run would
+            be shorter than its least number of steps, or validate nothing.
     """
     data, settings = config["data"], config["trainer"]
     assert datamodule.train_data is not None
@@ -66,6 +67,13 @@ def settle_length(
     least, most = settings.get("min_steps") or 0, settings["max_steps"]
     if least > most != -1:
         refuse("trainer.min_steps", least, f"at most {most}, the number of steps of this run")
+    assert datamodule.val_data is not None
+    share = settings.get("limit_val_batches")
+    here = len(datamodule.val_data) // trainer.world_size  # Lightning rounds down, too
+    batches = math.ceil(here / data["eval_batch_size"])
+    if isinstance(share, float) and batches and int(share * batches) == 0:
+        wanted = f"null, a whole number, or a part of 1.0 that is at least one of {batches} batches"
+        refuse("trainer.limit_val_batches", share, wanted)
 
 
 def settle_class_weights(

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 
 from fcn import cli
-from fcn.errors import ConfigError, check_choice
+from fcn.errors import ConfigError, check_choice, refuse
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
 from fcn.training.interruption import Interruption
@@ -46,11 +46,11 @@ def build_trainer(
         loggers: all of the run.
 
     Raises:
-        ConfigError: Lightning does not accept a setting.
+        ConfigError: Lightning does not accept a setting, or computes in another precision.
     """
     trainer, progress = cfg.trainer, cfg.trainer.enable_progress_bar
     try:
-        return cli.build(
+        built: pl.Trainer = cli.build(
             cfg,
             "trainer",
             without=("compile",),  # train.py applies it; Lightning does not know it
@@ -76,6 +76,11 @@ def build_trainer(
         )
     except (AttributeError, TypeError) as error:  # a value is of another type
         raise ConfigError(f"trainer: {error}") from error
+    if built.precision != trainer.precision:  # Lightning turns 16-mixed into bf16-mixed on a CPU
+        device = built.strategy.root_device.type
+        wanted = f"32-true or {built.precision} on the device {device}"
+        refuse("trainer.precision", trainer.precision, wanted)
+    return built
 
 
 def make_profiler(name: str | None, run: Path) -> profilers.Profiler | None:
