@@ -55,6 +55,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
     from fcn.runs.folder import lock_run, new_run, write_settings
     from fcn.runs.process import is_main_process, quiet_lightning
+    from fcn.runs.resume import check_steps_left
     from fcn.training.fit import find_checkpoint, fit
     from fcn.training.settings import check_settings
     from fcn.training.settle import settle_class_weights, settle_length, settle_precision
@@ -77,6 +78,8 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         if not cfg.resume:  # its weights are numbers already
             settle_class_weights(cfg, datamodule, module)
         checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
+        if cfg.resume:
+            check_steps_left(run, cfg, step)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()
         if is_main_process() and not cfg.resume:
@@ -110,11 +113,13 @@ def build_data_and_module(
     """
     from fcn.datasets.survey import before_training
     from fcn.runs.process import is_main_process
+    from fcn.schedules import no_limit
     from fcn.training.settings import check_monitors, dummy_parameters
     from fcn.weights import find_weights
 
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
-    cli.build(cfg, "scheduler", _partial_=False, optimizer=optimizer, total_steps=1)
+    trial = {"optimizer": optimizer, "total_steps": 1, "time_used": no_limit}
+    cli.build(cfg, "scheduler", _partial_=False, **trial)
     datamodule = cli.build(cfg, "data")
     names, palette = list(datamodule.classes), [list(colour) for colour in datamodule.palette]
     check_monitors(callbacks or {}, names)

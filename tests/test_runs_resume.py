@@ -133,12 +133,24 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
         ("model.stride=null,8", "key=value"),
         ("callbacks.panel_images=3", "has a new name: callbacks.panels.images"),
         ("~trainer.max_steps", "key=value"),
+        ("scheduler.power=1", "scheduler has no such setting, only warmup_steps;"),
+        ("data.seed=1", "data.seed=1: a resumed run keeps"),
+        ("data.limit=3", "data.limit=3: a resumed run keeps"),
+        ("data.batch_size=1", "data.batch_size=1: a resumed run keeps"),
         ("seed=1,2", "key=value"),
     ],
 )
 def test_changes_that_are_not_possible(run: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resumed_config(run, [change])
+
+
+def test_a_schedule_is_chosen_before_its_settings(run: Path) -> None:
+    cfg = resumed_config(run, ["scheduler.power=3", "scheduler=poly", "trainer.max_steps=8"])
+    assert (cfg.scheduler.power, cfg.scheduler._target_) == (3, "fcn.schedules.poly")
+    for nothing in ("null", "None", "none"):
+        cfg = resumed_config(run, [f"scheduler={nothing}"])
+        assert cfg.scheduler._target_ == "fcn.schedules.constant"
 
 
 @pytest.mark.parametrize("content", [None, "a list", "- 1\n- 2"])

@@ -1,12 +1,16 @@
 """Settings that change when a run is resumed: each is applied to what the checkpoint restores."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import train_tiny
 from omegaconf import OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
 
 from fcn.checkpoint import last_checkpoint, read_checkpoint
 from fcn.errors import ConfigError
@@ -39,6 +43,7 @@ def groups(run: Path) -> list[dict[str, Any]]:
     return read_checkpoint(last_checkpoint(run))["optimizer_states"][0]["param_groups"]
 
 
+@pytest.mark.slow
 def test_rates_momentum_and_decay(begun: Path, tmp_path: Path) -> None:
     changes = ["optimizer.lr=1e-4", "optimizer.momentum=0.5", "optimizer.weight_decay=0.3"]
     changes += ["optimizer.nesterov=true", "model.bias_lr_multiplier=3"]
@@ -51,6 +56,7 @@ def test_rates_momentum_and_decay(begun: Path, tmp_path: Path) -> None:
     assert OmegaConf.load(run / "config.yaml").optimizer.lr == 1e-4
 
 
+@pytest.mark.slow
 def test_schedule_warm_up_and_length(begun: Path, tmp_path: Path) -> None:
     changes = ["scheduler=poly", "scheduler.power=2", "scheduler.warmup_steps=3"]
     run = go_on(begun, tmp_path, "trainer.max_steps=5", *changes)
@@ -59,6 +65,7 @@ def test_schedule_warm_up_and_length(begun: Path, tmp_path: Path) -> None:
     assert OmegaConf.load(run / "config.yaml").scheduler._target_ == "fcn.schedules.poly"
 
 
+@pytest.mark.slow
 def test_a_finished_schedule_is_extended(tmp_path: Path) -> None:
     """No step is spent at the rate of 0, which the checkpoint holds."""
     train_tiny(tmp_path / "first", "scheduler=poly", "trainer.max_steps=2", EACH)
@@ -66,6 +73,56 @@ def test_a_finished_schedule_is_extended(tmp_path: Path) -> None:
     run = go_on(tmp_path / "first", tmp_path, "trainer.max_steps=4")
     shares = [0, 1 / 2, 2 / 4, 3 / 4]
     assert rates(run) == pytest.approx([1e-3 * (1 - share) ** 0.9 for share in shares])
+
+
+def halved(optimizer: Optimizer, *, total_steps: float, time_used: Callable[[], float]) -> StepLR:
+    """A schedule of a user's own, with the documented signature. Its state holds its rates."""
+    return StepLR(optimizer, 1, 0.5)
+
+
+def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
+    own = f"scheduler._target_={__name__}.halved"
+    train_tiny(tmp_path / "first", own, "~scheduler.warmup_steps", "trainer.max_steps=2", EACH)
+    for change in ("optimizer.lr=1", "optimizer.momentum=0.5", "scheduler=poly"):
+        with pytest.raises(ConfigError, match=r"a resumed run keeps"):
+            resumed_config(tmp_path / "first", [own, change])
+    run = go_on(tmp_path / "first", tmp_path, own, "trainer.max_steps=4")
+    assert rates(run) == pytest.approx([1e-3, 1e-3 / 2, 1e-3 / 4, 1e-3 / 8])
+
+
+def test_without_the_average(tmp_path: Path) -> None:
+    """The run goes on from its own weights."""
+    options = ["callbacks=ema", "callbacks.ema.decay=0.999", "trainer.val_check_interval=9"]
+    train_tiny(tmp_path / "first", *options, "trainer.max_steps=2", "optimizer.lr=1e-2")
+    before = read_checkpoint(last_checkpoint(tmp_path / "first"))
+    changes = ["callbacks.ema=null", "trainer.max_steps=3", "optimizer.lr=1e-20"]
+    run = go_on(tmp_path / "first", tmp_path, *changes, "optimizer.momentum=0")
+    after = read_checkpoint(last_checkpoint(run))["state_dict"]
+    average, live = before["state_dict"], before["current_model_state"]
+    assert not all(torch.equal(average[name], live[name]) for name in live)
+    for name in live:
+        torch.testing.assert_close(after[name], live[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=1e-4", r"^no steps are left: set trainer\.max_steps above 2$"),
+        ("data.jitter=0.5", r"^no steps are left: set trainer\.max_steps above 2$"),
+        ("trainer.max_steps=1", r"^trainer\.max_steps=1: the run is at step 2 already$"),
+    ],
+)
+def test_no_steps_left(begun: Path, tmp_path: Path, change: str, message: str) -> None:
+    """config.yaml does not claim what never happened."""
+    with pytest.raises(ConfigError, match=message):
+        go_on(begun, tmp_path, change)
+    assert (tmp_path / "run" / "config.yaml").read_text() == (begun / "config.yaml").read_text()
+
+
+def test_a_finished_run_without_changes(begun: Path, tmp_path: Path) -> None:
+    run = go_on(begun, tmp_path)
+    train(resumed_config(run, ["data.num_workers=1"]), run)
+    assert rates(run) == rates(begun)
 
 
 @pytest.mark.slow

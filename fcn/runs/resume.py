@@ -20,18 +20,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
 
 from fcn.checkpoint import last_checkpoint
-from fcn.cli import CONF, RENAMED, literal, plain, resolved
+from fcn.cli import CONF, RENAMED, literal, plain, quoted, resolved
 from fcn.errors import ConfigError
 from fcn.runs.folder import is_training, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
-# Settings of conf/model and conf/optimizer that a resumed run may change.
-CHANGEABLE = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
-CHANGEABLE |= {"head_lr_multiplier", "bias_lr_multiplier", "dropout"}
-CHANGEABLE |= {"checkpoint_stages", "channels_last"}
+# Settings of conf/model and conf/optimizer that a resumed run may change, those of the second kind
+# only with a schedule of fcn/schedules.py: the state of any other may hold rates of its own.
+CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last"}
+RATES = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
+RATES |= {"head_lr_multiplier", "bias_lr_multiplier"}
+# What fixes which image comes when. The place in the stream of images is counted in batches.
+ORDER = ["seed", "data.seed", "data.train_split", "data.limit", "data.batch_size"]
+ORDER += ["trainer.accumulate_grad_batches"]
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
@@ -105,7 +110,9 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     _convert_old_settings(cfg)
     before = cfg.copy()
     OmegaConf.set_struct(cfg, True)  # refuses names that are not there
-    for change in OverridesParser.create().parse_overrides(list(overrides)):
+    changes = OverridesParser.create().parse_overrides(list(map(quoted, overrides)))
+    # As Hydra does, choose a group before its settings are changed.
+    for change in sorted(changes, key=lambda change: change.key_or_group != "scheduler"):
         _apply(change, cfg)
     cfg = resolved(cfg)  # before the check, because a ${...} can stand for a _target_ too
     _check_targets(run, cfg, overrides)
@@ -151,7 +158,40 @@ def _apply(change: Override, cfg: DictConfig) -> None:
             f"{text}: a resumed run takes only key=value, or +key=value for a new key"
         )
     new = change.is_add() or change.is_force_add()
-    OmegaConf.update(cfg, key, change.value(), force_add=new)
+    try:
+        OmegaConf.update(cfg, key, change.value(), force_add=new)
+    except ConfigAttributeError as error:
+        group = key.rpartition(".")[0]
+        names = map(str, OmegaConf.select(cfg, group) if group else cfg)
+        known = ", ".join(name for name in names if not name.startswith("_"))
+        missing = f"{text}: {group or 'this run'} has no such setting, only {known}"
+        raise ConfigError(f"{missing}; + in front adds one") from error
+
+
+def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
+    """Refuse changes of a run that has no steps left: its config.yaml would claim them.
+
+    Args:
+        run: its folder.
+        cfg: its settings, with today's changes, as they would be written to config.yaml.
+        step: the optimizer step that it goes on from.
+
+    Raises:
+        ConfigError: the message says how to get more steps.
+    """
+    most = cfg.trainer.max_steps
+    if most == -1 or step < most:
+        return
+    if most < step:
+        raise ConfigError(f"trainer.max_steps={most}: the run is at step {step} already")
+    before = OmegaConf.load(run / "config.yaml")
+    assert isinstance(before, DictConfig)
+    _convert_old_settings(before)
+    before.resume = literal(str(run))
+    # Another number of loader processes changes no result, and the last validation may be due.
+    OmegaConf.update(before, "data.num_workers", cfg.data.num_workers, force_add=True)
+    if plain(before) != plain(cfg):
+        raise ConfigError(f"no steps are left: set trainer.max_steps above {most}")
 
 
 def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
@@ -163,9 +203,12 @@ def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
     Raises:
         ConfigError: the message names the setting, and what it was.
     """
-    kept = ["seed", "trainer.accumulate_grad_batches"]  # the order of images; batches are counted
-    for group in ("model", "optimizer"):
-        names = {*(before.get(group) or ()), *(after.get(group) or ())} - CHANGEABLE
+    kept, groups, free = [*ORDER], ["model", "optimizer"], CHANGEABLE | RATES
+    schedules = [OmegaConf.select(cfg, "scheduler._target_") for cfg in (before, after)]
+    if not all(str(schedule).startswith("fcn.schedules.") for schedule in schedules):
+        groups, free = [*groups, "scheduler"], CHANGEABLE
+    for group in groups:
+        names = {*(before.get(group) or ()), *(after.get(group) or ())} - free
         kept += [f"{group}.{name}" for name in sorted(names)]
     for key in kept:
         old, new = (OmegaConf.select(cfg, key) for cfg in (before, after))

@@ -17,7 +17,10 @@ class ResumedSettings(Callback):
     """Puts the settings of today where Lightning has restored those of the checkpoint.
 
     These are the rates, momentum, weight decay and schedule, and the patience of early stopping. If
-    no setting has changed, they are equal to what they replace.
+    no setting has changed, they are equal to what they replace. A schedule of another kind than
+    ours has set rates itself, perhaps step by step; there nothing is replaced.
+
+    Without the callback `ema`, a run that had it goes on from its weights, not from their average.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,8 @@ class ResumedSettings(Callback):
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, EarlyStopping) and state:
                 state["patience"] = callback.patience
+        if "current_model_state" in checkpoint:  # `state_dict` is the average then
+            module.load_state_dict(checkpoint["current_model_state"])
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Keep the settings of the new optimizer. Lightning restores its state after this."""
@@ -39,11 +44,12 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         (optimizer,) = trainer.optimizers
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if not all(isinstance(schedule, LambdaLR) for schedule in schedules):
+            return  # not one of fcn/schedules.py
         for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(settings)
-        for config in trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            if isinstance(schedule, LambdaLR):  # as all of fcn/schedules.py
-                schedule.base_lrs = [settings["initial_lr"] for settings in self.groups]
-                for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
-                    group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+        for schedule in schedules:
+            schedule.base_lrs = [settings["initial_lr"] for settings in self.groups]
+            for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
