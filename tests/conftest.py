@@ -166,8 +166,14 @@ def pytest_collectstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with work in other processes come first: they share a server, see forks.py."""
-    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "fork"))
+    """Tests with work in other processes come first, and `--dist loadgroup` gives one worker all.
+
+    They share a server process (forks.py), which takes ten seconds to start.
+    """
+    for item in items:
+        if hasattr(getattr(item, "module", None), "fork"):
+            item.add_marker(pytest.mark.xdist_group("forks"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 REPORTED, TOO_LONG = 2.0, 5.0  # seconds of CPU time of a test that is not marked as slow
