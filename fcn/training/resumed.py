@@ -45,11 +45,12 @@ class ResumedSettings(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         (optimizer,) = trainer.optimizers
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if not all(isinstance(schedule, LambdaLR) for schedule in schedules):
-            return  # not one of fcn/schedules.py
+        ours = [schedule for schedule in schedules if isinstance(schedule, LambdaLR)]
+        if ours != schedules:  # not of fcn/schedules.py
+            return
         for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(settings)
-        for schedule in schedules:
+        for schedule in ours:
             schedule.base_lrs = [settings["initial_lr"] for settings in self.groups]
             for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
