@@ -89,7 +89,8 @@ def create_folder(folder: Path, *names: str) -> Iterator[None]:
             with TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise ConfigError(f"output={folder}: {reason(error)}") from error
+            why = "is a file, not a folder" if folder.is_file() else reason(error)
+            raise ConfigError(f"output={folder}: {why}") from error
         for path in (folder / name for name in names):
             if path.is_dir():
                 raise ConfigError(f"output={path}: there is a folder of this name")

@@ -141,6 +141,7 @@ def hostile_checkpoint(ckpt: Path, finished_run: Path, data: Any) -> None:
     torch.save(checkpoint | {"config": {"data": data}}, ckpt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_settings_that_call_code_are_refused(
     tmp_path: Path, finished_run: Path, data: Any, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +154,7 @@ def test_settings_that_call_code_are_refused(
     assert list(tmp_path.iterdir()) == [ckpt]
 
 
+@pytest.mark.slow
 def test_other_hostile_settings(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +184,7 @@ def test_other_hostile_settings(
     assert {path.name for path in tmp_path.iterdir()} == {"x.ckpt", "out"}
 
 
+@pytest.mark.slow
 def test_data_on_the_command_line(tmp_path: Path, finished_run: Path) -> None:
     """Without data=..., any key changes the checkpoint's own settings; with it, those are gone."""
     output = f"output={tmp_path / 'out'}"
@@ -315,7 +318,7 @@ def test_output_is_refused_before_the_work(
     (tmp_path / "file").touch()
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     for output, message in (
-        ("file", "File exists"),
+        ("file", "is a file, not a folder"),
         ("file/x", "Not a dir"),
         ("out", "a folder of"),
     ):

@@ -112,6 +112,8 @@ def open_session(path: Path) -> tuple[Program, dict[str, str]]:
     """
     import onnxruntime
 
+    if not path.is_file():
+        raise WeightsError(f"ckpt={path}: no such file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
