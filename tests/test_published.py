@@ -123,6 +123,7 @@ def torchfcn_models() -> Iterator[ModuleType]:
         yield import_module("torchfcn.models")
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_logits_equal_torchfcns(
     torchfcn_models: ModuleType, monkeypatch: pytest.MonkeyPatch
