@@ -30,7 +30,7 @@ def test_whole_numbers_that_pass(value: int) -> None:
     check_whole("steps", None, 1, 5, optional=True)
 
 
-@pytest.mark.parametrize("value", [0, 6, True, 2.0, NAN, INF, "2", None, [2]])
+@pytest.mark.parametrize("value", [0, 6, True, 2.0, NAN, INF, "two", None, [2]])
 def test_whole_numbers_that_do_not(value: Any) -> None:
     shown = "true" if value is True else "null" if value is None else value
     with pytest.raises(ConfigError) as caught:
@@ -59,7 +59,8 @@ def test_limit_of_whole_numbers_is_named_where_it_matters() -> None:
         (INF, {"above": 0}, "a number above 0"),
         (10**400, {}, "a number"),
         (True, {}, "a number"),
-        ("1", {}, "a number"),
+        ("one", {}, "a number"),
+        ("1e-4", {"above": 0}, "a number above 0, but is a text; remove the quotes"),
         (None, {}, "a number"),
         ([1], {}, "a number"),
     ],
