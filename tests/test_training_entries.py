@@ -185,7 +185,10 @@ def test_null_removes_an_entry(tmp_path: Path) -> None:
             ["+callbacks.x._target_=builtins.dict"],
             r"^callbacks\.x: builtins\.dict makes no",
         ),
-        (["+callbacks.x._target_=mine.Own", "+callbacks.x.end=3"], r"callbacks\.x\.end: Own has no"),
+        (
+            ["+callbacks.x._target_=mine.Own", "+callbacks.x.end=3"],
+            r"callbacks\.x\.end: Own has no",
+        ),
         (["callbacks.panels.images=-1"], r"^callbacks\.panels\.images=-1: must be"),
         (["callbacks=ema", "callbacks.ema.decay=1"], r"^callbacks\.ema\.decay=1: must be"),
         (
