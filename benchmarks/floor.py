@@ -34,6 +34,7 @@ def convolutions(
     require(name)
 
     def build() -> Callable:
+        """Note the shapes of all convolutions in one step, and return a step of these alone."""
         contestant, jobs = make(name, device), []
 
         def note(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

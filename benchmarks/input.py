@@ -39,6 +39,7 @@ class PadIfSmaller(v2.Transform):
 
 
 def preset(*, tensors: bool) -> v2.Transform:
+    """torchvision's reference augmentation, on tv_tensors or on Pillow's images."""
     image = tv_tensors.Image if tensors else torch.Tensor
     steps = [
         v2.RandomResize(int(0.5 * BASE), int(2 * BASE)),

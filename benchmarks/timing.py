@@ -110,6 +110,7 @@ def race(
     pipes, errors = {}, {}
 
     def ask(name: str, question: str | None) -> float:
+        """The number that an entrant's process answers; 0 if it has failed, which is noted."""
         if name in errors:
             return 0.0
         try:

@@ -170,7 +170,9 @@ def test_command_lines_of_train(arguments: str) -> None:
     ],
 )
 def test_command_lines_of_other_scripts(script: str, arguments: str) -> None:
-    compose_config(script, *arguments.split())
+    cfg = compose_config(script, *arguments.split())
+    for argument in arguments.split():
+        assert OmegaConf.select(cfg, argument.partition("=")[0]) is not None, argument
 
 
 def test_from_python(run: Path) -> None:

@@ -263,7 +263,7 @@ def test_the_loaders_of_a_killed_run_are_waited_for(tmp_path: Path, holder: Any)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     with lock(tmp_path / ".lock"):
-        pass
+        assert content(tmp_path) == [".lock"]
 
 
 def test_waiting_for_another(tmp_path: Path, holder: Any) -> None:
