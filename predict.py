@@ -79,8 +79,9 @@ def predict(cfg: DictConfig) -> Path:
             expected=predictor.image_type,
             max_pixels=cfg.max_pixels or MAX_PIXELS,
         )
-    speed = len(jobs) / (time.perf_counter() - started)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} images, {speed:.2f} a second; see {output}")
+    done = len(jobs) - len(failed)
+    speed = done / (time.perf_counter() - started)
+    print(f"{done} of {len(jobs)} images, {speed:.2f} a second; see {output}")
     print(*photos.describe(left_out), sep="\n", end="\n" if left_out else "")
     if failed:
         lines = [f"  {path}: {why}" for path, why in failed.items()]
