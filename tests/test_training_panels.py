@@ -42,6 +42,8 @@ def validate(
 ) -> None:
     """One validation of images of 20 × 30 pixels, in batches of one; `step` is predicted."""
     state = {"global_step": step, "sanity_checking": False, "is_global_zero": True, "loggers": []}
+    state["val_dataloaders"] = SimpleNamespace(sampler=ids, batch_size=1)
+    state["num_val_batches"] = [len(ids)]
     stand_in: Any = SimpleNamespace(**state | trainer)
     panels.on_validation_epoch_start(stand_in, module)
     for name in ids:
@@ -76,6 +78,40 @@ def test_nothing_is_written(
     panels = Panels(images=trainer.pop("images", 2))
     validate(panels, module, 5, default_root_dir=tmp_path, **trainer)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "batches", "expected"),
+    [
+        (3, 10, ["0", "3", "6"]),
+        (3, 5, ["0", "1", "3"]),  # limit_val_batches=5
+        (30, 10, [str(i) for i in range(10)]),
+    ],
+)
+def test_images_come_from_the_whole_split(
+    images: int, batches: int, expected: list[str], tmp_path: Path, module: SegmentationModule
+) -> None:
+    """The first frames of CamVid's val are one street corner: they would show little."""
+    panels = Panels(images=images)
+    names = [str(i) for i in range(10)]
+    for _ in range(2):
+        validate(panels, module, 5, names, num_val_batches=[batches], default_root_dir=tmp_path)
+        assert panels.ids == expected
+
+
+def test_images_of_larger_batches(module: SegmentationModule) -> None:
+    """The last batch of a validation may be smaller."""
+    panels = Panels(images=2)
+    loader = SimpleNamespace(sampler=range(5), batch_size=2)
+    trainer: Any = SimpleNamespace(is_global_zero=True, val_dataloaders=loader, num_val_batches=[3])
+    panels.on_validation_epoch_start(trainer)
+    for ids in (["a", "b"], ["c", "d"], ["e"]):
+        image = torch.stack([torch.full((3, 4, 4), ord(name), dtype=torch.uint8) for name in ids])
+        batch = {"id": ids, "image": image, "mask": image[:, 0]}
+        outputs = {"prediction": torch.zeros(len(ids), 4, 4, dtype=torch.uint8)}
+        panels.on_validation_batch_end(trainer, module, outputs, batch)
+    assert panels.ids == ["a", "c"]
+    assert [int(image[0, 0, 0]) for image, _, _ in panels.rows] == [ord("a"), ord("c")]
 
 
 def test_iou_of_one_image(module: SegmentationModule) -> None:

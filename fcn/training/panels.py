@@ -27,13 +27,13 @@ WANDB_SIDE = 512  # pixels; W&B gets no larger images
 
 
 class Panels(Callback):
-    """Draws the same images at each validation: the first of the validation split.
+    """Draws the same images at each validation, taken evenly from the whole validation split.
 
-    `panels/step_<step>.png` has a row for each: image | label | prediction | errors. W&B gets
-    `val/panels`: the images with both masks as overlays.
+    Neighbours in a list are often alike, such as the frames of a film, so the first images of a
+    split would show little. `panels/step_<step>.png` has a row for each image: image | label |
+    prediction | errors. W&B gets `val/panels`: the images with both masks as overlays.
 
-    In a distributed run, the first process draws. Its part of the validation split begins with the
-    first image of the split.
+    In a distributed run the first process draws, and takes them from its own part of the split.
 
     Args:
         images: how many images to draw; 0: none.
@@ -45,6 +45,8 @@ class Panels(Callback):
     def __init__(self, *, images: int = 6) -> None:
         check_whole("images", images)
         self.images = images
+        self.seen = 0  # images of this validation so far
+        self.places: set[int] = set()  # of the images to draw, counted in this process
         self.ids: list[str] = []
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # image, label, prediction
 
@@ -55,17 +57,24 @@ class Panels(Callback):
             if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
                 path.unlink()
 
-    def on_validation_epoch_start(self, *_: Any) -> None:
-        self.ids, self.rows = [], []
+    def on_validation_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.ids, self.rows, self.seen = [], [], 0
+        loader: Any = trainer.val_dataloaders
+        # limit_val_batches may end a validation before the end of the split.
+        total = min(len(loader.sampler), int(trainer.num_val_batches[0]) * loader.batch_size)
+        wanted = min(self.images, total) if trainer.is_global_zero else 0
+        self.places = {i * total // wanted for i in range(wanted)}
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keep the first images of the validation, with their labels and predictions."""
-        wanted = self.images - len(self.rows) if trainer.is_global_zero else 0
-        self.ids += [str(x).encode(errors="replace").decode() for x in batch["id"][:wanted]]
-        parts = (batch["image"], batch["mask"], outputs["prediction"])  # each (N, ..., H, W)
-        self.rows += zip(*(part[:wanted].cpu() for part in parts), strict=True)
+        """Keep the images to draw, with their labels and predictions."""
+        for i, name in enumerate(batch["id"]):
+            if self.seen + i in self.places:
+                self.ids.append(str(name).encode(errors="replace").decode())
+                image, label = batch["image"][i].cpu(), batch["mask"][i].cpu()  # (3, H, W), (H, W)
+                self.rows.append((image, label, outputs["prediction"][i].cpu()))
+        self.seen += len(batch["id"])
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not self.rows or trainer.sanity_checking:
