@@ -1,14 +1,15 @@
-"""Segment photographs with a trained network.
+"""Segment photographs and videos with a trained network.
 
     python predict.py ckpt=runs/.../checkpoints/best.ckpt input=photo.jpg
     python predict.py ckpt=... input='photos/**/*.jpg' output=masks tta.flip=true
     python predict.py ckpt=... input=panorama.tif tile=768
+    python predict.py ckpt=... input=street.mp4 batch_size=4
     python predict.py ckpt=... format=voc data.root=/data        # for VOC's evaluation server
 
-`ckpt` is a checkpoint, a run folder, one of the authors' nets (fcn8s_from_caffe.pth), or a
-.safetensors or .onnx file that export.py wrote. Each photograph gets a palette PNG of its classes
-and an overlay with a legend; `find_photos` in fcn/inference/photos.py says how they are named. The
-exit code is 1 if a photograph could not be segmented.
+`ckpt` is a checkpoint, a run folder, one of the authors' nets (fcn8s_from_caffe.pth), or a folder
+or file that export.py wrote. Each photograph gets a palette PNG of its classes and an overlay with
+a legend, and each video an overlay without its sound and a legend; `find_photos` in
+fcn/inference/photos.py says how they are named. The exit code is 1 if one could not be segmented.
 """
 
 import time
@@ -38,8 +39,8 @@ def predict(cfg: DictConfig) -> Path:
         The folder that the results are in.
 
     Raises:
-        fcn.errors.FCNError: a setting or the checkpoint is wrong; or some photographs could not be
-            segmented, which is raised after all others were.
+        fcn.errors.FCNError: a setting or the checkpoint is wrong; or some photographs or videos
+            could not be segmented, which is raised after all others were.
     """
     check_choice("format", cfg.format, ("voc",), optional=True)
     voc = cfg.format == "voc"
@@ -53,6 +54,7 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.inference import photos
     from fcn.inference.predictor import load_predictor, predict_files
     from fcn.inference.tta import TestTime
+    from fcn.inference.video import predict_videos
 
     check_whole("max_pixels", cfg.max_pixels, 1, 2**40, optional=True)
     ckpt = find_checkpoint(cfg.ckpt)
@@ -68,6 +70,7 @@ def predict(cfg: DictConfig) -> Path:
         jobs, left_out = photos.find_photos(cfg.input, output)
     flip, scales = (OmegaConf.select(cfg, f"tta.{name}") for name in ("flip", "scales"))
     network = TestTime(predictor.scores, flip=flip, scales=scales, tile=cfg.tile)
+    videos = {path: jobs.pop(path) for path in list(jobs) if photos.is_video(path)}
     started = time.perf_counter()
     with create_folder(output):
         failed = predict_files(
@@ -79,13 +82,16 @@ def predict(cfg: DictConfig) -> Path:
             expected=predictor.image_type,
             max_pixels=cfg.max_pixels or MAX_PIXELS,
         )
-    done = len(jobs) - len(failed)
-    speed = done / (time.perf_counter() - started)
-    print(f"{done} of {len(jobs)} images, {speed:.2f} a second; see {output}")
+        if jobs:
+            done = len(jobs) - len(failed)
+            speed = done / (time.perf_counter() - started)
+            print(f"{done} of {len(jobs)} images, {speed:.2f} a second; see {output}")
+        failed |= predict_videos(videos, network, predictor, batch_size=cfg.batch_size)
     print(*photos.describe(left_out), sep="\n", end="\n" if left_out else "")
     if failed:
         lines = [f"  {path}: {why}" for path, why in failed.items()]
-        message = "\n".join([f"{len(failed)} of {len(jobs)} images failed:", *lines])
+        what = f"{len(jobs) + len(videos)} {'files' if videos else 'images'}"
+        message = "\n".join([f"{len(failed)} of {what} failed:", *lines])
         raise DataError(message.encode(errors="replace").decode())  # names need not be UTF-8
     return output
 

@@ -127,12 +127,16 @@ def open_session(path: Path) -> tuple[Program, dict[str, str]]:
     return run, session.get_modelmeta().custom_metadata_map
 
 
-def need_packages(*names: str) -> None:
-    """Check that packages are installed.
+def need_packages(*names: str, extra: str = "export") -> None:
+    """Check that packages are installed which only some users need.
+
+    Args:
+        names: of the packages.
+        extra: the file in requirements/ that lists them.
 
     Raises:
         ConfigError: one is not. The message says how to install it.
     """
     for name in names:
         if find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install -r requirements/export.txt")
+            raise ConfigError(f"{name} is not installed: pip install -r requirements/{extra}.txt")

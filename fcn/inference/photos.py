@@ -1,4 +1,4 @@
-"""Photographs on disk: finding them, and where the results of each go.
+"""Photographs and videos on disk: finding them, and where the results of each go.
 
     jobs, left_out = find_photos("photos", Path("predictions"))      # {photograph: target}
     jobs = voc_photos("/data", None, "comp5", Path("predictions"))   # for VOC's evaluation server
@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from glob import escape, glob, has_magic
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from fcn.datasets.voc2012 import ARCHIVE, list_path
 from fcn.errors import ConfigError, DataError, check_choice, check_text, refuse
 from fcn.runs.folder import output_folder
 
-Jobs = dict[Path, Path]  # photographs, and the target of each
+Jobs = dict[Path, Path]  # photographs or videos, and the target of each
 LeftOut = dict[Path, str]  # files, and why they are no photographs to segment
-MARK = "fcn predict.py"  # in each result: PNG's text "Software" or JPEG's comment
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+MARK = "fcn predict.py"  # in each result: PNG's text "Software", or a JPEG's or video's comment
 OWN_RESULT = "it is a result of an earlier run"
 
 
@@ -41,22 +43,38 @@ def overlay_path(target: Path) -> Path:
     return target.with_name(f"{target.name}_overlay.jpg")
 
 
+def video_path(target: Path) -> Path:
+    """Where the overlay of a video goes."""
+    return target.with_name(f"{target.name}_overlay.mp4")
+
+
+def legend_path(target: Path) -> Path:
+    """Where the legend of a video goes."""
+    return target.with_name(f"{target.name}_legend.png")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its ending."""
+    return path.suffix.lower() in VIDEOS
+
+
 def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
-    """Find photographs, and choose the names of their results.
+    """Find photographs and videos, and choose the names of their results.
 
     Sub-folders are kept: photos/a/x.jpg becomes output/a/x.png and output/a/x_overlay.jpg. Where a
     folder holds x.jpg and x.tif, the results of both would have these names. Then they keep their
     endings: x.jpg.png and x.jpg_overlay.jpg.
 
     Args:
-        pattern: a file; or a folder, which stands for all pictures in it and in all folders below;
-            or a glob such as 'photos/**/*.jpg'.
+        pattern: a file; or a folder, which stands for all pictures and videos in it and in all
+            folders below; or a glob such as 'photos/**/*.jpg'.
         output: the folder for results.
 
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
-        left out: files that are no pictures, hidden pictures, and results of earlier runs. Hidden
-        files that are no pictures are not mentioned. A single file is never left out.
+        left out: files that are no pictures, hidden pictures, results of earlier runs, and videos
+        if PyAV is not installed. Hidden files that are no pictures are not mentioned. A single file
+        is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one.
@@ -92,6 +110,8 @@ def _why_left_out(path: Path, root: Path, output: Path) -> str | None:
     An empty reason is for files that nobody would ask for: hidden ones that are no pictures.
     """
     why = why_no_picture(path)
+    if is_video(path):
+        why = None if find_spec("av") else "a video needs pip install -r requirements/video.txt"
     if any(part.startswith(".") for part in path.relative_to(root).parts):
         return "" if why else "it is hidden"
     if why is None and is_result(path):
@@ -111,7 +131,12 @@ def describe(left_out: LeftOut) -> list[str]:
 
 
 def is_result(path: Path) -> bool:
-    """Whether predict.py has written this picture."""
+    """Whether predict.py has written this picture or video."""
+    if path.name.endswith("_overlay.mp4") and find_spec("av"):
+        import av
+
+        with suppress(av.FFmpegError), av.open(str(path)) as video:
+            return bool(video.metadata.get("comment") == MARK)
     if not path.name.endswith((".png", "_overlay.jpg")):
         return False  # without opening it
     with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
@@ -134,10 +159,11 @@ def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
     for path in photos:
         unique = taken[path.parent, path.stem.casefold()] == 1
         target = output / path.relative_to(root).with_name(path.stem if unique else path.name)
-        results = {os.path.realpath(result) for result in (mask_path(target), overlay_path(target))}
-        if inputs & results:
+        video = is_video(path)
+        names = (video_path, legend_path) if video else (mask_path, overlay_path)
+        if inputs & {os.path.realpath(name(target)) for name in names}:
             raise ConfigError(
-                f"output={output}: a result of {path.name} would overwrite a photograph"
+                f"output={output}: a result of {path.name} would overwrite a photograph or a video"
             )
         jobs[path] = target
     return jobs

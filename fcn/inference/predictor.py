@@ -48,6 +48,8 @@ from fcn.precision import AUTOCAST, PRECISIONS, best_precision, cast_weights
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "memory ran out; try tile=768 batch_size=1"
+
 Write = Callable[[Tensor, Tensor, Path], None]  # image (3, H, W), mask (H, W), target
 Loaded = list[tuple[Path, Tensor]]  # photographs, and the image (3, H, W) uint8 of each
 
@@ -84,10 +86,7 @@ class Predictor:
         Raises:
             WriteError: the file cannot be written.
         """
-        with atomic_write(mask_path(target)) as part:
-            note = PngInfo()
-            note.add_text("Software", MARK)
-            to_palette_image(mask, self.colours).save(part, "PNG", pnginfo=note)
+        save_png(to_palette_image(mask, self.colours), mask_path(target))
 
     def write_results(self, image: Tensor, mask: Tensor, target: Path) -> None:
         """Write the mask (H, W) uint8, and its colours over the image (3, H, W) above a legend.
@@ -105,6 +104,18 @@ class Predictor:
         canvas.paste(legend, (0, picture.height))
         with atomic_write(overlay_path(target)) as part:
             canvas.save(part, "JPEG", quality=90, subsampling=0, comment=MARK)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a result that a later run of predict.py knows as such.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    note = PngInfo()
+    note.add_text("Software", MARK)
+    with atomic_write(path) as part:
+        picture.save(part, "PNG", pnginfo=note)
 
 
 def load_predictor(path: Path, device: str = "auto", precision: str | None = None) -> Predictor:
@@ -212,7 +223,7 @@ def predict_files(
     failed: dict[Path, str] = {}
     warned = False
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
-    for path in tqdm(jobs, unit="image", disable=len(jobs) == 1):
+    for path in tqdm(jobs, unit="image", disable=len(jobs) < 2):
         try:
             pixels = read_image(path, value_range, expected=expected, max_pixels=max_pixels)
         except DataError as error:
@@ -255,7 +266,7 @@ def _predict_batch(
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        return {path: "memory ran out; try tile=768 batch_size=1" for path, _ in batch}
+        return {path: OUT_OF_MEMORY for path, _ in batch}
     for (path, image), mask in zip(batch, masks, strict=True):
         try:
             jobs[path].parent.mkdir(parents=True, exist_ok=True)
