@@ -8,6 +8,8 @@ stream. A run that was killed and resumed therefore sees the images that it woul
 the interruption, and the number of loader processes makes no difference.
 """
 
+import math
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,6 +27,8 @@ from fcn.datasets.reading import check_disjoint
 from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
 from fcn.transforms import MAX_SIZE, Transform, collate, eval_transform, is_size, train_transform
 
+SPAWNED_BYTES = 450e6  # of memory that a loader process takes where it is spawned, not forked
+
 
 class SegmentationDataModule(pl.LightningDataModule):
     """Training batches as an endless stream; evaluation batches in order, each image once.
@@ -39,7 +43,9 @@ class SegmentationDataModule(pl.LightningDataModule):
             placeholder, to be replaced by a number before the loaders are made.
         eval_batch_size: images in an evaluation batch. 1 evaluates every image at its own size. A
             larger number pads images to a common size, which changes scores in the last digits.
-        num_workers: loader processes; None: one less than there are cores, at most 8.
+        num_workers: loader processes; None: as many as `default_workers` says. Where processes are
+            spawned, validation has one of its own beside them, at most. Else it has as many again,
+            which take little memory, as they are forked.
         limit: use only the first so many images of each split; None: all.
         crop_size, scale, flip, jitter, rotate, blur: see `fcn.transforms.train_transform`.
         seed: fixes the order of the images and their augmentation.
@@ -90,7 +96,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.root, self.download = root, download
         self.train_split, self.val_split = train_split, val_split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.num_workers = system_workers() if num_workers is None else num_workers
         self.limit, self.seed = limit, seed
         # Classes are known before any data is on disk: they are attributes of the data set's class,
         # or, where they depend on its arguments, what its class method `labels` returns for these.
@@ -172,14 +178,17 @@ class SegmentationDataModule(pl.LightningDataModule):
             len(self.train_data), seed=self.seed, start=start, rank=rank, world=world
         )
         data = Transformed(self.train_data, self.augment, seed=self.seed)
-        return self._loader(data, batch_size=self.batch_size, sampler=stream)
+        return self._loader(
+            data, batch_size=self.batch_size, sampler=stream, workers=self.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader:
         """The loader of the validation split."""
         assert self.val_data is not None, "call setup('validate') first"
-        return self.eval_dataloader(self.val_data)
+        beside_training = self.train_data is not None and loaders_are_spawned()
+        return self.eval_dataloader(self.val_data, most_workers=1 if beside_training else 256)
 
-    def eval_dataloader(self, data: SegmentationDataset) -> DataLoader:
+    def eval_dataloader(self, data: SegmentationDataset, *, most_workers: int = 256) -> DataLoader:
         """A loader of any split: in order, unchanged, with the last batch even if it is smaller.
 
         Several processes divide the split between them into consecutive parts. Lightning's own
@@ -193,7 +202,10 @@ class SegmentationDataModule(pl.LightningDataModule):
             raise DataError(f"{world} processes cannot share {len(data)} images to validate on")
         unchanged = Transformed(data, eval_transform())
         order = range(len(data) * rank // world, len(data) * (rank + 1) // world)
-        return self._loader(unchanged, batch_size=self.eval_batch_size, sampler=order)
+        workers = min(self.num_workers, most_workers)
+        return self._loader(
+            unchanged, batch_size=self.eval_batch_size, sampler=order, workers=workers
+        )
 
     def _process(self) -> tuple[int, int]:
         """The rank of this process, and how many processes there are."""
@@ -201,13 +213,13 @@ class SegmentationDataModule(pl.LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(self, data: Dataset, *, batch_size: int, sampler: Any) -> DataLoader:
+    def _loader(self, data: Dataset, *, batch_size: int, sampler: Any, workers: int) -> DataLoader:
         return DataLoader(
             data,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )
@@ -276,9 +288,30 @@ def random_generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
-def default_workers() -> int:
-    """The number of loader processes where none is asked for: one less than cores, at most 8."""
+def default_workers(cores: int, memory: float = math.inf) -> int:
+    """The number of loader processes where none is asked for: one less than cores, at most 8.
+
+    Args:
+        cores: that this process may use.
+        memory: the free bytes where processes are spawned. The loaders get a quarter of them at
+            most, but there is one loader at least, if there is a second core.
+    """
+    return int(min(8, cores - 1, max(1, memory / 4 / SPAWNED_BYTES)))
+
+
+def system_workers() -> int:
+    """`default_workers` for this machine."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         cores = len(os.sched_getaffinity(0))
-    return min(8, cores - 1)
+    if not loaders_are_spawned():
+        return default_workers(cores)
+    import psutil
+
+    return default_workers(cores, psutil.virtual_memory().available)
+
+
+def loaders_are_spawned() -> bool:
+    """Whether a loader process begins as an empty one, which must import torch: not with fork."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return (chosen or multiprocessing.get_all_start_methods()[0]) != "fork"  # the default is first

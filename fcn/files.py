@@ -16,7 +16,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,8 +29,8 @@ from filelock import FileLock, Timeout
 from fcn.errors import ConfigError, WriteError, reason
 
 SUFFIX = ".part"
-# Seconds to wait for a lock. The worker processes of a killed run may hold its lock for up to
-# 5 seconds, until they notice that the run is gone.
+# Seconds to wait for a lock, or for another program that has a file open. The worker processes of a
+# killed run may hold its lock for up to 5 seconds, until they notice that the run is gone.
 PATIENCE = 10.0
 
 
@@ -37,12 +39,13 @@ class LockedError(Exception):
 
 
 @contextmanager
-def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, *, size: int | None = None, wait: bool = True) -> Iterator[Path]:
     """Write a file so that it is complete or not there, whenever the process is killed.
 
     Args:
         path: the file. An older one of that name is replaced at the end, in one step.
         size: bytes that the file needs, if that is known. The message of an error then says so.
+        wait: for other programs that have the older file open, see `retry`.
 
     Yields:
         A hidden path in the same folder. Write the content there, with any function.
@@ -61,11 +64,49 @@ def atomic_write(path: Path, *, size: int | None = None) -> Iterator[Path]:
                 raise RuntimeError(f"{path} was not written: there is no {part}")
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # or a power cut could leave an empty file of this name
-            os.replace(part, path)
+            if wait:
+                retry(lambda: os.replace(part, path))
+            else:
+                os.replace(part, path)
         except BaseException:
             with suppress(OSError):
                 part.unlink()  # on a full disk this makes room for others
             raise
+
+
+def retry(action: Callable[[], None]) -> None:
+    """Do something with a file that other programs may have open, for up to `PATIENCE` seconds.
+
+    Windows neither replaces nor removes such a file. A virus scanner or an indexer looks at each
+    new file for a moment, and evaluate.py may read a checkpoint that a run wants to write anew.
+
+    Raises:
+        OSError: it was not possible.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
+
+
+@contextmanager
+def optional_file(path: Path) -> Iterator[None]:
+    """Warn instead of failing where a file cannot be written that a run can do without.
+
+    Such a file is a picture, or a table that is written again later. The disk may be full, or the
+    user may have the file open in another program: Windows replaces no open file. Python shows the
+    same warning only once, so that a full disk is not reported at every validation.
+    """
+    try:
+        yield
+    except (OSError, WriteError) as error:
+        why = reason(error.__cause__ or error)
+        message = f"{path} cannot be written ({why}); training goes on without it"
+        warnings.warn(message, stacklevel=3)
 
 
 @contextmanager

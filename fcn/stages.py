@@ -16,7 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -103,11 +103,18 @@ def run_train(arguments: list[str]) -> int:
         Its exit code. If a signal has killed it, 128 plus the signal's number, as in a shell.
     """
     process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
+    # Ctrl-C in a terminal, and Ctrl-Break in that of Windows, reach train.py by themselves, which
+    # then saves its state. A SIGTERM reaches this process alone. Windows has no such signal: there,
+    # a program that wants to stop this one sends CTRL_BREAK_EVENT, which train.py gets as well.
+    on_signal: dict[str, Callable[..., None]] = {
+        "SIGINT": lambda *_: None,
+        "SIGBREAK": lambda *_: None,
+        "SIGTERM": lambda *_: process.terminate(),
+    }
     handlers = {
-        # Ctrl-C in a terminal reaches train.py by itself, which then saves its state.
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        # A SIGTERM reaches this process alone. Windows has no such signal between processes.
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        getattr(signal, name): signal.signal(getattr(signal, name), handler)
+        for name, handler in on_signal.items()
+        if hasattr(signal, name)
     }
     try:
         code = process.wait()

@@ -1,18 +1,27 @@
 """Loaders: which image comes when depends only on the seed and the position in the stream."""
 
+import multiprocessing
 import os
 import traceback
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+import fcn.datamodule
 from fcn.cli import short_messages
-from fcn.datamodule import SegmentationDataModule, ShuffledStream
+from fcn.datamodule import (
+    SegmentationDataModule,
+    ShuffledStream,
+    default_workers,
+    loaders_are_spawned,
+)
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, DataError
@@ -132,6 +141,7 @@ def test_classes_are_known_before_the_data_is_there() -> None:
 
 
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcn.datamodule, "loaders_are_spawned", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     assert shapes(num_workers=None).num_workers == 3
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
@@ -139,6 +149,34 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes(num_workers=None).num_workers == 8
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert shapes(num_workers=None).num_workers == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "workers"),
+    [(1, 64, 0), (2, 0.1, 1), (8, 2, 1), (8, 4, 2), (8, 8, 4), (8, 64, 7), (64, 64, 8)],
+)
+def test_number_of_spawned_workers(
+    cores: int, gigabytes: float, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_workers(cores, gigabytes * 1e9) == workers
+    monkeypatch.setattr(fcn.datamodule, "loaders_are_spawned", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    memory = SimpleNamespace(available=int(gigabytes * 1e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    datamodule = shapes(num_workers=None)
+    assert datamodule.train_dataloader().num_workers == workers
+    assert datamodule.val_dataloader().num_workers == min(1, workers)  # beside those of training
+    assert datamodule.val_data is not None
+    assert datamodule.eval_dataloader(datamodule.val_data).num_workers == workers
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_start_methods(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
+    assert loaders_are_spawned() == (method != "fork")
+    datamodule = shapes(num_workers=2)
+    workers = 2 if method == "fork" else 1
+    assert datamodule.val_dataloader().num_workers == workers
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fcn import files
 from fcn.errors import WriteError
 from fcn.files import (
     SUFFIX,
@@ -149,6 +150,7 @@ def test_message_of_a_file_that_is_open_on_windows(
     path = tmp_path / "metrics.csv"
     path.write_text("old")
     monkeypatch.setattr(os, "replace", refusing(errno.EACCES))
+    monkeypatch.setattr(files, "PATIENCE", 0)
     with pytest.raises(WriteError, match=r"metrics\.csv .* close other programs that have it open"):
         write_text(path, "new")
     assert path.read_text() == "old"
@@ -156,6 +158,14 @@ def test_message_of_a_file_that_is_open_on_windows(
     path.unlink()
     with pytest.raises(WriteError, match=r"Permission denied; [\d,.]+ MB are free there$"):
         write_text(path, "new")
+
+
+def test_a_file_that_is_open_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, results = tmp_path / "last.ckpt", iter([refusing(errno.EACCES), os.replace])
+    monkeypatch.setattr(os, "replace", lambda *paths: next(results)(*paths))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    write_text(path, "new")
+    assert path.read_text() == "new"
 
 
 def test_writing_leaves_other_errors_alone(tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from fcn.checkpoint import best_checkpoint, last_checkpoint, read_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, TrainingError, WeightsError, WriteError
+from fcn.files import optional_file
 from fcn.module import SegmentationModule
 from fcn.runs.folder import create_run_folder
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.fit import find_checkpoint
 from fcn.training.metrics_csv import MetricsCSV
-from fcn.training.optional import optional_file
 from train import train
 
 

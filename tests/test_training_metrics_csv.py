@@ -1,5 +1,7 @@
 """metrics.csv: one row a step, also when columns come late and runs are killed and resumed."""
 
+import errno
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fcn.errors import WriteError
 from fcn.runs.metrics import read_column, read_metrics, read_numbers
 from fcn.training.metrics_csv import MetricsCSV
 
@@ -84,8 +87,8 @@ def test_killed_while_a_row_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     log, rewrite = MetricsCSV(tmp_path / "metrics.csv"), MetricsCSV._rewrite
     log.log_metrics({"train/loss": 2.0}, step=8)
 
-    def killed(self: MetricsCSV, rows: Any) -> None:
-        rewrite(self, rows)
+    def killed(self: MetricsCSV, *arguments: Any) -> None:
+        rewrite(self, *arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MetricsCSV, "_rewrite", killed)
@@ -110,6 +113,66 @@ def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
     assert columns["step"].tolist() == list(range(1, rows + 2))
     assert np.isnan(columns["val/miou"]).sum() == rows
     assert columns["val/miou"][rows - 1] == 0.25
+
+
+class Locked:
+    """Stands in for programs on Windows that have files open: these cannot be written or replaced.
+
+    What has been opened for writing by then can be written on.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: set[str] = set()
+        for owner, name, place in ((Path, "open", 0), (os, "replace", 1)):
+            monkeypatch.setattr(owner, name, self.refusing(getattr(owner, name), place))
+        monkeypatch.setattr("fcn.files.PATIENCE", 0)
+
+    def refusing(self, function: Any, place: int) -> Any:
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            mode = arguments[1] if place == 0 and len(arguments) > 1 else "w" if place else "r"
+            if Path(arguments[place]).name in self.names and mode != "r":
+                raise PermissionError(errno.EACCES, "used by another process")
+            return function(*arguments, **options)
+
+        return refuse
+
+
+def test_open_in_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is lost: not while metrics.csv is open, nor its stand-in, nor after a kill."""
+    locked, path = Locked(monkeypatch), tmp_path / "metrics.csv"
+    csv = MetricsCSV(path)
+    csv.log_metrics({"train/loss": 1}, step=1)
+    locked.names = {"metrics.csv"}
+    with pytest.warns(UserWarning, match=r"metrics\.csv is open in another program"):
+        csv.log_metrics({"train/loss": 2}, step=2)
+    csv.log_metrics({"val/miou": 0.5}, step=2)
+    assert path.read_text() == "step,train/loss\n1,1.0\n"
+    assert [row["step"] for row in read_metrics(path)] == ["1", "2"]  # from the stand-in
+    locked.names |= {"metrics.new.csv"}
+    with pytest.warns(UserWarning, match="open in another program"):
+        csv.log_metrics({"train/loss": 3}, step=3)
+    with pytest.warns(UserWarning, match=r"rows are in .*metrics\.new\.csv, but for the last 1"):
+        csv.finalize("success")
+    with pytest.raises(WriteError, match="close other programs"):
+        MetricsCSV(path, resume_step=3)
+    locked.names = {"metrics.csv"}
+    csv.log_metrics({"train/loss": 4}, step=4)
+    with pytest.warns(UserWarning, match=r"rows are in .*metrics\.new\.csv$"):
+        csv.finalize("success")
+    wanted = "step,train/loss,val/miou\n1,1.0,\n2,2.0,0.5\n3,3.0,\n"
+    locked.names = set()
+    csv.log_metrics({"train/loss": 5}, step=5)
+    assert path.read_text() == wanted + "4,4.0,\n5,5.0,\n"
+
+    locked.names = {"metrics.csv"}  # this process is killed while it is open
+    with pytest.warns(UserWarning, match="open in another program"):
+        csv.log_metrics({"train/loss": 6}, step=6)
+    locked.names = set()
+    again = MetricsCSV(path, resume_step=6)
+    again.log_metrics({"train/loss": 7}, step=7)
+    again.finalize("success")
+    assert path.read_text() == wanted + "4,4.0,\n5,5.0,\n6,6.0,\n7,7.0,\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_of_other_lengths(tmp_path: Path) -> None:

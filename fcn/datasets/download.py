@@ -9,6 +9,7 @@ then find it done.
 """
 
 import logging
+import os
 import shutil
 import tarfile
 import tempfile
@@ -26,7 +27,7 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from fcn.errors import DataError, reason
-from fcn.files import is_locked, lock
+from fcn.files import is_locked, lock, retry
 
 HINT = "`experiment=quickstart` needs no download."
 TIMEOUT = 30.0  # seconds to wait for a connection, and for the next bytes
@@ -118,7 +119,7 @@ def _try_mirrors(urls: Sequence[str], md5: str, dest: Path) -> None:
             _download(url, part)
             found = calculate_md5(part)
             if found == md5:
-                part.replace(dest)
+                retry(lambda: os.replace(part, dest))
                 return
             part.unlink()  # it is unknown which bytes are wrong
             if resumed:  # perhaps those of an earlier call: try this mirror again from the start
@@ -216,7 +217,7 @@ def unpack(archive: Path, into: Path, member_root: str) -> Path:
                 if not Path(temporary, member_root).is_dir():
                     raise DataError(f"{archive}: holds no folder {member_root}")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                Path(temporary, member_root).rename(target)
+                retry(lambda: os.rename(Path(temporary, member_root), target))
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f"{archive.absolute()}: cannot unpack this: {reason(e)}") from e
     return target

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fcn import cli
-from fcn.checkpoint import data_settings, read_checkpoint
+from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError, check_choice, check_text
 from fcn.module import SegmentationModule
@@ -33,7 +33,8 @@ class Candidate:
 
     Attributes:
         path: the file.
-        checkpoint: its content, from `fcn.checkpoint.read_checkpoint`.
+        checkpoint: the settings in it, without tensors. Tensors would keep the file mapped, and
+            Windows would not let a run that still trains write its last.ckpt.
         module: the module that was built from it, with its network and classes.
         trainer: a Lightning Trainer for the wanted device and precision, which writes nothing.
     """
@@ -97,7 +98,7 @@ def open_candidate(
         module.network = network  # type: ignore[assignment]
     if wrap is not None:
         module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
-    return Candidate(path, checkpoint, module, trainer)
+    return Candidate(path, {name: checkpoint[name] for name in SETTINGS}, module, trainer)
 
 
 def checkpoint_data(

@@ -14,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def lock_run(run: Path) -> Iterator[None]:
             raise RunLockedError(f"{run} is being trained by {who}; wait, or stop it") from error
         with files.writing(holder):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        stack.callback(holder.unlink, missing_ok=True)
+        stack.callback(files.retry, partial(holder.unlink, missing_ok=True))
         files.remove_parts(run)
         yield
 
@@ -138,7 +139,8 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
         again = {setting_name(override) for override in given}
         later = [override for override in later if setting_name(override) not in again]
         write_overrides(run, [*first, f"resume={run}", *later, *given])
-    (run / "error.txt").unlink(missing_ok=True)  # of an earlier start that crashed
+    with files.writing(run / "error.txt"):
+        (run / "error.txt").unlink(missing_ok=True)  # of an earlier start that crashed
 
 
 def write_overrides(run: Path, overrides: Sequence[str]) -> None:

@@ -17,12 +17,24 @@ Row = dict[str, str]
 Columns = dict[str, np.ndarray]
 
 
+def stand_in(path: Path) -> Path:
+    """The file that has all rows while another program keeps metrics.csv open.
+
+    Excel on Windows does that, for example. fcn/training/metrics_csv.py renames this file to
+    metrics.csv as soon as that is possible.
+    """
+    return path.with_suffix(".new.csv")
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a metrics.csv as text, one at a time: a long run has a hundred thousand.
 
     A last line that a kill has cut short is left out, since its last number may be wrong.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    path = Path(path)
+    if stand_in(path).is_file():
+        path = stand_in(path)
+    with path.open(newline="", encoding="utf-8") as file:
         yield from csv.DictReader(line for line in file if line.endswith(("\n", "\r")))
 
 

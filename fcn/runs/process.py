@@ -3,8 +3,8 @@
 import logging
 import sys
 import warnings
+from contextlib import suppress
 
-import psutil
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -31,17 +31,25 @@ def memory_size(device: torch.device) -> int:
     """The bytes of a GPU's memory; for any other device, those of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
     return psutil.virtual_memory().total
 
 
-def peak_memory() -> int:
-    """The most bytes that were allocated on the GPU, or that this process held in RAM."""
+def peak_memory() -> int | None:
+    """The most bytes that were allocated on the GPU, or that this process held in RAM.
+
+    None where the system does not count them.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    try:
+    with suppress(ImportError):
         import resource  # Linux and macOS have this
-    except ImportError:
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss)  # Windows counts a peak too
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with suppress(ImportError, AttributeError):
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset  # only Windows has this
+    return None

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import MENDABLE, literal, quoted, short_message
 from fcn.errors import FCNError, Stopped
-from fcn.files import write_csv, write_text
+from fcn.files import optional_file, write_csv, write_text, writing
 from fcn.runs.folder import (
     RunLockedError,
     create_run_folder,
@@ -129,7 +129,8 @@ def resumable(run: Path) -> bool:
         return True
     with lock_run(run):
         pass
-    shutil.rmtree(run)
+    with writing(run):
+        shutil.rmtree(run)
     return False
 
 
@@ -199,11 +200,13 @@ def write_results(sweep: Path) -> list[Row]:
     rows = [_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = [[row.get(column, "") for column in columns] for row in rows]
-    write_csv(sweep / "sweep.csv", [columns, *table])
+    with optional_file(sweep / "sweep.csv"):  # it may be open in a spreadsheet
+        write_csv(sweep / "sweep.csv", [columns, *table])
 
     settings = [read_changes(run) for run in runs]
     swept = [key for key in columns if len({s[key] for s in settings if key in s}) > 1]
-    draw_sweep(rows, swept, sweep / "sweep.png")
+    with optional_file(sweep / "sweep.png"):
+        draw_sweep(rows, swept, sweep / "sweep.png")
     return rows
 
 

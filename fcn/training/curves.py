@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from fcn.figures.curves import draw_curves
+from fcn.files import optional_file
 from fcn.runs.metrics import read_numbers
-from fcn.training.optional import optional_file
 
 
 class Curves(Callback):

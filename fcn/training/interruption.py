@@ -1,8 +1,8 @@
 """What ends a run early: a signal, or the death of a process that loads data.
 
-The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice). In both cases the steps so
-far are saved, so that the run can be resumed. fcn/training/trainer.py adds this callback to every
-run.
+The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's notice); on Windows, SIGINT and
+SIGBREAK (Ctrl-Break), since no other reaches a process there. In both cases the steps so far are
+saved, so that the run can be resumed. fcn/training/trainer.py adds this callback to every run.
 """
 
 import signal
@@ -20,8 +20,8 @@ from fcn.checkpoint import last_checkpoint
 from fcn.errors import Stopped
 from fcn.training.clock import is_whole_step
 
-# Windows has no SIGUSR1.
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Interruption(Callback):

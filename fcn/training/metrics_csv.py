@@ -6,7 +6,9 @@ adds this logger to every run, and fcn/runs/metrics.py reads the file.
 
 import csv
 import os
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from fcn.files import atomic_write, writing
-from fcn.runs.metrics import Row, read_rows
+from fcn.errors import WriteError
+from fcn.files import atomic_write, retry, writing
+from fcn.runs.metrics import Row, read_rows, stand_in
 
 
 class MetricsCSV(Logger):
     """Writes a CSV file row by row. All values that are logged at one step share a row.
+
+    While another program has the file open, Windows may let nobody write it. All rows then go to a
+    second file, `stand_in(path)`, which takes its place as soon as that is possible. If that is
+    open too, rows are kept in memory until the next one.
 
     Args:
         path: the file. Rows that are there already are kept up to `resume_step`.
@@ -28,17 +35,18 @@ class MetricsCSV(Logger):
 
     def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = self.file = Path(path)  # `file` is where the rows are at the moment
         # The last row is kept, because the scores of a validation are added to the row of its step.
         self.columns, self.last = ["step"], Row()
-        if resume_step == 0 or not self.path.exists():
-            self._rewrite([])
-            return
-        for row in read_rows(self.path):
+        self.unwritten: dict[str, Row] = {}  # rows that are in no file yet, by their step
+        resumed = resume_step > 0 and self.path.exists()
+        for row in read_rows(self.path) if resumed else ():
             self.columns = list(row)
             if int(row["step"]) <= resume_step:
                 self.last = row
-        self._rewrite(row for row in read_rows(self.path) if int(row["step"]) <= resume_step)
+        kept = (row for row in read_rows(self.path) if int(row["step"]) <= resume_step)
+        self._rewrite(kept if resumed else (), self.path, wait=True)
+        stand_in(self.path).unlink(missing_ok=True)  # of an earlier process; it was read above
 
     @property
     def name(self) -> str:
@@ -56,23 +64,72 @@ class MetricsCSV(Logger):
         """Add to the row of `step`."""
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         new_columns = [name for name in values if name not in self.columns]
-        if new_columns or self.last.get("step") == str(step):
-            self.columns += new_columns
-            if self.last.get("step") == str(step):
-                values = self.last | values
-            self.last = {"step": str(step)} | values
-            rows = (row for row in read_rows(self.path) if row["step"] != self.last["step"])
-            # The old row is left out and the new one added in one go: a kill must not take both.
-            self._rewrite(chain(rows, [self.last]))
-            return
-        self.last = {"step": str(step)} | values
+        same_row = self.last.get("step") == str(step)
+        self.columns += new_columns
+        self.last = (self.last if same_row else {"step": str(step)}) | values
+        append = not (new_columns or same_row or self.unwritten)
+        self.unwritten[str(step)] = self.last
+        if self.file != self.path:
+            with suppress(PermissionError):
+                self._take_its_place()
+        self._write(append=append)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """At the end of a run, give the other program some seconds to close the file."""
+        try:
+            retry(self._settle)
+        except PermissionError:
+            lost = f", but for the last {len(self.unwritten)}" if self.unwritten else ""
+            message = f"{self.path} is still open in another program: its rows are in {self.file}"
+            warnings.warn(message + lost, stacklevel=2)
+
+    def _settle(self) -> None:
+        """Have all rows in the file itself; otherwise raise a PermissionError."""
+        if self.file != self.path:
+            self._take_its_place()
+        if self.unwritten:
+            self._write()
+        if self.unwritten or self.file != self.path:
+            raise PermissionError
+
+    def _take_its_place(self) -> None:
+        os.replace(self.file, self.path)
+        self.file = self.path
+
+    def _write(self, *, append: bool = False) -> None:
+        """Write the rows that are in no file yet: at the end, or with the whole file anew."""
+        for file in dict.fromkeys((self.file, stand_in(self.path))):
+            try:
+                if append and file == self.file:
+                    self._append()
+                else:
+                    # Old and new rows are written in one go: a kill must not take both.
+                    rows = (r for r in read_rows(self.path) if r["step"] not in self.unwritten)
+                    self._rewrite(chain(rows, self.unwritten.values()), file)
+            except WriteError as error:
+                if not isinstance(error.__cause__, PermissionError):
+                    raise
+                message = (
+                    f"{self.path} is open in another program; rows are kept until it is closed"
+                )
+                warnings.warn(message, stacklevel=3)
+            else:
+                self.file = file
+                self.unwritten.clear()
+                return
+
+    def _append(self) -> None:
         # The mode r+ does not create a file: if the run folder was deleted, that is an error.
-        with writing(self.path), self.path.open("r+", newline="", encoding="utf-8") as file:
+        with writing(self.file), self.file.open("r+", newline="", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)
 
-    def _rewrite(self, rows: Iterable[Row]) -> None:
-        with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    def _rewrite(self, rows: Iterable[Row], path: Path, *, wait: bool = False) -> None:
+        with (
+            atomic_write(path, wait=wait) as part,
+            part.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)

@@ -18,10 +18,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from fcn.errors import check_whole
 from fcn.figures.masks import resize_to_fit, to_pil
 from fcn.figures.panels import draw_panels
-from fcn.files import atomic_write
+from fcn.files import atomic_write, optional_file
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
-from fcn.training.optional import optional_file
 
 WANDB_SIDE = 512  # pixels; W&B gets no larger images
 
@@ -55,7 +54,8 @@ class Panels(Callback):
         for path in Path(trainer.default_root_dir).glob("panels/*.png"):
             step = re.fullmatch(r"step_(\d+)", path.stem)
             if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
-                path.unlink()
+                with optional_file(path):  # it may be open in another program
+                    path.unlink()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.ids, self.rows, self.seen = [], [], 0
