@@ -36,10 +36,9 @@ from peers import (
 )
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.datamodule import SegmentationDataModule
-from fcn.metrics import segmentation_scores
+from fcn.metrics import ConfusionMatrix, segmentation_scores
 from fcn.precision import best_precision
 from fcn.schedules import cosine, poly
 from fcn.transforms import Batch
@@ -86,7 +85,7 @@ def schedule(
 def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: int) -> float:
     """Mean IoU on the first so many images."""
     contestant.network.eval()
-    confusion = MulticlassConfusionMatrix(21, ignore_index=255)
+    confusion = ConfusionMatrix(21, void=255)
     batches: Iterator[Batch] = iter(datamodule.val_dataloader())
     for _ in range(images):
         batch = next(batches)

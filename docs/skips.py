@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fcn runs from the checkout
 
@@ -31,7 +30,7 @@ from fcn.figures.masks import colourise, labels_in, resize_to_fit
 from fcn.figures.panels import Cell, draw_sheet
 from fcn.files import atomic_write
 from fcn.inference.predictor import load_predictor
-from fcn.metrics import segmentation_scores
+from fcn.metrics import confusion_matrix, segmentation_scores
 
 BATCH_SIZE = 8
 
@@ -61,9 +60,8 @@ def predictions(path: Path, samples: Sequence[Sample]) -> list[Tensor]:
 
 def mean_iou(labels: Sequence[Tensor], masks: Sequence[Tensor], num_classes: int) -> float:
     """Mean IoU over all these pairs of label and prediction, each (S, S); NaN if all is void."""
-    confusion = multiclass_confusion_matrix(
-        torch.stack(list(masks)), torch.stack(list(labels)), num_classes, ignore_index=VOID
-    )
+    stacked = torch.stack(list(masks)), torch.stack(list(labels))
+    confusion = confusion_matrix(*stacked, num_classes, VOID)
     return segmentation_scores(confusion)["miou"]
 
 

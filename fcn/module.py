@@ -21,11 +21,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcn.checkpoint import check_sizes, read_checkpoint
 from fcn.errors import WeightsError, check_number, check_text, check_whole, is_number, refuse
-from fcn.metrics import Scores, segmentation_scores
+from fcn.metrics import ConfusionMatrix, Scores, segmentation_scores
 from fcn.network import FCN, head_layers
 from fcn.weights import load_weights
 
@@ -100,10 +99,7 @@ class SegmentationModule(pl.LightningModule):
         self.fresh_layers = head_layers(self.network)
         if weights is not None:
             self.load_pretrained(weights)
-        # Data sets check their labels when they read a mask, so torchmetrics need not do it again.
-        self.confusion = MulticlassConfusionMatrix(
-            num_classes, ignore_index=void, validate_args=False
-        )
+        self.confusion = ConfusionMatrix(num_classes, void)
         # For each validation batch, the sum of the loss over its pixels.
         self.val_losses = CatMetric(nan_strategy="disable")
         self.class_weights: Tensor | None
@@ -151,14 +147,17 @@ class SegmentationModule(pl.LightningModule):
         """
         if pixels is None:
             pixels = (mask != self.void).sum().clamp(min=1)
-        total = F.cross_entropy(
+        # trainer.deterministic=true: on a GPU, only the losses of single pixels are deterministic,
+        # not torch's own sum of them.
+        exact = torch.are_deterministic_algorithms_enabled()
+        losses = F.cross_entropy(
             logits.float(),
             mask.long(),
             None if weights is None else weights.float(),
             ignore_index=self.void,
-            reduction="sum",
+            reduction="none" if exact else "sum",
         )
-        return total / pixels
+        return losses.sum() / pixels
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of one batch: `image` (N, 3, H, W), `mask` (N, H, W).

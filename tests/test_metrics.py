@@ -1,13 +1,14 @@
-"""The four metrics of the paper, worked out by hand and by a slow second implementation."""
+"""The confusion matrix, and the paper's four metrics by hand and by a second implementation."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from fcn.metrics import segmentation_scores
+from fcn.metrics import ConfusionMatrix, confusion_matrix, segmentation_scores
 
 
 def test_worked_out_by_hand() -> None:
@@ -86,12 +87,12 @@ def slow_scores(label: np.ndarray, prediction: np.ndarray, classes: int) -> dict
 
 @pytest.mark.parametrize("seed", range(5))
 def test_agrees_with_a_slow_implementation(seed: int) -> None:
-    """Through torchmetrics' confusion matrix in several updates, void and absent classes there."""
+    """Through the confusion matrix in several updates, void and absent classes there."""
     rng = np.random.default_rng(seed)
     label = rng.choice([0, 1, 2, 3, 5, 6, 255], size=(6, 17, 13), p=[0.4, *[0.1] * 6])
     guess = rng.choice([0, 1, 2, 3, 6, 7], size=label.shape)
     prediction = np.where((rng.random(label.shape) < 0.6) & (label != 255), label, guess)
-    confusion = MulticlassConfusionMatrix(9, ignore_index=255, validate_args=False)
+    confusion = ConfusionMatrix(9, void=255)
     for part in range(0, 6, 2):
         confusion.update(
             torch.from_numpy(prediction[part : part + 2]),
@@ -104,3 +105,49 @@ def test_agrees_with_a_slow_implementation(seed: int) -> None:
     assert scores["iou"][7] == 0  # predicted, never labelled
     for name, value in wanted.items():
         assert scores[name] == pytest.approx(value, rel=1e-12, nan_ok=True), name  # type: ignore[literal-required]
+
+
+@pytest.mark.parametrize("void", [255, 0, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_counts_are_those_of_torchmetrics(void: int, dtype: torch.dtype) -> None:
+    """Also where void is one of the classes: its pixels are left out, predictions of it are not."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(200, (2, 30, 40), generator=generator).to(dtype)
+    label = torch.randint(200, (2, 30, 40), generator=generator).to(torch.uint8)
+    label[torch.rand(label.shape, generator=generator) < 0.2] = void
+    expected = multiclass_confusion_matrix(prediction.long(), label.long(), 200, ignore_index=void)
+    found = confusion_matrix(prediction, label, 200, void)
+    assert torch.equal(found, expected)
+    assert found.sum() == (label != void).sum()
+    assert confusion_matrix(prediction, torch.full_like(label, void), 200, void).sum() == 0
+
+
+def test_a_label_that_is_no_class_is_not_lost() -> None:
+    for label in (3, 4, 254):
+        with pytest.raises(RuntimeError, match="shape"):
+            confusion_matrix(torch.zeros(9).int(), torch.full((9,), label), 3, 255)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that a result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_table_of_pixels_by_classes() -> None:
+    """torchmetrics makes one of 500 * 500 * 150**2 with deterministic algorithms, as on MPS."""
+    prediction = torch.randint(150, (1, 500, 500))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with LargestTensor() as largest:
+            found = confusion_matrix(prediction, prediction.to(torch.uint8), 150, 255)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, torch.bincount(prediction.flatten(), minlength=150).diag())
+    assert largest.elements == 500 * 500

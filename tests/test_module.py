@@ -12,6 +12,7 @@ import torch
 from conftest import FINISHED, compose_config, train_tiny
 from pytorch_lightning.callbacks import Timer
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint
@@ -98,6 +99,52 @@ def test_loss_is_float32_under_autocast(module: SegmentationModule) -> None:
     assert loss.dtype == torch.float32
     expected = F.cross_entropy(logits.float(), batch(1)["mask"].long(), ignore_index=255)
     torch.testing.assert_close(loss, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch that are called, and the reductions of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.reductions = set[str](), set[int]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        if "nll_loss" in str(func):
+            self.reductions.add(args[3] if isinstance(args[3], int) else args[4])
+        return func(*args, **kwargs or {})
+
+
+# Those that a network like this could call and that torch refuses on a GPU where
+# trainer.deterministic=true, from the documentation of torch.use_deterministic_algorithms.
+NOT_DETERMINISTIC = {"adaptive_avg_pool2d", "max_unpool2d", "upsample_bilinear2d", "histc", "put_"}
+NOT_DETERMINISTIC |= {"reflection_pad2d", "median", "grid_sampler_2d", "scatter_reduce"}
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_deterministic_step_calls_what_a_gpu_can_do(pooling: str) -> None:
+    """torch refuses its own sum of the losses, so no reduction (0) may be left to it."""
+    module, data = small(pooling=pooling, dropout=0.0, class_weights=[0.5, 1.0, 2.0]), batch(1, 2)
+    torch.nn.init.normal_(module.network.get_parameter("score.weight"))
+
+    def step() -> tuple[Operations, list[torch.Tensor]]:
+        with Operations() as called:
+            loss = module.training_step(data, 0)
+            learned = [p for p in module.network.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, learned)
+            module.validation_step(data, 0)
+        return called, [loss.detach(), *gradients]
+
+    usual, expected = step()
+    torch.use_deterministic_algorithms(True)
+    try:
+        exact, found = step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {"nll_loss2d_forward", "nll_loss2d_backward", "bincount"} <= exact.names
+    assert not {name.removesuffix("_backward") for name in exact.names} & NOT_DETERMINISTIC
+    assert (usual.reductions, exact.reductions) == ({2}, {0})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def groups(module: SegmentationModule) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
+from fcn.training.fit import ran_out_of_memory
 from fcn.training.settle import image_size
 from train import build_data_and_module, train
 
@@ -69,6 +70,13 @@ def test_out_of_memory_ends_with_advice(tmp_path: Path, monkeypatch: pytest.Monk
     message = str(error.value)
     assert message.startswith("cpu ran out of memory: a step needs about")
     assert "data.batch_size=1 trainer.accumulate_grad_batches=4" in message
+
+
+def test_memory_of_an_apple_gpu_runs_out() -> None:
+    """The words are those of torch's MPSAllocator, as users have reported them."""
+    text = "MPS backend out of memory (MPS allocated: 5.56 GB, other allocations: 1.10 GB, max "
+    assert ran_out_of_memory(RuntimeError(f"{text}allowed: 6.80 GB). Tried to allocate 768.00 MB"))
+    assert not ran_out_of_memory(RuntimeError("MPS backend has no such operation"))
 
 
 def test_system_that_refuses_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

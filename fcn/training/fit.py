@@ -107,7 +107,7 @@ def _explained(
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU has too little memory, or a CPU's system refuses to give more."""
-    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    texts = ("can't allocate memory", "Storage size calculation overflowed", "out of memory (MPS")
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 

@@ -13,13 +13,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fcn.errors import check_whole
 from fcn.figures.masks import resize_to_fit, to_pil
 from fcn.figures.panels import draw_panels
 from fcn.files import atomic_write, optional_file
-from fcn.metrics import segmentation_scores
+from fcn.metrics import confusion_matrix, segmentation_scores
 from fcn.module import SegmentationModule
 
 WANDB_SIDE = 512  # pixels; W&B gets no larger images
@@ -124,9 +123,7 @@ class Panels(Callback):
 
 def _score(label: Tensor, prediction: Tensor, module: SegmentationModule) -> str:
     """The mean IoU of one image, over the classes that occur in its label or prediction."""
-    confusion = multiclass_confusion_matrix(
-        prediction, label, len(module.class_names), ignore_index=module.void, validate_args=False
-    )
+    confusion = confusion_matrix(prediction, label, len(module.class_names), module.void)
     iou = segmentation_scores(confusion)["miou"]
     return "all void" if math.isnan(iou) else f"IoU {iou:.3f}"
 

@@ -125,10 +125,10 @@ def _find_batch_size(
     config: Mapping[str, Any], images: int, module: SegmentationModule, trainer: pl.Trainer
 ) -> int:
     device = trainer.strategy.root_device
-    if trainer.world_size > 1 or device.type == "cpu":
+    if trainer.world_size > 1 or device.type != "cuda":  # Lightning knows CUDA's errors only
         raise ConfigError(
-            f"data.batch_size=auto looks for what fits on one GPU; here are {trainer.world_size} x "
-            f"{device}. Give a number; `python -m fcn.memory` tells what fits"
+            "data.batch_size=auto looks for what fits on one CUDA GPU; here are "
+            f"{trainer.world_size} x {device}. Give a number; `python -m fcn.memory` tells what fits"
         )
     names = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
     options = {name: config["trainer"][name] for name in names if name in config["trainer"]}
