@@ -52,7 +52,7 @@ def measure(overrides: list[str]) -> int:
     return status("VmHWM") - before
 
 
-def take_steps(overrides: list[str]) -> None:
+def take_steps(overrides: list[str], device: str = "cpu") -> None:
     """Take three steps on images of noise, as train.py would."""
     import pytorch_lightning as pl
     import torch
@@ -64,13 +64,14 @@ def take_steps(overrides: list[str]) -> None:
         "image": torch.randint(256, (images, 3, height, width), dtype=torch.uint8),
         "mask": torch.randint(20, (images, height, width), dtype=torch.uint8),
     }
-    module = build(config).to_empty(device="cpu")
+    module = build(config).to_empty(device=device)
     module.network.reset_parameters()
     network = module.network
     network.mean.fill_(0.5), network.std.fill_(0.25)  # to_empty leaves any values in buffers
     trainer = pl.Trainer(
         max_steps=3,
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         precision=config["trainer"]["precision"],
         gradient_clip_val=config["trainer"]["gradient_clip_val"],
         accumulate_grad_batches=config["trainer"]["accumulate_grad_batches"],

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 OURS = {
     f"ours {backbone} {precision}": (backbone, flag)
     for backbone in ("vgg19", "vgg16")
-    for precision, flag in (("float32", "32-true"), ("bf16", "bf16-mixed"))
+    for precision, flag in (("float32", "32-true"), ("bf16", "bf16-mixed"), ("fp16", "16-mixed"))
 }
 TORCHFCN = {  # its class and learning rate, examples/voc/train_fcn8s.py and train_fcn8s_atonce.py
     "torchfcn FCN8s vgg16": ("FCN8s", 1e-14),
@@ -36,8 +36,8 @@ SMP = {"smp FPN vgg19": "FPN", "smp Unet vgg19": "Unet"}
 SMP_OUR_RECIPE = {f"{name}, our recipe": network for name, network in SMP.items()}
 PEER = next(iter(TORCHFCN))  # the one that the bars compare with
 GROUPS = {  # what is timed together; all of a group are in memory at once
-    "vgg19": (*list(OURS)[:2], PEER, *SMP),
-    "vgg16": (*list(OURS)[2:], PEER),
+    "vgg19": ("ours vgg19 float32", "ours vgg19 bf16", PEER, *SMP),
+    "vgg16": ("ours vgg16 float32", "ours vgg16 bf16", PEER),
 }
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -96,7 +96,8 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
     if name in OURS:
         backbone, precision = OURS[name]
         given = [f"model.weights={weights}"] if weights else []
-        given += [f"model.backbone={backbone}", f"trainer.precision={precision}", *overrides]
+        given += [f"model.backbone={backbone}", f"trainer.precision={precision}"]
+        given += [f"trainer.accelerator={torch.device(device).type}", *overrides]
         cfg, module = configured(*given)
         if cfg.trainer.compile:
             module.network.compile()
@@ -111,21 +112,27 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
 
 def _ours(module: Any, precision: str, device: str, clip: float | None) -> Contestant:
     """In Lightning's order: forward, zero_grad, backward, gradient norm, clipping, update."""
+    from fcn.precision import AUTOCAST
     from fcn.training.loss_statistics import LossStatistics
 
     optimizer, statistics = module.configure_optimizers(), LossStatistics()
-    mixed = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
-    autocast = mixed if precision == "bf16-mixed" else nullcontext
+    kind = torch.device(device).type
+    mixed = partial(torch.autocast, kind, AUTOCAST.get(precision))
+    autocast = mixed if precision in AUTOCAST else nullcontext
+    # Where it is not enabled, it returns the loss as it is, and calls the optimizer.
+    scaler = torch.amp.GradScaler(kind, enabled=precision == "16-mixed")
 
     def step(image: Tensor, mask: Tensor) -> Tensor:
         with autocast():
             loss = module.training_step({"image": image, "mask": mask}, 0)
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         statistics.on_before_optimizer_step(None, module, optimizer)
         if clip:
             nn.utils.clip_grad_norm_(module.parameters(), clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         return loss.detach()
 
     def prepare(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Calla
 
 def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) -> list[Table]:
     """Ours on a backbone, its peers, and `others`, at one size."""
-    size, names = (args.batch, *args.size), GROUPS[backbone]
+    size, ours = (args.batch, *args.size), ours_here(args.device, backbone)
+    names = dict.fromkeys((*GROUPS[backbone], ours))  # fp16, on a GPU without bfloat16, is in none
     entrants = {name: partial(entrant, name, args.device, size, train) for name in names} | others
     seconds, memory, notes = race(entrants, args.device, args.rounds)
     rows = []
@@ -51,7 +52,7 @@ def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) 
         rows,
         notes,
     )
-    ours, times = ours_here(args.device, backbone), 5 if train else 4
+    times = 5 if train else 4
     speed = speedup(seconds, ours, PEER)
     table.bar(f"{ours}: at least {times} times torchfcn's speed", speed, low=times)
     if train:
