@@ -216,7 +216,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
     """What a training run changes in its process is as it was after each test."""
-    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
     environment = os.environ.copy()

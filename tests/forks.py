@@ -4,12 +4,14 @@
     assert wait(process) == 0
 
 A server process has imported everything and has no threads; it forks itself for each piece of work.
+Windows cannot fork, and on macOS a process that has imported torch must not: there, each piece of
+work begins with an empty process, and takes the ten seconds.
+
 The work is pickled: a function of a module, or a `functools.partial` of one. What a test has
 patched in its own process is not patched there.
 """
 
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -36,12 +38,16 @@ MODULES += ["fcn.training.curves", "fcn.runs.launch", "fcn.runs.sweep", "fcn.dat
 @cache
 def server() -> Any:
     """Start the server, unless another test of this process has started it."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     before = os.environ.copy()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
-    multiprocessing.forkserver.ensure_running()
+    forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(before)
     return context

@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import re
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -319,6 +320,7 @@ def _fetch_and_unpack(url: str, md5: str, root: Path) -> None:
     unpack(root / "a.tar", into=root, member_root="kit/tree")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are forked")
 def test_processes_at_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = write_tar(tmp_path / "source.tar").read_bytes()
     monkeypatch.setitem(globals(), "DATA", body)

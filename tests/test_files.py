@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -111,6 +112,7 @@ def test_nothing_written_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     assert (tmp_path / "empty").read_bytes() == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its paths are shorter")
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     for name in ("x" * 255, "東" * 85):
         with atomic_write(tmp_path / name) as part:
@@ -186,7 +188,7 @@ def test_a_folder_for_results(tmp_path: Path) -> None:
 
 def test_text_and_json(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    write_text(path, "Straße 東京\r\nx\n" + os.fsdecode(b"\xff"))
+    write_text(path, "Straße 東京\r\nx\n\udcff")  # at its end, a byte that is not UTF-8
     assert path.read_bytes() == "Straße 東京\r\nx\n\\udcff".encode()
     write_json(path, {"a": float("nan"), "b": [1, {"c": (float("inf"), 0.5)}], "d": None})
     assert json.loads(path.read_text()) == {"a": None, "b": [1, {"c": [None, 0.5]}], "d": None}

@@ -1,6 +1,5 @@
 """Statistics of the loss, checkpoints, pictures: first by hand, then in runs of a few steps."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -278,7 +277,7 @@ def interrupt_when(
     def interrupted(self: SegmentationModule) -> None:
         start(self)
         if condition(self.trainer):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # os.kill would end the process, on Windows
 
     monkeypatch.setattr(SegmentationModule, "on_validation_epoch_start", interrupted)
 
