@@ -69,8 +69,10 @@ def check_settings(config: Settings) -> None:
         if not isinstance(config.get(group), Mapping):
             raise ConfigError(f"{group}={config.get(group)!r}: no settings; see conf/{group}/")
     name = config.get("name")
-    if not isinstance(name, str) or name.strip() in ("", ".", "..") or re.search(r"[/\\\0]", name):
-        refuse("name", name, "a folder's name, without / or \\")
+    # A run folder may be copied to Windows. Older runs with other names can still be resumed.
+    wrong = r"[/\\\0]" if config.get("resume") else r'[/\\:*?"<>|\0-\x1f]|[. ]$'
+    if not isinstance(name, str) or name.strip() in ("", ".", "..") or re.search(wrong, name):
+        refuse("name", name, "a folder's name, without / \\ : * ? \" < > | and no dot at its end")
     check_whole("seed", config.get("seed"), 0, 2**32 - 1)
     check_text("resume", config.get("resume"), wanted="a run folder", optional=True)
     check_optimizer(config["optimizer"])
