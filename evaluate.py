@@ -11,7 +11,6 @@ labels, columns are predictions), images.csv (the scores of each image) and repo
 comparison has no CSV files. The scores are those of Long et al. (CVPR 2015), section 5.
 """
 
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ ConfigStore.instance().store(group="data", name="checkpoint", node=CHANGES)
 def main(cfg: DictConfig) -> None:
     """Evaluate what the command line asks for."""
     with cli.short_messages():
-        evaluate(cfg, command=shlex.join(sys.orig_argv))
+        evaluate(cfg, command=cli.command_line(sys.orig_argv))
 
 
 def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[str, Any]:

@@ -12,6 +12,8 @@ This file imports Hydra, but not torch, so that `python train.py --help` answers
 import argparse
 import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -188,6 +190,11 @@ def _quoted_pair(value: str) -> str:
     if value.strip() != f"[{inner}]" or len(found or pairs) != 1:
         return value
     return f"[{','.join(map(_quoted_path, (found or pairs)[0]))}]"
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Words as a line for the user's shell: those of Windows know double quotes only."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def literal(text: str) -> str:

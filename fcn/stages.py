@@ -12,7 +12,6 @@ below `hydra.run.dir=DIR`. After a kill or Ctrl-C the same command goes on: stag
 finished are skipped, and the one that has not is resumed.
 """
 
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fcn.checkpoint import best_checkpoint
-from fcn.cli import CONF, quoted, read_settings, short_messages
+from fcn.cli import CONF, command_line, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
 from fcn.runs.sweep import find_job, finished_before, resumable
 
@@ -74,7 +73,7 @@ def train_stages(given: Sequence[str]) -> int:
                 arguments = [quoted(f"resume={run}")]
             else:
                 arguments = [*settings, quoted(f"hydra.run.dir={run or folder / stage}")]
-            print(f"stage {stage}: python train.py {shlex.join(arguments)}", flush=True)
+            print(f"stage {stage}: python train.py {command_line(arguments)}", flush=True)
             code = run_train(arguments)
             if code != 0:
                 print(f"stage {stage} has not finished. The same command goes on with it")

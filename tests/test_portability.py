@@ -7,10 +7,12 @@ the stages, which start processes of their own, in the second.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import yaml
 from conftest import PROJECT, TINY
 from PIL import Image
 
+from fcn import cli
 from fcn.checkpoint import best_checkpoint, read_checkpoint, write_safetensors
 from fcn.evaluation.candidate import open_candidate
 from fcn.inference.predictor import load_predictor
@@ -65,9 +68,9 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         [*train, "hydra.run.dir=run", "trainer.max_steps=4", "data.num_workers=1"],
         ["evaluate.py", last, "data.num_workers=0", "report.images=1"],
         ["predict.py", last, "input=ü.png", "device=cpu"],
-        ["export.py", last, "format=safetensors", "output=tiny.safetensors"],
+        ["export.py", last, "format=safetensors", "output=tiny"],
         ["export.py", last, "output=tiny.onnx"],
-        ["predict.py", "ckpt=tiny.safetensors", "input=ü.png", "device=cpu", "output=again"],
+        ["predict.py", "ckpt=tiny/model.safetensors", "input=ü.png", "device=cpu", "output=again"],
         # last.ckpt is replaced after all these programs have read it; metrics.csv is open.
         ["open", "run/metrics.csv", "run/panels/step_0000004.png"],
         ["train.py", "resume=run", "data.num_workers=0", "trainer.max_steps=6"],
@@ -140,6 +143,13 @@ def test_no_checkpoint_stays_mapped(
     opened = OPENERS[opener](path)
     assert str(path) not in mapped()
     assert opened is not None
+
+
+def test_commands_that_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "train.py", "resume=it's mine"]
+    assert shlex.split(cli.command_line(words)) == words
+    monkeypatch.setattr(cli, "os", SimpleNamespace(name="nt"))
+    assert cli.command_line(words) == 'python train.py "resume=it\'s mine"'
 
 
 def test_ci_runs_the_commands_of_readme() -> None:

@@ -5,7 +5,6 @@ def main(cfg: DictConfig) -> None:
     launch(cfg, train)
 """
 
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fcn.cli import literal, short_messages
+from fcn.cli import command_line, literal, short_messages
 from fcn.errors import DataError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
@@ -112,7 +111,7 @@ def _launch(
         raise
     except DataError as error:
         if HINT not in str(error):  # A message with this hint is about data that is not there.
-            data = shlex.join(o for o in overrides if o.startswith(("data", "experiment")))
+            data = command_line([o for o in overrides if o.startswith(("data", "experiment"))])
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)
         raise

@@ -4,7 +4,6 @@ summary = fit(trainer, module, datamodule, checkpoint, advice)      # as train.p
 """
 
 import gc
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from fcn import cli
 from fcn.checkpoint import last_checkpoint, newest_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import Stopped, TrainingError, WriteError
@@ -81,7 +81,7 @@ def fit(
 
 def _go_on(trainer: pl.Trainer) -> str:
     """The command that resumes this run, for the end of a message."""
-    command = shlex.join(["python", "train.py", f"resume={trainer.default_root_dir}"])
+    command = cli.command_line(["python", "train.py", f"resume={trainer.default_root_dir}"])
     return f"go on with: {command}"
 
 
