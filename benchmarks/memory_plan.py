@@ -47,7 +47,7 @@ def measure(overrides: list[str]) -> int:
     take_steps([*overrides, *TINY])  # now the libraries have loaded what they load once
     gc.collect()  # Lightning's objects refer to each other
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets VmHWM, the peak, back
     take_steps(overrides)
     return status("VmHWM") - before
 
@@ -86,7 +86,7 @@ def take_steps(overrides: list[str], device: str = "cpu") -> None:
 
 def status(field: str) -> int:
     """Bytes in a line of /proc/self/status, such as VmRSS."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 

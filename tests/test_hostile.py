@@ -114,7 +114,7 @@ def test_settings_of_a_checkpoint_are_not_trusted(
     make: Callable[..., Any],
 ) -> None:
     """No import, no download, no memory beyond the file's; `evil` is not imported."""
-    Path("evil.py").write_text("import os; os.mkdir('hacked')")
+    Path("evil.py").write_text("import os; os.mkdir('hacked')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(place))
     torch.save(make(content), "x.ckpt")
     with pytest.raises(WeightsError, match=r"x\.ckpt") as error:

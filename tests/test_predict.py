@@ -121,10 +121,10 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
     for seed, name in enumerate(names):
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(33, 40 + seed % 2, seed)).save(photos / name)
-    (photos / "b" / "notes.txt").write_text("no image")
-    (photos / ".hidden.jpg").write_text("no image")
-    (photos / ".DS_Store").write_text("no image")
-    (photos / "broken.jpg").write_text("no image")
+    (photos / "b" / "notes.txt").write_text("no image", encoding="utf-8")
+    (photos / ".hidden.jpg").write_text("no image", encoding="utf-8")
+    (photos / ".DS_Store").write_text("no image", encoding="utf-8")
+    (photos / "broken.jpg").write_text("no image", encoding="utf-8")
     (photos / "cut.png").write_bytes((photos / "b" / "x.png").read_bytes()[:500])
     output = photos / "results"
     with pytest.raises(DataError, match="2 of 8 images failed") as error:
@@ -302,7 +302,7 @@ def test_script(
     """What a shell sees: exit code 1 and a few lines, names taken as they are."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(noise(20, 20)).save("ä (1).png")
-    Path("ü=2.png").write_text("no image")
+    Path("ü=2.png").write_text("no image", encoding="utf-8")
     arguments = [f"ckpt={ckpt}", "input=.", "output=o,u${t}", "device=cpu"]
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
     with pytest.raises(SystemExit) as exit_:

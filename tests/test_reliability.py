@@ -344,7 +344,7 @@ def grow(folder: Path) -> None:
     start = SegmentationModule.on_validation_epoch_start
 
     def measure(self: SegmentationModule) -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
         files, young = len(os.listdir("/proc/self/fd")), len(gc.get_objects())
         measured.append((pages * os.sysconf("SC_PAGE_SIZE"), files, young))
         start(self)
