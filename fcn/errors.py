@@ -39,6 +39,10 @@ class ConfigError(FCNError, ValueError):
     """A setting cannot work; the message names the key, its value and what it must be."""
 
 
+class DeviceError(FCNError):
+    """torch cannot compute on a device; the message says what to install."""
+
+
 class TrainingError(FCNError):
     """Training cannot go on; the message says at which step and what to try."""
 

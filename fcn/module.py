@@ -186,6 +186,13 @@ class SegmentationModule(pl.LightningModule):
         self.val_losses.update(self.loss(logits, mask, pixels=1))
         return {"prediction": prediction.to(torch.uint8)}
 
+    def on_validation_start(self) -> None:
+        """Let cuDNN not search for its fastest algorithms: images differ in size."""
+        self.benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+
+    def on_validation_end(self) -> None:
+        torch.backends.cudnn.benchmark = self.benchmark
+
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
         self.val_losses.reset()
@@ -273,6 +280,7 @@ class SegmentationModule(pl.LightningModule):
 
         Lightning refuses these for every precision, although only 16-mixed is a problem: there, a
         fused optimizer itself divides the gradients by the loss scale, after they were clipped.
+        fcn/training/settle.py refuses that.
         """
         if gradient_clip_val:
             clip = self.trainer.precision_plugin.clip_grad_by_norm

@@ -48,7 +48,8 @@ class FCN(nn.Module):
         checkpoint_stages: how many VGG stages, counted from the image, keep no activations. They
             are computed again in the backward pass (Chen et al. 2016).
         channels_last: whether the VGG's activations are stored as (N, H, W, C). Tensor cores are
-            faster on this layout, and on CPUs a training step takes a tenth less time.
+            faster on this layout, and on CPUs a training step takes a tenth less time. "auto" is
+            True until `set_layout` is called with what suits the device.
         alignment: how the maps of different strides are laid over each other. "centered": the
             image is padded to a multiple of 32 pixels, and every map covers it exactly. "caffe":
             as the authors' own nets do it, and only for their weights. The image is padded with 100
@@ -79,7 +80,7 @@ class FCN(nn.Module):
         learn_last_upsampling: bool = True,
         freeze_stages: int = 0,
         checkpoint_stages: int = 0,
-        channels_last: bool = False,
+        channels_last: bool | str = False,
         alignment: str = "centered",
     ) -> None:
         _check_arguments(locals())  # no other local variable exists yet
@@ -119,8 +120,7 @@ class FCN(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
         self.reset_parameters()
-        if channels_last:
-            self.stages.to(memory_format=torch.channels_last)  # activations follow the weights
+        self.set_layout(bool(channels_last))
         self.stages[:freeze_stages].requires_grad_(False)
         self.upsample.requires_grad_(learn_upsampling)
         if not learn_last_upsampling:
@@ -151,6 +151,17 @@ class FCN(nn.Module):
             scores = [f"upsample.to_image_{self.stride}"]
         for layer in scores:
             nn.init.zeros_(self.get_parameter(f"{layer}.weight"))
+
+    def set_layout(self, channels_last: bool) -> None:
+        """Let the VGG's activations be stored as (N, H, W, C), or as (N, C, H, W)."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.stages.to(memory_format=layout)  # activations follow the weights
+        # The skips read them. The values of a 1x1 convolution have the same order in both layouts,
+        # but the strides have not, and DistributedDataParallel wants those of the gradients.
+        for skip in self.skips.values():
+            for weight in skip.parameters():
+                if weight.ndim == 4:
+                    weight.data = torch.empty_like(weight, memory_format=layout).copy_(weight.data)
 
     def forward(self, image: Tensor) -> Tensor:
         """Class scores for every pixel.
@@ -295,8 +306,11 @@ def _check_arguments(given: dict[str, Any]) -> None:
     choices["alignment"] = ["centered", "caffe"]
     for name, allowed in choices.items():
         _check(name, given[name], given[name] in allowed, " or ".join(allowed))
-    for name in ("learn_upsampling", "learn_last_upsampling", "channels_last"):
+    for name in ("learn_upsampling", "learn_last_upsampling"):
         _check(name, given[name], isinstance(given[name], bool), "true or false")
+    layout = given["channels_last"]
+    right = isinstance(layout, bool) or layout == "auto"
+    _check("channels_last", layout, right, "auto, true or false")
 
     stride, kernel, dropout = given["stride"], given["head_kernel"], given["dropout"]
     _check("stride", stride, _is_whole(stride, 8, 32) and stride in SKIPS, "32, 16 or 8")

@@ -1,6 +1,24 @@
-"""Which precision a device is fast at, and how weights and memory are prepared for it.
+"""Which precision and which memory layout a device is fast at, and how weights and memory fit it.
 
-best_precision("auto")      # "bf16-mixed", "16-mixed" or "32-true": trainer.precision=auto
+    device = main_device("auto")          # trainer.accelerator=auto
+    precision = best_precision(device)    # trainer.precision=auto, for example "bf16-mixed"
+    best_layout(device, precision)        # model.channels_last=auto: True or False
+
+Only CPUs could be measured (docs/memory.md). For GPUs, these are the choices and their reasons:
+
+- NVIDIA from Ampere on: bf16-mixed, channels last. Tensor cores; bfloat16 has the range of float32,
+  so that the loss needs no scale.
+- V100 and Turing (RTX 20xx, T4): 16-mixed, channels last. Tensor cores for float16, while bfloat16
+  is emulated.
+- GTX 16xx (TU116 and TU117, which are Turing without tensor cores): 32-true. In float16, cuDNN's
+  convolutions give NaN there (pytorch #58123, #77955), and autocast is slower (apex #806).
+- Pascal (GTX 10xx): 32-true. float16 arithmetic has 1/64 of the speed of float32, so that cuDNN
+  converts all values to float32. 16-mixed saves activations' memory, but no time: docs/memory.md.
+- Apple's GPUs: 32-true. No gain from 16 bits is known. Until torch 2.14, the backward pass of a
+  convolution is many times slower on channels last (pytorch #193349).
+
+Without tensor cores, channels last is slower: a GTX 1650 had 5 % of the speed in float16 (lc0
+#849), and older cards half the speed in float32 (pytorch #44943). A # names an issue on GitHub.
 """
 
 import ctypes
@@ -9,25 +27,58 @@ import sys
 import torch
 from torch import nn
 
+from fcn.cards import has_tensor_cores
+
 # The data type in which autocast computes, by Lightning's name of the precision.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+AMPERE = (8, 0)  # NVIDIA's number of the first generation with bfloat16
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def best_precision(accelerator: str = "auto") -> str:
-    """bf16-mixed where the hardware has bfloat16, else 16-mixed on a GPU and 32-true elsewhere.
+def main_device(accelerator: str = "auto", devices: object = 1) -> torch.device:
+    """The first device that Lightning would take.
 
-    On CPUs without bfloat16 instructions autocast is slower than float32.
+    Args:
+        accelerator, devices: as in conf/trainer. A list of devices names them by their numbers.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-        )
-    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
-    return "32-true"
+        first = devices[0] if isinstance(devices, list) and devices else 0
+        return torch.device("cuda", first if isinstance(first, int) else 0)
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def best_precision(device: torch.device | str = "auto") -> str:
+    """bf16-mixed where the hardware has bfloat16, 16-mixed on older tensor cores, else 32-true.
+
+    On CPUs without bfloat16 instructions autocast is slower than float32.
+
+    Args:
+        device: a device, or the name of an accelerator as `main_device` takes it.
+    """
+    device = main_device(device) if isinstance(device, str) else device
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= AMPERE:
+            return "bf16-mixed"
+        return "16-mixed" if has_tensor_cores(device) else "32-true"
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    bfloat16 = able.get("avx512_bf16") or able.get("amx_bf16")
+    return "bf16-mixed" if device.type == "cpu" and bfloat16 else "32-true"
+
+
+def best_layout(device: torch.device, precision: str) -> bool:
+    """Whether convolutions are faster on activations (N, H, W, C): on CPUs and on tensor cores.
+
+    Tensor cores compute 16-bit products; from Ampere on also those of float32, as TF32.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    ampere = torch.cuda.get_device_capability(device) >= AMPERE
+    return has_tensor_cores(device) and (
+        precision in AUTOCAST or (ampere and precision == "32-true")
+    )
 
 
 def cast_weights(network: nn.Module, precision: str) -> None:

@@ -1,5 +1,6 @@
 """Batch size and length of a run, and what happens when memory runs out, with a made-up memory."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
 from fcn.training.fit import ran_out_of_memory
-from fcn.training.settle import image_size
+from fcn.training.settle import image_size, settle_precision
 from train import build_data_and_module, train
 
 
@@ -53,6 +54,72 @@ def test_auto_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size=auto .* 1 x cpu.*python -m fcn\.memory"):
         train_tiny(tmp_path / "run", "data.batch_size=auto")
     assert not (tmp_path / "run").exists()
+
+
+def settled(*overrides: str) -> Any:
+    """The settings of a tiny run in which "auto" is replaced, for a CPU."""
+    cfg = compose_config("train", *TINY, *overrides)
+    settle_precision(cfg)
+    return cfg
+
+
+def test_layout_is_settled_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled().model.channels_last is True
+    assert settled("model.channels_last=false").model.channels_last is False
+    monkeypatch.setattr("fcn.training.settle.best_layout", lambda device, precision: False)
+    assert settled().model.channels_last is False
+    assert settled("model.channels_last=true").model.channels_last is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), True),  # crops of one size
+        (("data.crop_size=null",), False),
+        (("trainer.deterministic=true",), False),
+        (("trainer.benchmark=false",), False),
+        (("data.crop_size=null", "trainer.benchmark=true"), True),
+    ],
+)
+def test_search_for_algorithms(overrides: tuple[str, ...], expected: bool) -> None:
+    assert settled(*overrides).trainer.benchmark is expected
+
+
+def test_search_is_off_in_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN is not asked to find its fastest algorithm for every size of an image."""
+    seen: dict[str, set[bool]] = {"training_step": set(), "validation_step": set()}
+    for name, flags in seen.items():
+        step = getattr(SegmentationModule, name)
+
+        def noted(*args: Any, step: Any = step, flags: set[bool] = flags) -> Any:
+            flags.add(torch.backends.cudnn.benchmark)
+            return step(*args)
+
+        monkeypatch.setattr(SegmentationModule, name, noted)
+    try:
+        train_tiny(tmp_path / "run")  # 4 steps, a validation after every 2
+    finally:
+        torch.backends.cudnn.benchmark = False
+    assert seen == {"training_step": {True}, "validation_step": {False}}
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.benchmark is True
+
+
+def test_fused_optimizer_that_would_not_clip() -> None:
+    scaled = ("trainer.precision=16-mixed", "trainer.gradient_clip_val=1")
+    with pytest.raises(ConfigError, match=r"^optimizer\.fused=true: must be auto or false with cl"):
+        settled(*scaled, "optimizer.fused=true")
+    assert settled(*scaled).optimizer.fused is False
+    assert settled(scaled[0], "optimizer.fused=true").optimizer.fused is True
+    assert settled(scaled[1]).optimizer.fused is True
+
+
+def test_deterministic_run(tmp_path: Path) -> None:
+    """cuBLAS reads the variable when it starts, at the first product on a GPU."""
+    try:
+        train_tiny(tmp_path / "run", "trainer.deterministic=true")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
 def run_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

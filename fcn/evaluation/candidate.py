@@ -17,11 +17,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fcn import cli
+from fcn.cards import check_card
 from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError, check_choice, check_text
 from fcn.module import SegmentationModule
-from fcn.precision import PRECISIONS, cast_weights
+from fcn.precision import PRECISIONS, best_layout, cast_weights
 
 Exported = tuple[dict[str, Any], nn.Module]  # a checkpoint without weights, and a network
 Wrap = Callable[[nn.Module], nn.Module]  # gives a module that takes and returns what a network does
@@ -66,6 +67,7 @@ def open_candidate(
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.
         ConfigError: there is no such device, or it cannot compute in this precision.
+        DeviceError: torch has no code for the device.
     """
     checkpoint, network = exported or (read_checkpoint(path), None)
     if network is not None:
@@ -88,8 +90,11 @@ def open_candidate(
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
+    device = trainer.strategy.root_device
+    check_card(device)
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
+        module.network.set_layout(best_layout(device, precision))
         cast_weights(module.network, precision)
     else:
         # The file takes the place of this network, which is therefore made as small as it can be.

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from fcn.cards import check_card, has_tensor_cores
 from fcn.checkpoint import data_settings, read_checkpoint
 from fcn.checkpoint import image_type as checkpoint_image_type
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, image_type, read_image
@@ -44,7 +45,7 @@ from fcn.inference.photos import MARK, mask_path, overlay_path
 from fcn.inference.tiles import Scores
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
-from fcn.precision import AUTOCAST, PRECISIONS, best_precision, cast_weights
+from fcn.precision import AUTOCAST, PRECISIONS, best_layout, best_precision, cast_weights
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +131,11 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     Raises:
         WeightsError: the file is missing, broken, not ours, or could run code.
         ConfigError: the machine has no such device, or the file cannot run in this precision.
+        DeviceError: torch has no code for the device.
     """
     check_choice("precision", precision, PRECISIONS, optional=True)
     place = find_device(device)
+    check_card(place)
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
@@ -140,13 +143,14 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
     trained = str(checkpoint["precision"])
-    # A network that was trained in float16, on a GPU without bfloat16, runs in float16 on any GPU.
-    # Apple's mps has no float64.
-    keep = place.type == "cuda" and trained == "16-mixed"
+    # A network that was trained in float16, on a GPU without bfloat16, runs in float16 on any GPU
+    # with tensor cores. Apple's mps has no float64.
+    keep = place.type == "cuda" and trained == "16-mixed" and has_tensor_cores(place)
     if (trained in AUTOCAST or place.type == "mps") and not keep:
-        trained = best_precision(place.type)
+        trained = best_precision(place)
     precision = precision or trained
     network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
+    network.set_layout(best_layout(place, precision))
     cast_weights(network, precision)
     dtype = AUTOCAST.get(precision)
 

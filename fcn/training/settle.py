@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
+from fcn.cards import warn_about_unused_card
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.survey import Survey, balanced_weights
 from fcn.errors import ConfigError, refuse
 from fcn.module import SegmentationModule
-from fcn.precision import best_precision, keep_freed_memory
+from fcn.precision import best_layout, best_precision, keep_freed_memory, main_device
 from fcn.runs.process import is_main_process
 from fcn.training.batch_size import largest_batch
 
@@ -26,13 +27,30 @@ LARGEST_IMAGE = 500  # pixels, the longest side of VOC2012's images
 
 
 def settle_precision(config: Any) -> None:
-    """Replace "auto" by what is fast and stable on this machine, and prepare its memory."""
+    """Replace "auto" by what is fast and stable on this machine, and prepare its memory.
+
+    Raises:
+        ConfigError: clipping would not do what it says.
+    """
     keep_freed_memory()
-    trainer, optimizer = config["trainer"], config["optimizer"]
+    trainer, optimizer, model = config["trainer"], config["optimizer"], config["model"]
+    if trainer["accelerator"] == "auto" and is_main_process():
+        warn_about_unused_card()
+    device = main_device(trainer["accelerator"], trainer["devices"])
     if trainer["precision"] == "auto":
-        trainer["precision"] = best_precision(trainer["accelerator"])
+        trainer["precision"] = best_precision(device)
+    scaled = trainer["precision"] == "16-mixed"
     if optimizer.get("fused") == "auto":
-        optimizer["fused"] = trainer["precision"] != "16-mixed"
+        optimizer["fused"] = not scaled
+    if optimizer.get("fused") and scaled and trainer.get("gradient_clip_val"):
+        why = "a fused optimizer divides the gradients by the scale of the loss after the clipping"
+        refuse("optimizer.fused", True, f"auto or false with clipping in 16-mixed, where {why}")
+    if model.get("channels_last") == "auto":
+        model["channels_last"] = best_layout(device, trainer["precision"])
+    if trainer.get("benchmark") is None:
+        # cuDNN's search for the fastest algorithm pays where it is not repeated for each image.
+        same_size = config["data"].get("crop_size") is not None
+        trainer["benchmark"] = same_size and not trainer.get("deterministic")
 
 
 def settle_length(
@@ -128,7 +146,8 @@ def _find_batch_size(
     if trainer.world_size > 1 or device.type != "cuda":  # Lightning knows CUDA's errors only
         raise ConfigError(
             "data.batch_size=auto looks for what fits on one CUDA GPU; here are "
-            f"{trainer.world_size} x {device}. Give a number; `python -m fcn.memory` tells what fits"
+            f"{trainer.world_size} x {device}. "
+            "Give a number; `python -m fcn.memory` tells what fits"
         )
     names = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
     options = {name: config["trainer"][name] for name in names if name in config["trainer"]}

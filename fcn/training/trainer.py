@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 
 from fcn import cli
+from fcn.cards import check_card
 from fcn.errors import ConfigError, check_choice, refuse
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
@@ -47,6 +48,7 @@ def build_trainer(
 
     Raises:
         ConfigError: Lightning does not accept a setting, or computes in another precision.
+        DeviceError: torch has no code for the device.
     """
     trainer, progress = cfg.trainer, cfg.trainer.enable_progress_bar
     try:
@@ -80,6 +82,7 @@ def build_trainer(
         device = built.strategy.root_device.type
         wanted = f"32-true or {built.precision} on the device {device}"
         refuse("trainer.precision", trainer.precision, wanted)
+    check_card(built.strategy.root_device)
     return built
 
 
