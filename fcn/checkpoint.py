@@ -1,7 +1,7 @@
 """The only place that reads or writes a checkpoint, or any other file of weights.
 
     read_checkpoint(find_checkpoint("runs/fcn8s/2026-01-31_12-00-00"))      # best.ckpt of that run
-    read_checkpoint(Path("best.safetensors"))                    # what export.py made of one
+    read_checkpoint(find_checkpoint("export/best"))                  # what export.py made of one
     read_checkpoint(Path("fcn8s_from_caffe.pth"))                # the authors' own nets, see below
     read_tensors(Path("vgg19.pth"))                              # any table of tensors by name
     write_checkpoint(checkpoint, Path("last.ckpt"))              # complete, or as it was before
@@ -41,11 +41,12 @@ from torch import Tensor
 from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
-from fcn.files import atomic_write
+from fcn.files import atomic_write, create_folder
 from fcn.vgg import STD
 
 StateDict = dict[str, Tensor]
 SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
+MODEL_FOLDER = ("model.safetensors", "config.json", "README.md")  # names that other programs know
 # Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which are not in its file.
 AT_ONCE = (1.0, 0.01, 0.0001)
 # Names of layers in torchfcn's files, and ours. A ReLU follows each convolution of a stage, so that
@@ -79,7 +80,9 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The best checkpoint of a run folder; any other path is that of a checkpoint itself.
+    """The best checkpoint of a run folder, or the weights in a folder that export.py wrote.
+
+    Any other path is that of a checkpoint itself.
 
     Raises:
         ConfigError: `path` is neither a path nor a text.
@@ -87,6 +90,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if not isinstance(path, Path):
         check_text("ckpt", path, wanted="a checkpoint, or a run folder")
     path = Path(path).expanduser()
+    handed_on = path / MODEL_FOLDER[0]
+    if handed_on.is_file():
+        return handed_on
     return best_checkpoint(path) if path.is_dir() else path
 
 
@@ -272,7 +278,7 @@ def tensor_bytes(value: Any) -> int:
 
 
 def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Path) -> None:
-    """Write weights and settings of a checkpoint for other people: the file can hold no code.
+    """Write weights and settings of a checkpoint into a file that can hold no code.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
@@ -281,15 +287,52 @@ def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Pat
     Raises:
         WriteError: `path` cannot be written.
     """
-    about = {name: checkpoint[name] for name in SETTINGS}
-    about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
-    about["fresh_layers"] = checkpoint.get("fresh_layers", [])
+    about = settings_of(checkpoint)
     tensors = {name: value.contiguous() for name, value in state.items()}
     with atomic_write(path, size=tensor_bytes(tensors)) as part:
         try:
             save_file(tensors, part, {"fcn": json.dumps(about)})
         except SafetensorError as error:  # for a full disk or a missing folder, too
             raise OSError(str(error)) from error
+
+
+def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint that is handed on holds beside its weights, as plain values."""
+    about = {name: checkpoint[name] for name in SETTINGS}
+    about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
+    about["fresh_layers"] = checkpoint.get("fresh_layers", [])
+    return about
+
+
+def write_model_folder(
+    checkpoint: Mapping[str, Any], state: StateDict, folder: Path, card: str
+) -> None:
+    """Write a folder for other people: MODEL_FOLDER. All of it is there at the end, or nothing new.
+
+    The settings in config.json are for readers. This project reads those in the weights' own file,
+    so that this file is enough.
+
+    Args:
+        checkpoint, state: as for `write_safetensors`.
+        folder: is made if it does not exist. Files of these names are replaced.
+        card: what README.md says about the network.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        WriteError: a file cannot be written.
+    """
+    weights, config, readme = (folder / name for name in MODEL_FOLDER)
+    # Each of the two small files is complete before the weights get their name, and gets its own
+    # right after them.
+    with (
+        create_folder(folder, *MODEL_FOLDER),
+        atomic_write(readme) as readme_part,
+        atomic_write(config) as config_part,
+    ):
+        readme_part.write_text(card, encoding="utf-8")
+        about = json.dumps(settings_of(checkpoint), indent=2)
+        config_part.write_text(about + "\n", encoding="utf-8")
+        write_safetensors(checkpoint, state, weights)
 
 
 def is_published(content: Any) -> bool:

@@ -203,14 +203,14 @@ def test_files_that_are_not_ours(tmp_path: Path) -> None:
 def test_script(
     tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a shell sees: the file and what it is for, or exit code 1 and a line."""
+    """What a shell sees: what was written and what it is for, or exit code 1 and a line."""
     arguments: list[Any] = ["export.py", f"ckpt={ckpt}", "format=safetensors"]
     script = str(PROJECT / "export.py")
-    monkeypatch.setattr(sys, "argv", [*arguments, f"output={tmp_path / 'ä=(1).safetensors'}"])
+    monkeypatch.setattr(sys, "argv", [*arguments, f"output={tmp_path / 'ä=(1)'}"])
     runpy.run_path(script, run_name="__main__")
-    assert "ä=(1).safetensors, 0 MB: takes the place of a checkpoint" in capsys.readouterr().out
+    assert "ä=(1), 0 MB: takes the place of a checkpoint" in capsys.readouterr().out
     expected = SegmentationModule.load_from_checkpoint(ckpt).state_dict()
-    with safe_open(tmp_path / "ä=(1).safetensors", "pt") as file:
+    with safe_open(tmp_path / "ä=(1)" / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(expected)
         assert all(torch.equal(file.get_tensor(name), value) for name, value in expected.items())
     monkeypatch.setattr(sys, "argv", [*arguments, f"output={tmp_path / 'x.onnx'}"])

@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 
 from fcn.errors import DataError
 
+NO_LICENCE = "not stated"
 VOID = 255  # the label of pixels that are ignored in every loss and every score
 
 
@@ -63,6 +64,17 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def data_licence(name: object) -> str:
+    """What is known of the licence of a data set, by its name as in `find_dataset`.
+
+    A data set states it as `licence`, an attribute of its class.
+    """
+    try:
+        return str(getattr(find_dataset(name), "licence", NO_LICENCE))
+    except DataError:
+        return NO_LICENCE
 
 
 def find_dataset(name: object) -> Any:

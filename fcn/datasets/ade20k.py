@@ -68,6 +68,7 @@ class ADE20K(reading.Pairs):
             file is damaged, or its labels are not ADE20K's.
     """
 
+    licence = "images for non-commercial research and education only; annotations BSD-3-Clause"
     splits: tuple[str, ...] = tuple(FOLDERS)
 
     @classmethod

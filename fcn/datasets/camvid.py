@@ -51,6 +51,7 @@ class CamVid(reading.Pairs):
 
     classes: tuple[str, ...] = tuple(CLASSES)
     palette: tuple[tuple[int, int, int], ...] = tuple(CLASSES.values())
+    licence = "not known; ask the authors of CamVid before any commercial use"
     splits: tuple[str, ...] = ("train", "val", "test")
 
     def __init__(

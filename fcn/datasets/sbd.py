@@ -59,6 +59,7 @@ class SBD(reading.Pairs):
 
     classes: tuple[str, ...] = VOC2012.classes
     palette: tuple[tuple[int, int, int], ...] = VOC2012.palette
+    licence = VOC2012.licence  # the photographs are VOC's
     splits: tuple[str, ...] = ("train", "val", "seg11valid")
 
     def __init__(

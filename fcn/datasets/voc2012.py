@@ -87,6 +87,7 @@ class VOC2012(reading.Pairs):
         *("sheep", "sofa", "train", "tvmonitor"),
     )
     palette: tuple[tuple[int, int, int], ...] = voc_palette(21)
+    licence = "photographs from flickr, under its terms of use; none is stated for the masks"
     splits: tuple[str, ...] = ("train", "val", "trainval", *OWN_SPLITS)
 
     def __init__(

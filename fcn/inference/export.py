@@ -1,4 +1,4 @@
-"""Writing a trained network as one file for other programs, and comparing it with the network.
+"""Writing a trained network for other programs, and comparing the file with the network.
 
     path = export_path(None, Path("runs/.../checkpoints/best.ckpt"), "onnx")
     agreement = export_program(module, path, argmax=True)     # .onnx, or torch.export's .pt2
@@ -26,7 +26,7 @@ from fcn.inference.onnx_session import METADATA, Program, need_packages, open_se
 from fcn.module import SegmentationModule
 from fcn.runs.folder import output_folder
 
-FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}  # and their endings
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ""}  # and their endings; "": a folder
 AXES = {0: "batch", 2: "height", 3: "width"}  # of the image, which may have any length
 SIZES = ((1, 97, 131), (2, 33, 64), (3, 50, 31), (1, 32, 224), (1, 1, 1))  # (N, H, W) to compare
 # The allowed difference of two scores, as a share of the largest score. Rounding alone makes it
@@ -59,23 +59,26 @@ class ExportedNetwork(nn.Module):
 
 
 def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
-    """The file to write.
+    """The file or folder to write.
 
     Args:
-        output: chosen by the user. None: export/<checkpoint>.<ending> in the checkpoint's run.
+        output: chosen by the user. None: export/<checkpoint><ending> in the checkpoint's run.
         checkpoint: the checkpoint that is exported.
         format: one of FORMATS.
 
     Raises:
-        ConfigError: there is no such format, or `output` does not end as its files do.
+        ConfigError: there is no such format, or `output` does not end as its files do, or is a
+            file although the format has a folder.
     """
     check_choice("format", format, tuple(FORMATS))
-    check_text("output", output, wanted="a file", optional=True)
+    check_text("output", output, wanted="a file or a folder", optional=True)
     ending = FORMATS[format]
     if output is None:
         return output_folder(checkpoint, "export") / f"{checkpoint.stem}{ending}"
     path = Path(output).expanduser()
-    if path.suffix != ending:
+    if not ending and path.suffix in (".safetensors", ".onnx", ".pt2"):
+        raise ConfigError(f"output={path}: format={format} writes a folder of several files")
+    if ending and path.suffix != ending:
         raise ConfigError(f"output={path}: the name for format={format} ends with {ending}")
     return path
 

@@ -1,0 +1,92 @@
+"""An FCN that can be loaded from, and pushed to, the Hugging Face Hub.
+
+    from fcn.inference.hub import FCN
+
+    network = FCN.from_pretrained("runs/.../export/best")      # a folder of export.py, offline
+    network = FCN.from_pretrained("user/fcn8s-voc2012")        # or the name of one on the hub
+    logits = network(image)                                    # (N, 3, H, W) -> (N, K, H, W)
+    network.class_names
+    network.push_to_hub("user/fcn8s-voc2012")                  # after `hf auth login`
+
+Files are read and written by fcn/checkpoint.py, as everywhere in this project: the hub's files are
+those of export.py's folder, and none of them can hold code. Changes to the network, such as
+`dropout=0.1`, are further arguments of `from_pretrained`.
+
+This needs huggingface_hub: pip install -r requirements/hub.txt
+"""
+
+from inspect import signature
+from pathlib import Path
+from typing import Any, Self
+
+from fcn.checkpoint import (
+    MODEL_FOLDER,
+    find_checkpoint,
+    read_checkpoint,
+    settings_of,
+    write_model_folder,
+)
+from fcn.errors import ConfigError
+from fcn.inference.model_card import model_card
+from fcn.module import SegmentationModule
+from fcn.network import FCN as Network
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+except ImportError as error:
+    message = "huggingface_hub is not installed: pip install -r requirements/hub.txt"
+    raise ConfigError(message) from error
+
+
+class FCN(Network, PyTorchModelHubMixin):
+    """`fcn.network.FCN` with `from_pretrained`, `save_pretrained` and `push_to_hub`.
+
+    Attributes:
+        settings: what a checkpoint holds beside weights, see fcn/checkpoint.py. None for a network
+            that was not loaded.
+        card: the text of its model card; None as above.
+    """
+
+    settings: dict[str, Any] | None = None
+    card: str | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the K classes: "0", "1" and so on for a network that was not loaded."""
+        return list(self._settings()["hyper_parameters"]["class_names"])
+
+    def _settings(self) -> dict[str, Any]:
+        if self.settings is not None:
+            return self.settings
+        names = [str(k) for k in range(self.score.out_channels)]
+        # The mixin keeps the arguments that the constructor was called with.
+        network = {**self._hub_mixin_config, "class_names": names}  # type: ignore[dict-item]
+        empty = {"config": {}, "precision": "32-true", "global_step": 0}
+        return settings_of({"hyper_parameters": network, **empty})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write export.py's three files. The mixin then finds nothing left to write."""
+        state = {f"network.{name}": value for name, value in self.state_dict().items()}
+        card = self.card or model_card(self._settings(), save_directory / MODEL_FOLDER[0])
+        write_model_folder(self._settings(), state, save_directory, card)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        """Open a folder, or download one, as any checkpoint is opened.
+
+        Raises:
+            WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
+        """
+        hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        download = {name: options.pop(name) for name in hub}
+        if not Path(model_id).exists():
+            model_id = snapshot_download(model_id, allow_patterns=list(MODEL_FOLDER), **download)
+        path = find_checkpoint(model_id)
+        module = SegmentationModule.load_from_checkpoint(path, **options)
+        arguments = {k: v for k, v in module.hparams.items() if k in signature(Network).parameters}
+        network = cls(**arguments)
+        network.load_state_dict(module.network.state_dict())
+        checkpoint = read_checkpoint(path)
+        network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
+        network.card = model_card(checkpoint, path)
+        return network.eval()

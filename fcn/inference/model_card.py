@@ -1,0 +1,112 @@
+"""The model card of a network that is handed on: README.md in the folder that export.py writes.
+
+    text = model_card(read_checkpoint(path), path)
+
+It says what the network was trained on and how, how good it is, and how it is used. What is not
+known is said to be not known.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fcn.checkpoint import MODEL_FOLDER
+from fcn.datasets import data_licence
+from fcn.figures.legend import one_line
+from fcn.runs.folder import output_folder, read_overrides
+from fcn.runs.metrics import read_metrics
+
+UNKNOWN = "not known"
+SCORES = {
+    "miou": "mean IoU",
+    "pixel_acc": "pixel accuracy",
+    "mean_acc": "mean accuracy",
+    "fwiou": "frequency-weighted IoU",
+}
+Scores = dict[str, float | None]
+
+
+def model_card(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """The card in Markdown. A folder that was handed on already keeps its own.
+
+    Args:
+        checkpoint: as `fcn.checkpoint.read_checkpoint` gives it; no weights are needed.
+        path: its file. Next to it are the files of its run, which hold recipe and scores.
+    """
+    own = path.with_name("README.md")
+    if path.name == MODEL_FOLDER[0] and own.is_file():
+        return own.read_text(encoding="utf-8")
+    network, config = checkpoint["hyper_parameters"], checkpoint["config"] or {}
+    scored_on, scores = find_scores(checkpoint, path)
+    environment = Environment(
+        loader=PackageLoader("fcn.inference"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.get_template("model_card.md").render(
+        title=f"FCN-{network.get('stride', 8)}s on {network.get('backbone', 'vgg19')}",
+        facts={name: _cell(value) for name, value in _facts(checkpoint, config, path).items()},
+        scored_on=scored_on,
+        scores={_cell(name): value for name, value in scores.items()},
+        classes=[_cell(name) for name in network["class_names"]],
+        void=network.get("void", 255),
+    )
+
+
+def _facts(checkpoint: Mapping[str, Any], config: Any, path: Path) -> dict[str, str]:
+    """What the card's first table says: data and recipe."""
+    data = config.get("data") or {}
+    dataset = (data.get("dataset") or {}).get("class")
+    train, val = data.get("train_split"), data.get("val_split")
+    splits = f", trained on `{train}`, validated on `{val}`" if train else ""
+    steps = checkpoint["global_step"]
+    return {
+        "data": f"{dataset}{splits}" if dataset else UNKNOWN,
+        "licence of the data": data_licence(dataset) if dataset else UNKNOWN,
+        "recipe": _recipe(path, config),
+        "optimizer steps": f"{steps:,}" if steps else UNKNOWN,
+        "precision in training": checkpoint["precision"],
+        "card written": date.today().isoformat(),
+    }
+
+
+def _recipe(path: Path, config: Mapping[str, Any]) -> str:
+    """The command that trained the network, or else the name of its run."""
+    run = output_folder(path, "")
+    first, later = read_overrides(run) if path.parent.name == "checkpoints" else ([], [])
+    if first or later:
+        resumed = f", resumed with `{shlex.join(later)}`" if later else ""
+        return f"`python train.py {shlex.join(first)}`{resumed}"
+    return f"run `{config['name']}`; config.json has its settings" if "name" in config else UNKNOWN
+
+
+def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]:
+    """The scores of a checkpoint: of an evaluation of it, or else of its run's validation.
+
+    Returns:
+        A sentence that says on what they were measured, and the scores by name, from 0 to 1. None
+        is the IoU of a class that occurs nowhere. There are no scores if none are known.
+    """
+    step, evaluated = checkpoint["global_step"], output_folder(path, "evaluation/metrics.json")
+    if evaluated.is_file():
+        m = json.loads(evaluated.read_text(encoding="utf-8"))
+        if m.get("step") == step and Path(m["checkpoint"]).name == path.name:
+            tta = "" if m["tta"] == {"flip": False, "scales": [1]} else f", tta {m['tta']}"
+            about = f"Evaluated on split `{m['split']}`, {m['images']:,} images{tta}, {m['date']}."
+            ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
+            return about, {SCORES[key]: m[key] for key in SCORES} | ious
+    metrics = output_folder(path, "metrics.csv")
+    if path.parent.name == "checkpoints" and metrics.is_file():
+        for row in read_metrics(metrics):
+            if row["step"] == str(step) and row.get("val/miou"):
+                about = f"Of the validation that the run made after step {step:,}."
+                return about, {SCORES[key]: float(row[f"val/{key}"]) for key in SCORES}
+    return "", {}
+
+
+def _cell(text: object) -> str:
+    """A text that cannot end a cell of a table."""
+    return one_line(str(text), 2000).replace("|", r"\|")
