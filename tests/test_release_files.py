@@ -1,0 +1,47 @@
+"""Files for those who cite, update or change the project: they agree with the rest of it."""
+
+import re
+import tomllib
+
+import yaml
+from conftest import PROJECT
+
+from fcn.cli import RENAMED
+
+
+def read(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+def test_pre_commit_has_the_versions_of_the_gate() -> None:
+    ruff, local = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", read("requirements/dev.txt"), re.MULTILINE))
+    assert ruff["rev"] == f"v{pinned['ruff']}"
+    assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
+    # mypy and import-linter are those that requirements/dev.txt has installed.
+    assert {hook["entry"] for hook in local["hooks"]} == {"mypy", "lint-imports"}
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}
+
+
+def test_citation() -> None:
+    citation = yaml.safe_load(read("CITATION.cff"))
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()  # what CFF asks for
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["authors"][0]["name"] in read("LICENSE")
+    paper = citation["references"][0]
+    assert [author["family-names"] for author in paper["authors"]] == [
+        "Long",
+        "Shelhamer",
+        "Darrell",
+    ]
+
+
+def test_changelog_names_every_renamed_setting() -> None:
+    text = read("CHANGELOG.md")
+    assert "## [Unreleased]" in text
+    for old, new in RENAMED.items():
+        if not old.startswith("logger."):  # these are one row together
+            assert f"| `{old}` | `{new}` |" in text

@@ -1,0 +1,83 @@
+"""notebooks/tutorial.ipynb, from its first cell to its last, with two steps of each training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import PROJECT
+from nbclient import NotebookClient
+
+NOTEBOOK = PROJECT / "notebooks" / "tutorial.ipynb"
+
+# What a cell that is added at the end prints.
+RESULTS = """
+import json
+print(json.dumps({
+    "by_hand": {name: float(value) for name, value in by_hand.items()},
+    "scores": {name: scores[name] for name in by_hand},
+    "differences": [difference_224, difference_500, difference_bilinear],
+    "at_500": at_500,
+    "fields": fields,
+    "field_16": field_16,
+    "blocks": list(blocks.values()),
+    "gigabytes": plans[3].total / memory.GB,
+    "runs": [str(folder.resolve()) for folder in runs.values()],
+}))
+"""
+
+
+def test_notebook_is_small_and_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
+    assert NOTEBOOK.stat().st_size < 100_000
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a copy of the project, so that it is seen what is written where."""
+    project = tmp_path / "project"
+    for name in ("fcn", "conf"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PROJECT / name, project / name, ignore=ignored)
+    for name in ("train.py", "predict.py"):
+        shutil.copy(PROJECT / name, project)
+    (project / "notebooks").mkdir()
+    before = files(project)
+    monkeypatch.setenv("FCN_TUTORIAL_STEPS", "2")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
+    resources = {"metadata": {"path": str(project / "notebooks")}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()  # a failing cell raises
+    results = json.loads(notebook.cells[-1].outputs[0].text)
+
+    by_hand = {"pixel_acc": 6 / 7, "mean_acc": 31 / 36, "miou": 317 / 420, "fwiou": 367 / 490}
+    assert results["by_hand"] == pytest.approx(by_hand)
+    assert results["scores"] == pytest.approx(by_hand)
+    assert max(results["differences"]) < 1e-4  # fully connected = conv6; transposed = bilinear
+    assert results["at_500"]["pool5"] == [512, 16, 16]
+    assert results["at_500"]["conv6"] == [4096, 16, 16]
+    assert results["fields"]["pool5"] == [32, 268]
+    assert results["field_16"] == 404  # the paper's table 1
+    assert results["blocks"] == sorted(results["blocks"])  # finer strides show more
+    assert 1.5 < results["gigabytes"] < 8
+
+    for run in map(Path, results["runs"]):
+        assert run.is_relative_to(project)
+        assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 2
+    written = {path.parts[:2] for path in files(project) - before}
+    assert written == {("runs", "notebook")}
+    shutil.rmtree(project)  # its checkpoints take hundreds of megabytes
+
+
+def files(folder: Path) -> set[Path]:
+    """All files in a folder and below, relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
