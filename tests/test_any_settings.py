@@ -165,7 +165,7 @@ def scripts(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     photo = tmp_path_factory.mktemp("photo") / "photo.png"
     Image.new("RGB", (20, 16)).save(photo)
     ckpt = f"ckpt={best_checkpoint(finished_run)}"
-    options = ["output=out.safetensors", "format=safetensors"]
+    options = ["output=out", "format=safetensors"]
     return {
         "predict": (predict, compose_config("predict", ckpt, "output=out", f"input={photo}")),
         "export": (export, compose_config("export", ckpt, *options)),

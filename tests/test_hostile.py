@@ -49,7 +49,7 @@ def run_predict(ckpt: Path) -> Any:
 
 
 def run_export(ckpt: Path) -> Any:
-    options = [f"ckpt={ckpt}", "format=safetensors", "output=handed/x.safetensors"]
+    options = [f"ckpt={ckpt}", "format=safetensors", "output=handed/x"]
     return export(compose_config("export", *options))
 
 
@@ -127,8 +127,7 @@ def test_settings_of_a_checkpoint_are_not_trusted(
 @pytest.mark.slow
 def test_safetensors_takes_the_place_of_a_checkpoint(place: Path, finished_run: Path) -> None:
     ckpt = best_checkpoint(finished_run)
-    path = place / run_export(ckpt)
-    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+    path = place / run_export(ckpt) / "model.safetensors"
     assert b"import" not in path.read_bytes()[:20_000]
     expected = SegmentationModule.load_from_checkpoint(ckpt)
     found = SegmentationModule.load_from_checkpoint(path)
@@ -142,7 +141,7 @@ def test_safetensors_takes_the_place_of_a_checkpoint(place: Path, finished_run: 
     assert masks[0] == masks[1]
     assert run_train(path)["steps"] == 1
     before = path.read_bytes()
-    assert (place / run_export(path)).read_bytes() == before
+    assert (place / run_export(path) / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("use", USES)

@@ -88,9 +88,9 @@ def test_every_script_and_command(
     image = f"{data[1].removeprefix('data.root=')}/images {NAME}/0.png"
     call(predict.main, f"ckpt={ckpt}", f"input={image}", f"output={tmp_path / 'p'} {NAME}")
     assert (tmp_path / f"p {NAME}" / "0.png").is_file()
-    exported = f"{tmp_path / 'x'} {NAME}.safetensors"
+    exported = f"{tmp_path / 'x'} {NAME}"
     call(export.main, f"ckpt={ckpt}", f"output={exported}", "format=safetensors")
-    assert Path(exported).is_file()
+    assert (Path(exported) / "model.safetensors").is_file()
     (row,) = memory.combinations([*SETTINGS, *data, f"model.weights={ckpt}"])
     assert memory.compose(row).data.dataset.train == f"train {NAME}"
     visualize.main([str(run), str(other), "--output", f"v {NAME}.png"])
@@ -152,7 +152,7 @@ WORK = {
     ("script", "output"),
     [
         *(("predict", "file"), ("predict", "file/out")),
-        *(("export", "folder.safetensors"), ("export", "file/a/x.safetensors")),
+        *(("export", "folder"), ("export", "file/a")),
         *(("check", "file"), ("check", "file/out"), ("check", ".")),
     ],
 )
@@ -163,7 +163,7 @@ def test_output_is_refused_before_the_work(
     monkeypatch.setattr(WORK[script], lambda *_, **__: pytest.fail("the work has begun"))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    Path("folder.safetensors").mkdir()
+    Path("folder/model.safetensors").mkdir(parents=True)
     Path("data_check.png").mkdir()
     Image.new("RGB", (9, 9)).save("photo.png")
     calls: dict[str, Callable[[], Any]] = {

@@ -21,7 +21,13 @@ from torch.nn import functional as F
 
 from evaluate import evaluate
 from export import export
-from fcn.checkpoint import AT_ONCE, data_settings, last_checkpoint, read_checkpoint
+from fcn.checkpoint import (
+    AT_ONCE,
+    data_settings,
+    find_checkpoint,
+    last_checkpoint,
+    read_checkpoint,
+)
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError
 from fcn.module import SegmentationModule
@@ -388,14 +394,14 @@ def test_evaluation(published: Path, tiny_voc: Path, tmp_path: Path) -> None:
 
 
 def test_prediction(published: Path, tmp_path: Path) -> None:
-    """The .pth and a .safetensors of it give the mask of the network itself."""
+    """The .pth and what export.py makes of it give the mask of the network itself."""
     image = photo(40, 55)
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    safe = tmp_path / "x.safetensors"
+    safe = tmp_path / "safe"
     export(compose_config("export", f"ckpt={published}", f"output={safe}", "format=safetensors"))
     with torch.inference_mode():
         expected = network_of(published)(image)[0].argmax(0).numpy()
-    assert read_checkpoint(safe)["hyper_parameters"]["alignment"] == "caffe"
+    assert read_checkpoint(find_checkpoint(safe))["hyper_parameters"]["alignment"] == "caffe"
     for ckpt in (published, safe):
         options = [f"ckpt={ckpt}", f"input={tmp_path / 'x.png'}", f"output={tmp_path / 'out'}"]
         output = predict(compose_config("predict", *options, "device=cpu"))
