@@ -184,15 +184,19 @@ def run_rows(rows: Sequence[Row], bench: Bench, show: Callable[[list[Result]], N
             break
 
 
-def report(results: Sequence[Result], device: str, command: str, seconds: float) -> str:
-    """The text of gpu.md."""
+def report(results: Sequence[Result], device: str, where: Sequence[str], how: str) -> str:
+    """The text of gpu.md.
+
+    Args:
+        where: what `about` says.
+        how: the command, the day and the duration.
+    """
     counts = Counter(result.outcome for result in results)
     order = ("ok", "FAILED", "out of memory", "skipped")
     tally = ", ".join(f"{counts[outcome]} {outcome}" for outcome in order if counts[outcome])
     lines = ["# What works, and how fast, on one device", ""]
     lines += [NO_GPU] if device == "cpu" else []
-    lines += [f"`{command}`, {date.today()}, {seconds / 60:.1f} minutes: {tally}.", ""]
-    lines += [f"- {line}" for line in about(device)]
+    lines += [f"{how}: {tally}.", "", *(f"- {line}" for line in where)]
     lines += ["", "| row | outcome | result | seconds |", "| --- | --- | --- | ---: |"]
     for result in results:
         text = result.text.replace("|", "\\|").replace("\n", " ")
@@ -266,10 +270,13 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
         print(NO_GPU)
     args.output.mkdir(parents=True, exist_ok=True)
     command, kept = " ".join(["python -m benchmarks.gpu", *arguments]), list[Result]()
+    where = about(device)
 
     def show(results: list[Result]) -> None:
         kept[:] = results
-        text = report(results, device, command, time.monotonic() - started)
+        minutes = (time.monotonic() - started) / 60
+        how = f"`{command}`, {date.today()}, {minutes:.1f} minutes"
+        text = report(results, device, where, how)
         (args.output / "gpu.md").write_text(text, encoding="utf-8")
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -275,6 +275,7 @@ def places_that_wait(bench: Bench, *settings: str) -> Counter[str]:
         Wrong: this torch does not tell.
     """
     more = [f"trainer.max_steps={SyncWatch.LAST + 2}", "trainer.log_every_n_steps=1000"]
+    more += ["trainer.val_check_interval=1000"]
     more += [f"+callbacks.watch._target_={SyncWatch.__module__}.SyncWatch"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -145,6 +145,16 @@ def test_read_at_times_but_every_step_has_its_row() -> None:
                 assert row[name] == each.logged[step][name]
 
 
+def test_steps_before_a_validation_have_their_own_speed() -> None:
+    """They were 0 images/s where no checkpoint reads them first, and summary.json divided by 0."""
+    recorder = Recorder(LossStatistics(), every=100)
+    recorder.feed(3, 2)
+    recorder.statistics.on_validation_start(recorder.trainer, recorder.module)
+    recorder.statistics.on_validation_end(recorder.trainer, recorder.module)
+    recorder.statistics.on_train_end(recorder.trainer, recorder.module)
+    assert [row["train/images_per_second"] > 0 for row in recorder.logged.values()] == [True] * 2
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_statistics_go_on_after_a_checkpoint(every: int) -> None:
     losses = [5, 1, 4, 2, 8, 3]

@@ -74,6 +74,9 @@ class LossStatistics(Callback):
     def on_train_start(self, *_: Any) -> None:
         self.images, self.since = 0, time.perf_counter()
 
+    def on_validation_start(self, *_: Any) -> None:
+        self.read()  # while the time since the last reading is training time
+
     def on_validation_end(self, *_: Any) -> None:
         self.images, self.since = 0, time.perf_counter()  # validation is not training time
 
