@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NoReturn
@@ -73,6 +74,9 @@ def short_messages() -> Iterator[None]:
 
     An error that the user cannot mend keeps its traceback. Ctrl-C ends the program with code 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name may hold signs that its encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

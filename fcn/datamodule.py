@@ -11,6 +11,7 @@ the interruption, and the number of loader processes makes no difference.
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -222,6 +223,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
+            worker_init_fn=leave_interrupts,
         )
 
 
@@ -286,6 +288,16 @@ class Transformed(Dataset[Sample]):
 def random_generator(*key: int) -> np.random.Generator:
     """A generator whose numbers depend only on `key`, and are the same on every platform."""
     return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def leave_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the run itself. A terminal sends it to the loader processes, too.
+
+    They would end at once, and the run could not end its current step as it should.
+    """
+    for name in ("SIGINT", "SIGBREAK"):  # Ctrl-Break, on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def default_workers(cores: int, memory: float = math.inf) -> int:

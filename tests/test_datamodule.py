@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import traceback
 from functools import partial
 from itertools import islice
@@ -22,6 +23,7 @@ from fcn.datamodule import (
     default_workers,
     loaders_are_spawned,
 )
+from fcn.datasets import Sample
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, DataError
@@ -177,6 +179,24 @@ def test_start_methods(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     datamodule = shapes(num_workers=2)
     workers = 2 if method == "fork" else 1
     assert datamodule.val_dataloader().num_workers == workers
+
+
+class Interruptible(Shapes):
+    """Its ids say what Ctrl-C would do to the process that reads it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return {**super().__getitem__(index), "id": str(signal.getsignal(signal.SIGINT))}
+
+
+def test_loaders_leave_interrupts_to_the_run() -> None:
+    datamodule = SegmentationDataModule(
+        dataset=partial(Interruptible, size=48, val_length=1), num_workers=1
+    )
+    datamodule.setup("validate")
+    assert datamodule.val_data is not None
+    batch = next(iter(datamodule.val_dataloader()))
+    assert batch["id"] == [str(signal.SIG_IGN)]
+    assert datamodule.val_data[0]["id"] != str(signal.SIG_IGN)  # in this process
 
 
 @pytest.mark.parametrize("workers", [0, 1])

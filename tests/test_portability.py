@@ -37,6 +37,7 @@ def start(folder: Path, *commands: list[str]) -> subprocess.Popen[str]:
         **os.environ,
         "PYTHONPATH": str(WINDOWS),
         "PYTHONWARNDEFAULTENCODING": "1",
+        "PYTHONIOENCODING": "cp1252",  # as where output goes to a file, on Windows in the West
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
@@ -45,7 +46,7 @@ def start(folder: Path, *commands: list[str]) -> subprocess.Popen[str]:
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        encoding="utf-8",
+        encoding="cp1252",
     )
 
 
@@ -53,7 +54,11 @@ def start(folder: Path, *commands: list[str]) -> subprocess.Popen[str]:
 def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which all commands have run, and what they printed."""
     folder = tmp_path_factory.mktemp("windows")
-    Image.new("RGB", (40, 30), "red").save(folder / "ü.png")
+    (folder / "photos").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "photos" / "ü.png")
+    (
+        folder / "photos" / "東京.txt"
+    ).touch()  # is named, on a screen without such signs
     settings = [
         o for o in TINY if o.partition("=")[0] not in ("name", "model", "trainer.max_steps")
     ]
@@ -67,10 +72,10 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         # The loaders of training and of validation are processes of their own, and are spawned.
         [*train, "hydra.run.dir=run", "trainer.max_steps=4", "data.num_workers=1"],
         ["evaluate.py", last, "data.num_workers=0", "report.images=1"],
-        ["predict.py", last, "input=ü.png", "device=cpu"],
+        ["predict.py", last, "input=photos", "device=cpu"],
         ["export.py", last, "format=safetensors", "output=tiny"],
         ["export.py", last, "output=tiny.onnx"],
-        ["predict.py", "ckpt=tiny/model.safetensors", "input=ü.png", "device=cpu", "output=again"],
+        ["predict.py", "ckpt=tiny/model.safetensors", "input=photos", "device=cpu", "output=again"],
         # last.ckpt is replaced after all these programs have read it; metrics.csv is open.
         ["open", "run/metrics.csv", "run/panels/step_0000004.png"],
         ["train.py", "resume=run", "data.num_workers=0", "trainer.max_steps=6"],
@@ -98,6 +103,7 @@ def test_all_commands_without_posix(windows: tuple[Path, str]) -> None:
     for job in ("sweeps/1/0", "sweeps/1/1", "stages/fcn32s", "stages/fcn16s", "stages/fcn8s"):
         assert read_summary(folder / job)["status"] == "finished", job
     assert output.count("finished before") == 2  # the jobs of the sweep, which was started again
+    assert r"\u6771\u4eac.txt" in output
     assert not list(folder.rglob("*.part"))
     wrong = [path for path in folder.rglob("*") if re.search(r'[:*?"<>|]', path.name)]
     assert wrong == []

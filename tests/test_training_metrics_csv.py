@@ -153,7 +153,10 @@ def test_open_in_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         csv.log_metrics({"train/loss": 3}, step=3)
     with pytest.warns(UserWarning, match=r"rows are in .*metrics\.new\.csv, but for the last 1"):
         csv.finalize("success")
-    with pytest.raises(WriteError, match="close other programs"):
+    with (
+        pytest.warns(UserWarning, match="open in another program"),
+        pytest.raises(WriteError, match="close other programs"),
+    ):
         MetricsCSV(path, resume_step=3)
     locked.names = {"metrics.csv"}
     csv.log_metrics({"train/loss": 4}, step=4)
@@ -167,8 +170,9 @@ def test_open_in_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     locked.names = {"metrics.csv"}  # this process is killed while it is open
     with pytest.warns(UserWarning, match="open in another program"):
         csv.log_metrics({"train/loss": 6}, step=6)
+    with pytest.warns(UserWarning, match="open in another program"):
+        again = MetricsCSV(path, resume_step=6)
     locked.names = set()
-    again = MetricsCSV(path, resume_step=6)
     again.log_metrics({"train/loss": 7}, step=7)
     again.finalize("success")
     assert path.read_text() == wanted + "4,4.0,\n5,5.0,\n6,6.0,\n7,7.0,\n"

@@ -7,7 +7,7 @@ adds this logger to every run, and fcn/runs/metrics.py reads the file.
 import csv
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -44,9 +44,15 @@ class MetricsCSV(Logger):
             self.columns = list(row)
             if int(row["step"]) <= resume_step:
                 self.last = row
-        kept = (row for row in read_rows(self.path) if int(row["step"]) <= resume_step)
-        self._rewrite(kept if resumed else (), self.path, wait=True)
-        stand_in(self.path).unlink(missing_ok=True)  # of an earlier process; it was read above
+
+        def kept() -> Iterable[Row]:
+            rows = read_rows(self.path) if resumed else ()
+            return (row for row in rows if int(row["step"]) <= resume_step)
+
+        self._write(kept)
+        if self.file == self.path:  # the other one was of an earlier process, and was read above
+            with writing(stand_in(self.path)):
+                stand_in(self.path).unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
@@ -72,7 +78,7 @@ class MetricsCSV(Logger):
         if self.file != self.path:
             with suppress(PermissionError):
                 self._take_its_place()
-        self._write(append=append)
+        self._write(self._older_rows, append=append)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -89,7 +95,7 @@ class MetricsCSV(Logger):
         if self.file != self.path:
             self._take_its_place()
         if self.unwritten:
-            self._write()
+            self._write(self._older_rows)
         if self.unwritten or self.file != self.path:
             raise PermissionError
 
@@ -97,27 +103,31 @@ class MetricsCSV(Logger):
         os.replace(self.file, self.path)
         self.file = self.path
 
-    def _write(self, *, append: bool = False) -> None:
-        """Write the rows that are in no file yet: at the end, or with the whole file anew."""
+    def _older_rows(self) -> Iterable[Row]:
+        return (row for row in read_rows(self.path) if row["step"] not in self.unwritten)
+
+    def _write(self, older: Callable[[], Iterable[Row]], *, append: bool = False) -> None:
+        """Write the rows that are in no file yet: at the end, or with the older ones anew."""
+        refused = None
         for file in dict.fromkeys((self.file, stand_in(self.path))):
             try:
                 if append and file == self.file:
                     self._append()
                 else:
-                    # Old and new rows are written in one go: a kill must not take both.
-                    rows = (r for r in read_rows(self.path) if r["step"] not in self.unwritten)
-                    self._rewrite(chain(rows, self.unwritten.values()), file)
+                    # All rows are written in one go: a kill must not take an old one and a new one.
+                    self._rewrite(chain(older(), self.unwritten.values()), file)
             except WriteError as error:
                 if not isinstance(error.__cause__, PermissionError):
                     raise
-                message = (
-                    f"{self.path} is open in another program; rows are kept until it is closed"
-                )
-                warnings.warn(message, stacklevel=3)
+                refused = error
+                until = "rows are kept until it is closed"
+                warnings.warn(f"{self.path} is open in another program; {until}", stacklevel=3)
             else:
                 self.file = file
                 self.unwritten.clear()
                 return
+        if refused and not self.unwritten:  # nothing is lost yet
+            raise refused
 
     def _append(self) -> None:
         # The mode r+ does not create a file: if the run folder was deleted, that is an error.
@@ -125,9 +135,9 @@ class MetricsCSV(Logger):
             file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self.columns, restval="").writerow(self.last)
 
-    def _rewrite(self, rows: Iterable[Row], path: Path, *, wait: bool = False) -> None:
+    def _rewrite(self, rows: Iterable[Row], path: Path) -> None:
         with (
-            atomic_write(path, wait=wait) as part,
+            atomic_write(path, wait=False) as part,
             part.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, self.columns, restval="")
