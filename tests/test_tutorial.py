@@ -1,4 +1,4 @@
-"""notebooks/tutorial.ipynb, from its first cell to its last, with two steps of each training."""
+"""notebooks/tutorial.ipynb, from its first cell to its last, with one step of each training."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         shutil.copy(PROJECT / name, project)
     (project / "notebooks").mkdir()
     before = files(project)
-    monkeypatch.setenv("FCN_TUTORIAL_STEPS", "2")
+    monkeypatch.setenv("FCN_TUTORIAL_STEPS", "1")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
@@ -72,7 +72,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     for run in map(Path, results["runs"]):
         assert run.is_relative_to(project)
-        assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 2
+        assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 1
     written = {path.parts[:2] for path in files(project) - before}
     assert written == {("runs", "notebook")}
     shutil.rmtree(project)  # its checkpoints take hundreds of megabytes
