@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,12 +18,15 @@ from forks import fork, wait
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import evaluate
 from fcn.checkpoint import last_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, DataError
+from fcn.network import FCN
 from fcn.runs.metrics import read_metrics
 from train import build_data_and_module, train
 
@@ -150,6 +154,35 @@ def test_a_sweep_over_several_devices_is_refused(
     with pytest.raises(ConfigError, match=r"^trainer\.devices=2 in a sweep"):
         train(cfg, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def strides_warned(network: FCN, tmp_path: Path) -> bool:
+    """Whether DDP warns that gradients are not laid out as their weights, and must be copied."""
+    rank_zero = {"rank": 0, "world_size": 1}
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", **rank_zero)
+    torch.set_warn_always(True)  # not only the first time in this process
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # with one, torch makes the gradients in another way
+    try:
+        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            image = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+            wrapped(image).square().sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_warn_always(False)
+        distributed.destroy_process_group()
+    return any("Grad strides do not match" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("stride", [32, 16, 8])
+def test_gradients_have_the_layout_of_their_weights(stride: int, tmp_path: Path) -> None:
+    network = FCN(5, stride, "vgg_tiny", head_width=8, head_kernel=3, channels_last=True)
+    assert not strides_warned(network, tmp_path)
+    for skip in network.skips.values():  # as it would be without the care of `set_layout`
+        skip.weight.data = torch.empty(skip.weight.shape).copy_(skip.weight.data)
+    assert strides_warned(network, tmp_path) == (stride != 32)
 
 
 class Process:
