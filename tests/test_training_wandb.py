@@ -11,6 +11,7 @@ import wandb
 from conftest import train_tiny
 from omegaconf import OmegaConf
 
+from fcn.errors import ConfigError
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.wandb_logger import SUMMARIES, TolerantWandbLogger
@@ -24,6 +25,7 @@ class Experiment:
         self.id, self.fails_after, self.options = options["id"], fails_after, options
         self.config, self.logged = self, list[dict[str, Any]]()
         self.metrics, self.ended = dict[str, Any](), list[int]()
+        self.models = dict[str, tuple[str, bytes]]()  # by their first alias
 
     def define_metric(self, name: str, **options: Any) -> None:
         self.metrics[name] = options
@@ -35,6 +37,9 @@ class Experiment:
         self.logged.append(values)
         if len(self.logged) > self.fails_after:
             raise ConnectionResetError("Connection lost")
+
+    def log_model(self, path: Path, *, name: str, aliases: list[str]) -> None:
+        self.models[aliases[0]] = (name, path.read_bytes())
 
     def finish(self, exit_code: int) -> None:
         if len(self.logged) > self.fails_after:
@@ -168,6 +173,33 @@ def test_what_a_run_begins_with(
     assert OmegaConf.load(run / "config.yaml").logger.wandb.save_dir is None  # it may be moved
     train(resumed_config(run, ["trainer.max_steps=2"]), run)
     assert service.runs[1].id == "from_agent"
+
+
+@pytest.mark.slow
+def test_checkpoints_as_artefacts(tmp_path: Path, service: Service) -> None:
+    """log_model: both files, as they are at the end of the run; and none without it."""
+    run = tmp_path / "run"
+    train_tiny(run, "logger=wandb", "trainer.max_steps=2", "logger.wandb.log_model=true")
+    (first,) = service.runs
+    assert set(first.models) == {"best", "last"}
+    for kind, (name, content) in first.models.items():
+        assert name == f"model-{first.id}"
+        assert content == (run / "checkpoints" / f"{kind}.ckpt").read_bytes()
+    assert first.ended == [0]  # after the uploads
+    train_tiny(tmp_path / "other", "logger=wandb", "trainer.max_steps=1")
+    assert service.runs[1].models == {}
+    with pytest.raises(ConfigError, match=r"logger\.wandb\.log_model=yes: must be true or false"):
+        train_tiny(tmp_path / "no", "logger=wandb", "logger.wandb.log_model='yes'")
+
+
+@pytest.mark.slow
+def test_artefacts_of_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B itself keeps a copy in the run folder, for `wandb sync`."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    train_tiny(run, "logger=wandb", "trainer.max_steps=2", "logger.wandb.log_model=true")
+    kept = {path.read_bytes() for path in (run / "wandb").rglob("*") if path.is_file()}
+    assert {path.read_bytes() for path in (run / "checkpoints").iterdir()} <= kept
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import wandb
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from fcn.errors import reason
+from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.errors import check_flag, reason
 
 SUMMARIES = {"train/loss_smooth": "min", "val/loss": "min", "val/miou": "max"}
 STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives it
@@ -32,6 +33,11 @@ class TolerantWandbLogger(WandbLogger):
         save_dir: the run folder.
         project, name, group, tags, notes: what W&B's dashboards show.
         id: the id of the W&B run. A run that is resumed has the same id, and so continues it.
+        log_model: whether last.ckpt and best.ckpt become versions of W&B's artefact `model-<id>`,
+            with the aliases `last` and `best`, when training has ended regularly.
+
+    Raises:
+        ConfigError: `log_model` is neither True nor False.
     """
 
     def __init__(
@@ -44,13 +50,16 @@ class TolerantWandbLogger(WandbLogger):
         tags: Sequence[str] = (),
         notes: str | None = None,
         id: str | None = None,
+        log_model: bool = False,
     ) -> None:
+        check_flag("log_model", log_model)
         self.run_folder, self.failed, self.warned = Path(save_dir), False, False
         # W&B's service would write to ~/.cache. All runs of a sweep share one service, which writes
         # to the folder of the first of them.
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.run_folder.absolute() / "wandb/cache"))
         os.environ.setdefault("WANDB_DATA_DIR", str(self.run_folder.absolute() / "wandb/data"))
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # seconds for the last uploads
+        # Seconds for the last uploads. The checkpoints of a VGG-19 have a gigabyte each.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "3600" if log_model else "300")
         options: dict[str, Any] = {
             "dir": save_dir,
             "project": project,
@@ -68,6 +77,7 @@ class TolerantWandbLogger(WandbLogger):
         for metric, summary in SUMMARIES.items():
             experiment.define_metric(metric, summary=summary, step_metric=STEP, step_sync=True)
         super().__init__(save_dir=save_dir, project=project, name=name, experiment=experiment)
+        self.uploads_checkpoints = log_model
 
     def _start(self, options: dict[str, Any]) -> Any:
         """Start a W&B run, offline if it cannot be online."""
@@ -99,6 +109,20 @@ class TolerantWandbLogger(WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         self._attempt(lambda: self.experiment.config.update(params, allow_val_change=True))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Upload the checkpoints of a run that has ended regularly, if `log_model` says so.
+
+        Lightning's own way knows the files of its ModelCheckpoint only, and last.ckpt is not one.
+        """
+        if status != "success" or not self.uploads_checkpoints:
+            return
+        for file in (last_checkpoint(self.run_folder), best_checkpoint(self.run_folder)):
+            if file.is_file():
+                name, aliases = f"model-{self.experiment.id}", [file.stem, "latest"]
+                log_model = partial(self.experiment.log_model, file, name=name, aliases=aliases)
+                self._attempt(log_model)
 
     def end_run(self, exit_code: int) -> None:
         """End the W&B run, so that a sweep's next job starts its own."""
