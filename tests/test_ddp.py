@@ -180,6 +180,7 @@ def strides_warned(network: FCN, tmp_path: Path) -> bool:
 def test_gradients_have_the_layout_of_their_weights(stride: int, tmp_path: Path) -> None:
     network = FCN(5, stride, "vgg_tiny", head_width=8, head_kernel=3, channels_last=True)
     assert not strides_warned(network, tmp_path)
+    network.zero_grad()
     for skip in network.skips.values():  # as it would be without the care of `set_layout`
         skip.weight.data = torch.empty(skip.weight.shape).copy_(skip.weight.data)
     assert strides_warned(network, tmp_path) == (stride != 32)
