@@ -56,9 +56,7 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("windows")
     (folder / "photos").mkdir()
     Image.new("RGB", (40, 30), "red").save(folder / "photos" / "ü.png")
-    (
-        folder / "photos" / "東京.txt"
-    ).touch()  # is named, on a screen without such signs
+    (folder / "photos" / "東京.txt").touch()  # is named, on a screen without such signs
     settings = [
         o for o in TINY if o.partition("=")[0] not in ("name", "model", "trainer.max_steps")
     ]
