@@ -230,7 +230,7 @@ def test_lists(root: Path) -> None:
 
 def test_partners(root: Path) -> None:
     (root / "masks" / "photo 03.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 10 masks missing, the first .*masks/photo 03\.\*"):
+    with pytest.raises(DataError, match=r"1 of 10 masks missing, the first .*masks.photo 03\.\*"):
         opened(root)
     (root / "images" / "photo 02.bmp").unlink()
     with pytest.raises(DataError, match=r"1 of 10 images missing, the first .*/photo 02\.\*"):

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -408,7 +409,7 @@ def test_unknown_name_and_missing_file() -> None:
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V1, IMAGENET1K_FEATURES"):
         find_weights("vgg16", "imagenet")
     for path in ("nowhere/vgg", "vgg19.pth", "runs/a/checkpoints/best.ckpt"):
-        with pytest.raises(WeightsError, match=f"^model.weights={path}: no such file"):
+        with pytest.raises(WeightsError, match=re.escape(f"model.weights={path}: no such file")):
             loaded(path)
 
 
