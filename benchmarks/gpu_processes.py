@@ -28,7 +28,7 @@ def tests(bench: Bench) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", text, re.MULTILINE)
     *_, summary = ["nothing was printed", *re.findall(r"^=* ?(\d+ .* in .*?s).*$", text, re.M)]
-    need(code == 0, f"{summary}: {', '.join(failed) or _last_line(text)}")
+    need(code == 0, f"{summary}: {', '.join(failed) or _last_line(log)}")
     if "passed" not in summary:
         raise Skip(summary)
     return summary
@@ -36,11 +36,13 @@ def tests(bench: Bench) -> str:
 
 def resume(bench: Bench) -> str:
     """Three processes: a run, the same run killed, and that one resumed. The results are equal."""
+    steps = 30 if bench.stand_in else 60
     settings = ["experiment=quickstart", *BARE, "trainer.deterministic=warn"]
-    settings += ["data=shapes", f"trainer.accelerator={bench.device}"]
-    settings += ["trainer.max_steps=60", "trainer.log_every_n_steps=1"]
+    settings += [f"trainer.accelerator={bench.device}", "trainer.log_every_n_steps=1"]
+    settings += [f"trainer.max_steps={steps}"]
     settings += ["callbacks.last_checkpoint.every_n_steps=10", "trainer.enable_progress_bar=false"]
-    settings += [*NARROW, "data.batch_size=2"] if bench.stand_in else []
+    if bench.stand_in:
+        settings += [*NARROW, "data.batch_size=1", "data.dataset.size=64"]
     whole, killed = (bench.folder / name for name in ("whole", "killed"))
     _run(bench, *settings, f"hydra.run.dir={whole}")
 
@@ -54,7 +56,7 @@ def resume(bench: Bench) -> str:
     finally:
         process.kill()
         process.wait()
-    ended = "the run ended before it was killed: " + _last_line(log.read_text(encoding="utf-8"))
+    ended = f"the run ended before it was killed: {_last_line(log)}"
     need(process.returncode != 0 and last_checkpoint(killed).is_file(), ended)
     reached = len(read_metrics(killed / "metrics.csv"))
     step = read_checkpoint(last_checkpoint(killed))["global_step"]
@@ -69,7 +71,7 @@ def resume(bench: Bench) -> str:
     got, weights = (read_checkpoint(last_checkpoint(run)) for run in (killed, whole))
     pairs = [(got["state_dict"][name], value) for name, value in weights["state_dict"].items()]
     if all(torch.equal(a, b) for a, b in pairs):
-        return f"{before}after 60 steps the weights are equal, bit for bit"
+        return f"{before}after {steps} steps the weights are equal, bit for bit"
     size = math.hypot(*(norm(b) for _, b in pairs))
     error = math.hypot(*(norm(a - b) for a, b in pairs)) / size
     need(error < 1e-3, f"{before}the weights differ by {error:.1e}")
@@ -80,7 +82,7 @@ def _run(bench: Bench, *settings: str) -> None:
     """train.py in a process of its own."""
     log = bench.new_folder() / "log"
     code = _finish(bench, _start([sys.executable, str(ROOT / "train.py"), *settings], log))
-    need(code == 0, f"train.py ended with {code}: {_last_line(log.read_text(encoding='utf-8'))}")
+    need(code == 0, f"train.py ended with {code}: {_last_line(log)}")
 
 
 def _start(command: list[str], log: Path, **environment: str) -> subprocess.Popen:
@@ -105,5 +107,6 @@ def _finish(bench: Bench, process: subprocess.Popen) -> int:
         process.wait()
 
 
-def _last_line(text: str) -> str:
+def _last_line(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
     return (text.strip().splitlines() or ["nothing was printed"])[-1]
