@@ -15,6 +15,7 @@ finished are skipped, and the one that has not is resumed.
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -113,7 +114,7 @@ def run_train(arguments: list[str]) -> int:
     handlers = {
         getattr(signal, name): signal.signal(getattr(signal, name), handler)
         for name, handler in on_signal.items()
-        if hasattr(signal, name)
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread()
     }
     try:
         code = process.wait()

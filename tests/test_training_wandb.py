@@ -1,14 +1,19 @@
 """W&B that cannot be reached, refuses or dies: training goes on, the CSV is whole, one warning."""
 
 import os
+import re
+import signal
 import subprocess
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
-from conftest import train_tiny
+from conftest import PROJECT, TINY, train_tiny
 from omegaconf import OmegaConf
 
 from fcn.errors import ConfigError
@@ -210,3 +215,45 @@ def test_id_is_kept(tmp_path: Path, service: Service) -> None:
     first, second = (experiment.id for experiment in service.runs)
     assert first == second == OmegaConf.load(run / "config.yaml").logger.wandb.id
     assert len(first) == 8
+
+
+def test_agent_that_calls_a_function(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of docs/training.md for notebooks, with W&B's agent, which starts a thread."""
+    text = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "agent" in part)
+    tiny = [o for o in TINY if o not in ("logger=none", "name=tiny")]
+    block = block.replace('"experiment=quickstart"', ", ".join(map(repr, tiny)))
+    trial = SimpleNamespace(id="abc", config={"optimizer.lr": 0.5, "model.dropout": 0.1})
+    errors: list[BaseException] = []
+
+    def init(**options: Any) -> Any:
+        return service.init(**options) if options else trial
+
+    def agent(sweep: str, *, function: Callable[[], None], count: int) -> None:
+        assert (sweep, count) == ("USER/fcn/ID", 10)
+
+        def work() -> None:
+            try:
+                function()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "agent", agent, raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    exec(block, {})
+    assert errors == []
+    assert signal.getsignal(signal.SIGTERM) == before
+    config = OmegaConf.load(tmp_path / "runs" / "agent" / "abc" / "config.yaml")
+    assert (config.optimizer.lr, config.model.dropout) == (0.5, 0.1)
+    assert (tmp_path / "runs" / "agent" / "abc" / "summary.json").is_file()
+    assert service.runs[0].options["id"] == "abc"
+    assert service.runs[0].options["settings"].reinit == "return_previous"
+    assert service.runs[0].ended == [0]

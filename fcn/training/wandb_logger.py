@@ -69,7 +69,8 @@ class TolerantWandbLogger(WandbLogger):
             "notes": notes,
             "id": id,
             "resume": "allow",
-            "settings": wandb.Settings(quiet=True),
+            # A run that is open is continued, also in a notebook: wandb.agent needs that.
+            "settings": wandb.Settings(quiet=True, reinit="return_previous"),
         }
         experiment = self._start(options)
         experiment.define_metric(STEP)
