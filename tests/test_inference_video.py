@@ -1,5 +1,6 @@
 """predict.py with a video: its size, times and rotation stay, and nothing half written is left."""
 
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import compose_config
 from PIL import Image
 from test_predict import noise, write_checkpoint
 
+from fcn.cli import quoted
 from fcn.errors import ConfigError, DataError
 from fcn.figures.masks import overlay
 from fcn.inference.photos import find_photos
@@ -69,7 +71,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ckpt: Path, video: Path, output: Path, *overrides: str) -> Path:
     settings = [f"ckpt={ckpt}", f"input={video}", f"output={output}", "device=cpu", *overrides]
-    return predict(compose_config("predict", *settings))
+    return predict(compose_config("predict", *map(quoted, settings)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 65)])
@@ -107,11 +109,12 @@ def test_a_turned_video_with_sound(
     tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A player turns the frames of the original, and so does the network's own reader."""
-    write_video(tmp_path / "turned.mp4", seed=0, frames=2, rotation=90, sound=True)
+    video = tmp_path / os.fsdecode(b"turned \xfc=(1),.mp4")  # a name that is not UTF-8
+    write_video(video, seed=0, frames=2, rotation=90, sound=True)
     Image.fromarray(np.rot90(noise(48, 64))).save(tmp_path / "upright.png")
-    run(ckpt, tmp_path / "turned.mp4", tmp_path / "out")
+    run(ckpt, video, tmp_path / "out")
     run(ckpt, tmp_path / "upright.png", tmp_path / "out")
-    frames, _ = read_video(tmp_path / "out" / "turned_overlay.mp4")
+    frames, _ = read_video(tmp_path / "out" / f"{video.stem}_overlay.mp4")
     expected = np.asarray(Image.open(tmp_path / "out" / "upright_overlay.jpg"))[:64, :48]
     assert frames.shape == (2, 64, 48, 3)
     assert np.median(np.abs(frames[0].astype(int) - expected)) < 8
@@ -154,8 +157,10 @@ def test_what_cannot_be_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(deep, tmp_path / "a.mp4", tmp_path / "out")
     ckpt = write_checkpoint(tmp_path / "best.ckpt")
     (tmp_path / "empty.mp4").touch()
-    with pytest.raises(DataError, match=r"empty\.mp4: "):
-        run(ckpt, tmp_path / "empty.mp4", tmp_path / "out")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")  # opens other files
+    for name in ("empty.mp4", "list.mp4"):
+        with pytest.raises(DataError, match=f"{name}: Invalid (data found|argument)"):
+            run(ckpt, tmp_path / name, tmp_path / "out")
     calls = []
 
     def interrupt(self: TestTime, image: torch.Tensor) -> torch.Tensor:

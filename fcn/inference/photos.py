@@ -13,6 +13,7 @@ from glob import escape, glob, has_magic
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from fcn.datasets.pictures import open_picture, why_no_picture
 from fcn.datasets.reading import check_exist, read_ids
@@ -22,7 +23,10 @@ from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs or videos, and the target of each
 LeftOut = dict[Path, str]  # files, and why they are no photographs to segment
+# The endings of videos, and FFmpeg's names of their formats. Others are not opened: a play list, of
+# whatever name, makes FFmpeg open the files and addresses that are in it.
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+FORMATS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo"}
 MARK = "fcn predict.py"  # in each result: PNG's text "Software", or a JPEG's or video's comment
 OWN_RESULT = "it is a result of an earlier run"
 
@@ -56,6 +60,17 @@ def legend_path(target: Path) -> Path:
 def is_video(path: Path) -> bool:
     """Whether a file is a video, by its ending."""
     return path.suffix.lower() in VIDEOS
+
+
+def open_video(path: Path) -> Any:
+    """Open a video with PyAV, which must be installed.
+
+    Raises:
+        av.FFmpegError: it is damaged, or in none of the formats that are read.
+    """
+    import av
+
+    return av.open(str(path), options=FORMATS)
 
 
 def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
@@ -135,7 +150,7 @@ def is_result(path: Path) -> bool:
     if path.name.endswith("_overlay.mp4") and find_spec("av"):
         import av
 
-        with suppress(av.FFmpegError), av.open(str(path)) as video:
+        with suppress(av.FFmpegError), open_video(path) as video:
             return bool(video.metadata.get("comment") == MARK)
     if not path.name.endswith((".png", "_overlay.jpg")):
         return False  # without opening it

@@ -27,7 +27,7 @@ from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import need_packages
-from fcn.inference.photos import MARK, legend_path, video_path
+from fcn.inference.photos import MARK, legend_path, open_video, video_path
 from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
 
@@ -60,7 +60,8 @@ def predict_videos(
     for path, target in jobs.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{path}: {_predict_video(path, target, network, predictor, batch_size)}")
+            done = _predict_video(path, target, network, predictor, batch_size)
+            print(_printable(f"{path}: {done}"))
         except FFmpegError as error:
             failed[path] = error.strerror or reason(error)
         except (DataError, OSError, WriteError) as error:  # the caller names the file
@@ -79,11 +80,11 @@ def _predict_video(
     import av
 
     started, number, labels = time.perf_counter(), 0, set[int]()
-    with av.open(str(path)) as source, atomic_write(video_path(target)) as part:
+    with open_video(path) as source, atomic_write(video_path(target)) as part:
         _check(source, predictor)
         stream = source.streams.video[0]
         frames = _upright(source, stream)
-        bar = tqdm(total=stream.frames or None, desc=path.name, unit="frame")
+        bar = tqdm(total=stream.frames or None, desc=_printable(path.name), unit="frame")
         with av.open(str(part), "w", format="mp4") as result, bar:
             result.metadata["comment"] = MARK
             output = None
@@ -108,6 +109,11 @@ def _predict_video(
     save_png(draw_legend(entries, width=640), legend_path(target))
     speed = number / (time.perf_counter() - started)
     return f"{number} frames, {speed:.2f} a second{sound}; see {video_path(target)}"
+
+
+def _printable(text: str) -> str:
+    """A text with the name of a file in it, which need not be UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _check(source: Any, predictor: Predictor) -> None:
