@@ -14,7 +14,6 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -101,9 +100,12 @@ def lock_run(run: Path) -> Iterator[None]:
             raise RunLockedError(f"{run} is being trained by {who}; wait, or stop it") from error
         with files.writing(holder):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        stack.callback(files.retry, partial(holder.unlink, missing_ok=True))
         files.remove_parts(run)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it may be read just now; the next process replaces it
+                holder.unlink()
 
 
 def is_training(run: Path) -> bool:
