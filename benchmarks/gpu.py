@@ -12,7 +12,8 @@ so that the table of the rows so far is there if the process should end. The row
 - sync: Python does not wait for the GPU within a training step, outside of GradScaler.
 - tests: `pytest -m gpu`.
 - resume: a run that was killed and resumed ends as one that was not.
-- memory: the peak of a step against the plan of `python -m fcn.memory`.
+- memory: the peak of a step against the plan of `python -m fcn.memory`; without cuDNN's search for
+  the fastest algorithm (trainer.benchmark), which takes what memory there is while it searches.
 - speed: images per second, beside torchfcn and smp's FPN, one network after another: on a card
   that becomes slower when it is warm, the later ones suffer. What is not installed is skipped:
   pip install --no-deps -r benchmarks/requirements.txt
@@ -35,6 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -151,10 +153,11 @@ def free_memory(bench: Bench) -> None:
     if "torch._dynamo" in sys.modules:  # it takes seconds to import
         torch.compiler.reset()
     gc.collect()  # Lightning's objects refer to each other
-    if bench.device == "cuda":
-        torch.cuda.empty_cache()
-    elif bench.device == "mps":
-        torch.mps.empty_cache()
+    with suppress(RuntimeError):  # `answers` notes a device that computes no more
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+        elif bench.device == "mps":
+            torch.mps.empty_cache()
     for folder in bench.folder.iterdir():
         shutil.rmtree(folder, ignore_errors=True)
 

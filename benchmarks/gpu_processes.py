@@ -36,8 +36,9 @@ def tests(bench: Bench) -> str:
 
 def resume(bench: Bench) -> str:
     """Three processes: a run, the same run killed, and that one resumed. The results are equal."""
-    steps = 30 if bench.stand_in else 60
-    settings = ["experiment=quickstart", *BARE, "trainer.deterministic=warn"]
+    steps, apple = 30 if bench.stand_in else 60, bench.device == "mps"
+    settings = ["experiment=quickstart", *BARE]
+    settings += [f"trainer.deterministic={'warn' if apple else 'true'}"]
     settings += [f"trainer.accelerator={bench.device}", "trainer.log_every_n_steps=1"]
     settings += [f"trainer.max_steps={steps}"]
     settings += ["callbacks.last_checkpoint.every_n_steps=10", "trainer.enable_progress_bar=false"]
@@ -74,8 +75,9 @@ def resume(bench: Bench) -> str:
         return f"{before}after {steps} steps the weights are equal, bit for bit"
     size = math.hypot(*(norm(b) for _, b in pairs))
     error = math.hypot(*(norm(a - b) for a, b in pairs)) / size
-    need(error < 1e-3, f"{before}the weights differ by {error:.1e}")
-    return f"{before}not bit for bit; the weights differ by {error:.1e}"
+    text = f"{before}not bit for bit; the weights differ by {error:.1e}"
+    need(apple and error < 0.05, text)  # not all of torch is deterministic there
+    return text
 
 
 def _run(bench: Bench, *settings: str) -> None:

@@ -37,14 +37,14 @@ BARE += ["callbacks.score_table=null", "logger=none", "data.num_workers=0"]
 BARE += ["data.dataset.train_length=100", "data.dataset.val_length=2"]
 SYNC = "synchronizing CUDA operation"  # torch's words for it
 STRICT = "float32 without TF32"
-# The largest relative errors of logits, loss and gradients that count as agreement. On a CPU,
-# bfloat16 differs from float32 by 0.01, 0.0002 and 0.04. Units that change sides at a ReLU or a
-# max-pooling make up most of the last of these. TF32 has as many bits as float16.
+# The largest relative errors of logits, loss and gradients that count as agreement. For a VGG-19 of
+# full width on a CPU, float32 differs from float64 by 1.5e-6, 2e-7 and 7e-5, and bfloat16 from
+# float32 by 0.007, 0.004 and 0.045 (2026-11-26). float16 and TF32 have three more bits than that.
 BARS = {
     STRICT: (1e-4, 1e-5, 5e-3),
-    "32-true": (1e-2, 1e-3, 5e-2),
-    "16-mixed": (1e-2, 1e-3, 5e-2),
-    "bf16-mixed": (5e-2, 5e-3, 2e-1),
+    "32-true": (1e-2, 3e-3, 5e-2),
+    "16-mixed": (1e-2, 3e-3, 5e-2),
+    "bf16-mixed": (5e-2, 2e-2, 2e-1),
 }
 
 
