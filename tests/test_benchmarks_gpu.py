@@ -97,6 +97,20 @@ def test_a_device_that_does_not_answer_is_asked_no_more(
     assert text.count("cpu does not answer any more since bad") == 2
 
 
+def test_a_device_whose_memory_cannot_be_freed_ends_no_row(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    result = gpu.run_row(gpu.Row("bad", 1, lambda bench: fail()), bench)  # type: ignore[arg-type]
+    assert (result.outcome, result.text.partition(":")[0]) == ("FAILED", "RuntimeError")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     import gpu
