@@ -5,8 +5,9 @@
     python -m fcn.memory experiment=paper_fcn8s data.batch_size=20 trainer.accumulate_grad_batches=1
 
 The settings are those of train.py. A list gives a row of the table for each of its values, several
-lists give a row for each combination. `trainer.precision=auto` is planned as bf16-mixed, and
-`data.crop_size=null` as images of 500x500 pixels, the largest of VOC2012.
+lists give a row for each combination. `trainer.precision=auto` is planned as bf16-mixed (on a card
+without tensor cores it is 32-true), and `data.crop_size=null` as images of 500x500 pixels, the
+largest of VOC2012.
 
 Nothing is calculated from a formula. The module that train.py would build takes a training step on
 tensors that have shapes but no data (torch's FakeTensorMode), and torch's MemTracker adds up the

@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import compose_config, train_tiny
 
+from benchmarks.cards import CARDS, choice
 from evaluate import evaluate
 from fcn.cards import check_card, has_code_for, warn_about_unused_card
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import DeviceError
+from fcn.evaluation.candidate import open_candidate
 from fcn.inference.predictor import load_predictor
+from fcn.network import FCN
 
 # torch.cuda.get_arch_list() of torch 2.14: PyPI's wheel on Windows, on Linux, and PyTorch's cu126.
 PYPI = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -130,3 +133,37 @@ def test_warning_about_an_unused_card(
     warn_about_unused_card()
     assert expected in caplog.text
     assert bool(caplog.text) == bool(expected)
+
+
+@pytest.mark.parametrize("layout", [True, False])
+def test_checkpoint_is_laid_out_for_its_device(
+    layout: bool, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was best where the network was trained."""
+    networks: list[FCN] = []
+    set_layout = FCN.set_layout
+
+    def noted(network: FCN, channels_last: bool) -> None:
+        set_layout(network, channels_last)
+        networks.append(network)
+
+    monkeypatch.setattr(FCN, "set_layout", noted)
+    for module in ("evaluation.candidate", "inference.predictor"):
+        monkeypatch.setattr(f"fcn.{module}.best_layout", lambda device, precision: layout)
+    load_predictor(last_checkpoint(finished_run), "cpu")
+    open_candidate(last_checkpoint(finished_run), accelerator="cpu")
+    assert len(networks) == 4  # each is built in the layout of its training, and then changed
+    for network in networks[1::2]:
+        weight = network.stages[2].get_parameter("0.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == layout
+
+
+def test_table_of_cards() -> None:
+    """That of README.md, without its calculation."""
+    chosen = {card.name.partition(" GB")[0]: choice(card) for card in CARDS}
+    assert chosen["GTX 1070 8"] == ("cu126", "32-true")
+    assert chosen["GTX 1660 6"] == ("PyPI", "32-true")
+    assert chosen["V100 16"] == ("cu126", "16-mixed")
+    assert chosen["T4 16"] == ("PyPI", "16-mixed")
+    assert chosen["RTX 4060 8"] == ("PyPI", "bf16-mixed")
+    assert chosen["Apple M1 16"] == ("PyPI", "32-true")
