@@ -157,6 +157,9 @@ def test_from_pretrained(trained: Path, folder: Path, monkeypatch: pytest.Monkey
     for name in ("mean", "std"):
         assert torch.equal(getattr(network, name), getattr(module.network, name))
     assert FCN.from_pretrained(str(folder), dropout=0.25).dropout.p == 0.25
+    for options, expected in (({}, True), ({"channels_last": False}, False)):
+        weight = FCN.from_pretrained(folder, **options).stages[2].get_parameter("0.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == expected
     assert torch.equal(logits(FCN.from_pretrained(trained)), logits(module))  # a run's best.ckpt
 
 

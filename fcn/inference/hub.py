@@ -86,6 +86,8 @@ class FCN(Network, PyTorchModelHubMixin):
         arguments = {k: v for k, v in module.hparams.items() if k in signature(Network).parameters}
         network = cls(**arguments)
         network.load_state_dict(module.network.state_dict())
+        if "channels_last" not in options:
+            network.set_layout(True)  # the fastest here, on the CPU, wherever it was trained
         checkpoint = read_checkpoint(path)
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
         network.card = model_card(checkpoint, path)
