@@ -26,7 +26,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PROJECT = str(HERE.parents[1])
 LIBRARY = os.path.dirname(os.__file__) + os.sep
-NO_MODULES = {"fcntl", "grp", "posix", "pwd", "resource", "syslog", "termios"}
+NO_MODULES = {"fcntl", "grp", "pwd", "resource", "syslog", "termios"}
 NO_FUNCTIONS = """chown fork forkpty getegid geteuid getgid getloadavg getpgid getuid killpg mkfifo
 nice pread sched_getaffinity sched_setaffinity setsid statvfs sync sysconf uname wait wait3"""
 SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}  # that Windows has
