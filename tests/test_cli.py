@@ -382,7 +382,9 @@ def test_other_errors_are_raised_as_they_are() -> None:
 def test_help_needs_no_torch(tmp_path: Path, script: str, argument: str, shown: str) -> None:
     """Each script in an interpreter of its own: it answers at once, and writes nothing."""
     command = [sys.executable, "-X", "importtime", str(PROJECT / script), *argument.split("=")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=100)
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=100
+    )
     assert result.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "hydra" in imported  # so the list is there
