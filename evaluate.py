@@ -17,16 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from fcn import cli
 from fcn.errors import ConfigError, check_text, check_whole, refuse
 
-# The default, `data=checkpoint`, is an empty group that accepts any key. What the command line puts
-# into it replaces that part of the checkpoint's own data settings.
-CHANGES = OmegaConf.create({}, flags={"struct": False})
-ConfigStore.instance().store(group="data", name="checkpoint", node=CHANGES)
+cli.accept_data_changes()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -37,7 +33,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[str, Any]:
-    """Score `cfg.ckpt`, or both of `cfg.compare`, on `cfg.split`.
+    """Score `cfg.ckpt`, or both of `cfg.compare`, on `cfg.split`, or on what the run validated on.
 
     Args:
         cfg: composed from conf/evaluate.yaml.
@@ -51,7 +47,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     """
     cfg = cli.resolved(cfg)
     chosen = chosen_checkpoints(cfg)
-    check_text("split", cfg.split, wanted="the name of a split, such as val")
+    check_text("split", cfg.split, wanted="the name of a split, such as val", optional=True)
     check_text("output", cfg.output, wanted="a folder", optional=True)
     for key in ("report", "tta"):
         if not isinstance(cfg[key], DictConfig):
@@ -84,10 +80,12 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     if "_target_" in data:  # data=GROUP
         datamodule, settings = cli.build(cfg, "data"), without_targets(data)
     else:
-        datamodule, settings = checkpoint_data(candidates[0], data)
+        first = candidates[0]
+        datamodule, settings = checkpoint_data(first.path, first.checkpoint, data)
     check_classes(candidates, datamodule.classes)
     datamodule.prepare_data()
-    split, images = datamodule.open(cfg.split), cfg.report.images
+    split_name = cfg.split or datamodule.val_split
+    split, images = datamodule.open(split_name), cfg.report.images
     expected = image_type(candidates[0].checkpoint)
     if expected and "_target_" not in data and isinstance(split, Pairs):
         split.image_type = expected  # and not that of the split's first image
@@ -96,7 +94,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     with create_folder(output, *FILES):
         results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
         for m in [result.metrics for result in results]:
-            m.update(split=cfg.split, tta=tta, tile=cfg.tile, data=settings)
+            m.update(split=split_name, tta=tta, tile=cfg.tile, data=settings)
             print_scores(m | {"iou": list(m["iou"].values())}, list(m["iou"]))
             print(f"{m['images']} images, {m['images_per_second']:.2f} a second: {m['checkpoint']}")
         metrics = write_folder(output, results, split, images=images, command=command)

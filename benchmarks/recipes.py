@@ -1,4 +1,4 @@
-"""What each choice is worth, on 335 photographs: the table of RESULTS.md.
+"""What each choice is worth, on 335 photographs: the table of docs/results.md.
 
     python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
     python benchmarks/recipes.py ... --only base 16s 32s --seeds 0 1 --all optimizer.lr=5e-5

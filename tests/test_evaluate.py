@@ -50,6 +50,7 @@ def train_voc(run: Path, tiny_voc: Path, *overrides: str) -> dict[str, Any]:
 def test_evaluation_agrees_with_training(tmp_path: Path, tiny_voc: Path, precision: str) -> None:
     run = tmp_path / "run"
     options = [f"trainer.precision={precision}", "model.stride=8", "optimizer.lr=0.05"]
+    options += ["data.train_split=val", "data.val_split=train"]  # without split=, that is scored
     summary = train_voc(run, tiny_voc, "trainer.max_steps=2", *options)
     metrics = evaluate_checkpoint(last_checkpoint(run))
     for name in ("miou", "pixel_acc", "mean_acc", "fwiou", "loss"):
@@ -69,9 +70,9 @@ def test_evaluation_agrees_with_training(tmp_path: Path, tiny_voc: Path, precisi
     written = json.loads((folder / "metrics.json").read_text())
     assert written["miou"] == metrics["miou"]
     assert list(written["iou"]) == list(VOC2012.classes)
-    assert written["images"] == 4
+    assert (written["split"], written["images"]) == ("train", 6)
     assert written["images_per_second"] > 0
-    data = VOC2012(split="val", root=tiny_voc)
+    data = VOC2012(split="train", root=tiny_voc)
     masks = [data[i]["mask"].numpy() for i in range(len(data))]
     with (folder / "confusion.csv").open(newline="") as file:
         header, *table = csv.reader(file)
