@@ -314,14 +314,21 @@ def write_model_folder(
 
     Args:
         checkpoint, state: as for `write_safetensors`.
-        folder: is made if it does not exist. Files of these names are replaced.
+        folder: is made if it does not exist. The files of a network that is in it are replaced.
         card: what README.md says about the network.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made, or it has a README.md or a config.json of another
+            kind, such as that of a project.
         WriteError: a file cannot be written.
     """
     weights, config, readme = (folder / name for name in MODEL_FOLDER)
+    foreign = [path for path in (readme, config) if path.is_file() and not weights.is_file()]
+    if foreign:
+        raise ConfigError(
+            f"output={folder}: {foreign[0]} would be replaced, which belongs to no exported network; "
+            "choose another folder"
+        )
     # Each of the two small files is complete before the weights get their name, and gets its own
     # right after them.
     with (
