@@ -326,8 +326,8 @@ def write_model_folder(
     foreign = [path for path in (readme, config) if path.is_file() and not weights.is_file()]
     if foreign:
         raise ConfigError(
-            f"output={folder}: {foreign[0]} would be replaced, which belongs to no exported network; "
-            "choose another folder"
+            f"output={folder}: {foreign[0]} would be replaced, but belongs to no exported network"
+            "; choose another folder"
         )
     # Each of the two small files is complete before the weights get their name, and gets its own
     # right after them.
@@ -337,7 +337,9 @@ def write_model_folder(
         atomic_write(config) as config_part,
     ):
         readme_part.write_text(card, encoding="utf-8")
-        about = json.dumps(settings_of(checkpoint), indent=2)
+        # Other programs may not know Python's NaN and Infinity: these become texts.
+        strict = json.loads(json.dumps(settings_of(checkpoint)), parse_constant=str)
+        about = json.dumps(strict, indent=2, allow_nan=False)
         config_part.write_text(about + "\n", encoding="utf-8")
         write_safetensors(checkpoint, state, weights)
 

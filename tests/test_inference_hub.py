@@ -1,6 +1,7 @@
 """The folder that export.py format=safetensors writes, and `from_pretrained` of it or a hub's."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -92,7 +93,7 @@ def test_the_model_card(trained: Path, folder: Path, tmp_path: Path) -> None:
     evaluated = model_card(
         read_checkpoint(trained / "checkpoints" / "best.ckpt"), find_checkpoint(trained)
     )
-    assert "Evaluated on split `val`, 3 images, 20" in evaluated
+    assert "Evaluated on split `val` of fcn.datasets.shapes.Shapes, 3 images, 20" in evaluated
     assert "| IoU of background |" in evaluated
     last = trained / "checkpoints" / "last.ckpt"  # the evaluation was of best.ckpt
     assert "Of the validation that the run made after step 4." in model_card(
@@ -103,10 +104,12 @@ def test_the_model_card(trained: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_card_about_which_little_is_known(tmp_path: Path) -> None:
-    data = {"dataset": {"class": "fcn.datasets.folder.Folder"}}
+    data = {"dataset": {"class": "fcn.datasets.folder.Folder", "no_number": math.inf}}
     names = ["a|b\n# c", "d"]
     ckpt = write_checkpoint(tmp_path / "x.ckpt", names, None, data=data)
-    card = (run(ckpt) / "README.md").read_text(encoding="utf-8")
+    folder = run(ckpt)
+    assert '"no_number": "Infinity"' in (folder / "config.json").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| licence of the data | not stated |" in card
     assert "| recipe | not known |" in card
     assert "Not known: the run of this checkpoint has no validation" in card
@@ -151,15 +154,18 @@ def test_complete_or_not_there(
             run(trained / "checkpoints" / "last.ckpt", f"output={output}")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     (tmp_path / "README.md").write_text("of a project", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"README\.md would be replaced, which belongs to no"):
+    with pytest.raises(ConfigError, match=r"README\.md would be replaced, but belongs"):
         run(trained, f"output={tmp_path}")
     assert {path.name for path in tmp_path.iterdir()} == {"new", "README.md"}
     with pytest.raises(ConfigError, match=r"x\.safetensors: format=safetensors writes a folder"):
         run(trained, f"output={tmp_path / 'x.safetensors'}")
 
 
-def test_from_pretrained(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_pretrained(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same logits, to the last bit, as those of the checkpoint, without any connection."""
+    folder = Path(shutil.copytree(folder, tmp_path / "folder"))
     monkeypatch.setattr("socket.socket.connect", None)
     network = FCN.from_pretrained(folder)
     module = SegmentationModule.load_from_checkpoint(trained / "checkpoints" / "best.ckpt")
@@ -173,7 +179,10 @@ def test_from_pretrained(trained: Path, folder: Path, monkeypatch: pytest.Monkey
     for options, expected in (({}, True), ({"channels_last": False}, False)):
         weight = FCN.from_pretrained(folder, **options).stages[2].get_parameter("0.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) == expected
-    assert torch.equal(logits(FCN.from_pretrained(trained)), logits(module))  # a run's best.ckpt
+    for path in (trained, trained / "checkpoints" / "best.ckpt", folder / "model.safetensors"):
+        assert torch.equal(logits(FCN.from_pretrained(path)), logits(module))
+    (folder / "config.json").write_text("{broken", encoding="utf-8")  # it is for readers only
+    assert torch.equal(logits(FCN.from_pretrained(folder)), logits(module))
 
 
 def test_only_safetensors(folder: Path, tmp_path: Path) -> None:

@@ -71,6 +71,21 @@ class FCN(Network, PyTorchModelHubMixin):
         write_model_folder(self._settings(), state, save_directory, card)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Open a folder, a checkpoint or a run of this machine, or download a folder of the hub.
+
+        Args:
+            pretrained_model_name_or_path: a path, or else a name on the hub.
+            options: changes to the network; and those of the mixin, such as `revision`.
+
+        Raises:
+            WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
+        """
+        if Path(pretrained_model_name_or_path).expanduser().exists():  # config.json is not needed
+            return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
         """Open a folder, or download one, as any checkpoint is opened.
 
@@ -78,8 +93,8 @@ class FCN(Network, PyTorchModelHubMixin):
             WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
         """
         hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        download = {name: options.pop(name) for name in hub}
-        if not Path(model_id).exists():
+        download = {name: options.pop(name, None) for name in hub}
+        if not Path(model_id).expanduser().exists():
             model_id = snapshot_download(model_id, allow_patterns=list(MODEL_FOLDER), **download)
         path = find_checkpoint(model_id)
         module = SegmentationModule.load_from_checkpoint(path, **options)

@@ -95,7 +95,8 @@ def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]
         m = json.loads(evaluated.read_text(encoding="utf-8"))
         if m.get("step") == step and Path(m["checkpoint"]).name == path.name:
             tta = "" if m["tta"] == {"flip": False, "scales": [1]} else f", tta {m['tta']}"
-            about = f"Evaluated on split `{m['split']}`, {m['images']:,} images{tta}, {m['date']}."
+            data = f"split `{m['split']}` of {m['data']['dataset']['class']}"
+            about = f"Evaluated on {data}, {m['images']:,} images{tta}, {m['date']}."
             ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
             return about, {SCORES[key]: m[key] for key in SCORES} | ious
     metrics = output_folder(path, "metrics.csv")
