@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import timing  # noqa: F401  # puts the project on the path of a script in this folder
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,19 +1,21 @@
-"""What each choice is worth, on 335 photographs: the table of docs/results.md.
+"""What each choice of a recipe is worth, at one budget: the tables of docs/results.md.
 
-    python benchmarks/recipes.py --data DIR --weights vgg19_features.pth --output runs/recipes
+    python benchmarks/recipes.py --recipe camvid_fcn8s --data DIR
+    python benchmarks/recipes.py --recipe voc_mini --data DIR --weights vgg19_features.pth
     python benchmarks/recipes.py ... --only base 16s 32s --seeds 0 1 --all optimizer.lr=5e-5
 
-Each row is a training run of train.py with the settings of BUDGET, and an evaluation by evaluate.py
-at native resolution. The first four VGG stages are the same in all rows and learn nothing, so their
-output for a batch is computed once and kept in memory. This changes no number: they are those of
-the plain commands, which are printed. A row that is in the output folder already is not run again.
+Each row is a training run of train.py with the settings of its recipe's BUDGET, and an evaluation
+by evaluate.py at native resolution. In voc_mini, the first four VGG stages are the same in all rows
+and learn nothing, so their output for a batch is computed once and kept in memory. This changes no
+number: they are those of the plain commands, which are printed. A row that is in the output folder
+already is not run again, and one that was interrupted is resumed.
 """
 
 import argparse
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,20 +26,29 @@ from torch.nn import functional as F
 
 import fcn.network
 from evaluate import evaluate
-from fcn.checkpoint import best_checkpoint
+from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.files import write_json
 from fcn.module import SegmentationModule
+from fcn.runs.resume import resumed_config
 from train import train
 
-BUDGET = (
-    "experiment=voc_mini",
-    "trainer.max_time=null",
-    "trainer.max_steps=600",
-    "data.crop_size=256",
-    "data.scale=null",
-)
+BUDGET = {
+    "voc_mini": (
+        "experiment=voc_mini",
+        "data.train_split=mini_train335",
+        "trainer.max_time=null",
+        "trainer.max_steps=600",
+        "data.crop_size=256",
+        "data.scale=null",
+    ),
+    "camvid_fcn8s": (
+        "experiment=camvid_fcn8s",
+        "trainer.max_steps=800",
+        "trainer.val_check_interval=100000",  # only at the end
+    ),
+}
 SGD = ("optimizer=sgd", "model.head_lr_multiplier=20")
-ROWS: dict[str, tuple[str, ...]] = {
+VOC_ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
     "16s": ("model=fcn16s",),
     "32s": ("model=fcn32s",),
@@ -68,6 +79,37 @@ ROWS: dict[str, tuple[str, ...]] = {
     "Dice": (),
     "random VGG": ("model.freeze_stages=0", "model.weights=null", "model.pool_scales=[1,1,1]"),
 }
+# Weights of sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist.
+THIN_CLASSES = "model.class_weights=[1,1,3,1,1,1,3,2,1,3,3]"
+CAMVID_ROWS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "16s": ("model=fcn16s",),
+    "32s": ("model=fcn32s",),
+    "whole frames": ("data.crop_size=[360,480]", "data.scale=null"),
+    "no zoom": ("data.scale=null",),
+    "more zoom": ("data.scale=[0.5,2]",),
+    "rotation": ("data.rotate=10",),
+    "no colour jitter": ("data.jitter=null",),
+    "no frozen stage": ("model.freeze_stages=0",),
+    "1 frozen stage": ("model.freeze_stages=1",),
+    "3 frozen stages": ("model.freeze_stages=3",),
+    "4 frozen stages": ("model.freeze_stages=4",),
+    "half the rate": ("optimizer.lr=1.5e-5",),
+    "twice the rate": ("optimizer.lr=6e-5",),
+    "head 10 times as fast": ("model.head_lr_multiplier=10",),
+    "head 40 times as fast": ("model.head_lr_multiplier=40",),
+    "slower skips": ("model.pool_scales=[0.4,0.00125,0.00025]",),
+    "faster skips": ("model.pool_scales=[0.4,0.04,0.01]",),
+    "thin classes": (THIN_CLASSES,),
+    "balanced classes": ("model.class_weights=balanced",),
+    "averaged weights": ("callbacks=ema", "callbacks.ema.decay=0.99"),
+    "narrower head": ("model.head_width=256",),
+    "wider head": ("model.head_width=1024",),
+    "flips at test time": (),
+}
+ROWS = {"voc_mini": VOC_ROWS, "camvid_fcn8s": CAMVID_ROWS}
+# Rows that are the base, evaluated in another way.
+EVALUATION = {"flips at test time": ("tta.flip=true",)}
 
 
 def smoothed(logits: Tensor, mask: Tensor) -> Tensor:
@@ -144,83 +186,108 @@ def keep_frozen_stages() -> None:
     fcn.network.FCN.__init__ = init
 
 
-def run_row(name: str, overrides: Sequence[str], output: Path, seed: int) -> dict[str, Any]:
-    """Train and evaluate one row, unless that is done; its metrics.json."""
-    run = output / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
-    result = run / "evaluation" / "metrics.json"
+def run_row(
+    name: str, overrides: Sequence[str], output: Path, seed: int, options: Sequence[str]
+) -> dict[str, Any]:
+    """Train and evaluate one row, or what is left of that; its metrics.json.
+
+    Args:
+        options: of evaluate.py. If there are any, the base is evaluated again with them.
+    """
+    run = folder_of("base" if options else name, output, seed)
+    elsewhere = folder_of(name, output, seed) / "evaluation" if options else run / "evaluation"
+    result = elsewhere / "metrics.json"
     if not result.is_file():
-        plain_loss = SegmentationModule.training_step
-        if name in LOSSES:
-            loss = LOSSES[name]
-            SegmentationModule.training_step = lambda self, batch, number: loss(
-                self(batch["image"]).float(), batch["mask"].long()
-            )
-        last = ["trainer.limit_val_batches=1", "callbacks.panels.images=1"]  # evaluate.py judges
-        last += [f"seed={seed}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
-        try:
-            train(composed("train", *overrides, *last, "logger=none"), run)
-        finally:
-            SegmentationModule.training_step = plain_loss
-        ckpt = f"ckpt={best_checkpoint(run)}"
-        evaluate(composed("evaluate", ckpt, "report.images=0"))
+        if not options:
+            _train(name, overrides, run, seed)
+        ckpt = [f"ckpt={best_checkpoint(run)}", f"output={elsewhere}"]
+        evaluate(composed("evaluate", *ckpt, "report.images=0", *options))
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def folder_of(name: str, output: Path, seed: int) -> Path:
+    """The run folder of a row."""
+    return output / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
+
+
+def _train(name: str, overrides: Sequence[str], run: Path, seed: int) -> None:
+    plain_loss = SegmentationModule.training_step
+    if name in LOSSES:
+        loss = LOSSES[name]
+        SegmentationModule.training_step = lambda self, batch, number: loss(
+            self(batch["image"]).float(), batch["mask"].long()
+        )
+    last = ["trainer.limit_val_batches=1", "callbacks.panels.images=1"]  # evaluate.py judges
+    last += [f"seed={seed}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+    begun = last_checkpoint(run).is_file()
+    try:
+        cfg = composed("train", *overrides, *last, "logger=none")
+        train(resumed_config(run, []) if begun else cfg, run)
+    finally:
+        SegmentationModule.training_step = plain_loss
 
 
 def main() -> None:
     """Run the chosen rows, and print their table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", choices=list(ROWS), required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--weights", help="a file; without it, what the recipe names")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", nargs="+", help="rows; without it, all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--all", nargs="+", default=[], help="settings of all rows, before a row's")
     args = parser.parse_args()
+    rows, output = ROWS[args.recipe], args.output or Path("runs", "recipes", args.recipe)
+    if unknown := set(args.only or ()) - set(rows):
+        parser.error(f"--only: {args.recipe} has no rows {unknown}, but {', '.join(rows)}")
     keep_frozen_stages()
     for seed in args.seeds:
         KeptStage.kept.clear()  # another seed has other crops
-        for name in args.only:
-            own = [o for o in ROWS[name] if not o.startswith("model.weights=")]
-            weights = next((o[14:] for o in ROWS[name] if o.startswith("model.weights=")), None)
-            if weights is None:
-                weights = args.weights
-            elif weights != "null":
-                folder = args.output / weights.replace(" ", "_") / f"seed{seed}"
-                weights = str(best_checkpoint(folder).absolute())
-            given = [*BUDGET, *args.all, *own, f"data.root={args.data}", f"model.weights={weights}"]
-            command = shlex.join(["python", "train.py", *given, f"seed={seed}"])
-            file = args.output / f"{name}_{seed}.json"
+        for name in args.only or rows:
+            given = [*BUDGET[args.recipe], *args.all, f"data.root={args.data}"]
+            given += [f"model.weights={args.weights}"] if args.weights else []
+            for setting in rows[name]:
+                key, _, value = setting.partition("=")
+                if key == "model.weights" and value in rows:  # of a row before
+                    value = str(best_checkpoint(folder_of(value, output, seed)).absolute())
+                given.append(f"{key}={value}")
+            options = EVALUATION.get(name, ())
+            command = shlex.join(["python", "train.py", *given, f"seed={seed}", *options])
+            file = output / f"{name}_{seed}.json"
             if (
                 file.is_file()
                 and json.loads(file.read_text(encoding="utf-8"))["command"] != command
             ):
                 raise SystemExit(f"{file} was made with other settings: give another --output")
-            metrics = run_row(name, given, args.output, seed)
+            metrics = run_row(name, given, output, seed, options)
             boundary = list(metrics["boundary_miou"].values())
             row = {
                 "row": name,
                 "seed": seed,
                 **{key: metrics[key] for key in ("miou", "pixel_acc", "mean_acc", "fwiou")},
                 "boundary_miou": sum(boundary) / len(boundary),
+                "iou": metrics["iou"],
                 "command": command,
             }
             write_json(file, row)
             print(json.dumps(row), flush=True)
-    (args.output / "table.md").write_text(table(args.output), encoding="utf-8")
+    (output / "table.md").write_text(table(output, rows), encoding="utf-8")
 
 
-def table(output: Path) -> str:
+def table(output: Path, rows: Mapping[str, Sequence[str]]) -> str:
     """All rows that have been run, means over their seeds, in Markdown."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*_[0-9].json")]
     lines = ["| row | settings | seeds | mean IoU | near boundaries | pixel acc. |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
-    for name, own in ROWS.items():
+    for name, own in rows.items():
         runs = [row for row in found if row["row"] == name]
         if not runs:
             continue
         names = ("miou", "boundary_miou", "pixel_acc")
         values = [100 * sum(run[n] for run in runs) / len(runs) for n in names]
-        shown = " ".join(f"`{o}`" for o in own) or ("its own loss" if name in LOSSES else "")
+        settings = [*own, *EVALUATION.get(name, ())]
+        shown = " ".join(f"`{o}`" for o in settings) or ("its own loss" if name in LOSSES else "")
         numbers = " | ".join(f"{v:.1f}" for v in values)
         lines.append(f"| {name} | {shown} | {len(runs)} | {numbers} |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import PROJECT
 from forks import fork, server, wait
 
-BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+BENCHMARKS = str(PROJECT / "benchmarks")
 SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg_tiny")
 
 
@@ -229,16 +231,21 @@ def test_rows_of_other_settings_are_not_taken_for_these(
     import recipes
 
     scores = dict.fromkeys(("miou", "pixel_acc", "mean_acc", "fwiou"), 0.5)
-    metrics = {**scores, "boundary_miou": {"1": 0.25, "2": 0.75}}
+    metrics = {**scores, "boundary_miou": {"1": 0.25, "2": 0.75}, "iou": {"sky": 0.5}}
     monkeypatch.setattr(recipes, "run_row", lambda *given: metrics)
     monkeypatch.setattr(recipes, "keep_frozen_stages", lambda: None)
-    command = ["recipes.py", "--data", "d", "--weights", "w", "--output", str(tmp_path)]
-    command += ["--only", "base"]
+    command = ["recipes.py", "--recipe", "camvid_fcn8s", "--data", "d", "--output", str(tmp_path)]
+    command += ["--only", "base", "flips at test time"]
     for _ in range(2):  # again, as after an interruption
         monkeypatch.setattr(sys, "argv", command)
         recipes.main()
     row = json.loads((tmp_path / "base_0.json").read_text())
     assert row["boundary_miou"] == 0.5
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| base |  | 1 | 50.0 | 50.0 | 50.0 |",
+        "| flips at test time | `tta.flip=true` | 1 | 50.0 | 50.0 | 50.0 |",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, "--all", "trainer.max_steps=400"])
     with pytest.raises(SystemExit, match=r"base_0\.json was made with other settings"):
         recipes.main()
@@ -280,3 +287,20 @@ def test_both_checkouts_take_the_same_steps(
     against.save_checkpoint(tmp_path / "made.ckpt")
     assert read_checkpoint(tmp_path / "made.ckpt")["config"]["name"] == "against"
     assert SegmentationModule.load_from_checkpoint(tmp_path / "made.ckpt").network.stride == 8
+
+
+def run_as_scripts(scripts: list[Path]) -> None:
+    """Import each as `python benchmarks/NAME.py` does: only its own folder is on the path."""
+    for script in scripts:
+        others = [p for p in sys.path if Path(p).resolve() != PROJECT]
+        sys.path[:] = [str(script.parent), *others]
+        own = ("fcn", "train", "evaluate", "timing", "peers")
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
+        runpy.run_path(str(script))
+
+
+def test_scripts_find_the_project(tmp_path: Path) -> None:
+    scripts = [PROJECT / "benchmarks" / f"{name}.py" for name in ("recipes", "race")]
+    log = tmp_path / "log"
+    assert wait(fork(partial(run_as_scripts, scripts), log)) == 0, log.read_text("utf-8")
