@@ -23,6 +23,7 @@ from traceback import walk_tb
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -35,7 +36,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
 PATHS = re.compile(
-    r"\+*(ckpt|input|output|resume|model\.weights|data\.dataset\.(images|masks|train|val)"
+    r"\+*(ckpt|input|output|resume|calibrate|model\.weights|data\.dataset\.(images|masks|train|val)"
     r"|logger\.\w+\.notes"  # no path, but as free
     r"|([\w.]+\.)?\w*(dir|path|root|folder|filename))"  # such as hydra.run.dir, callbacks.a.dirpath
 )
@@ -94,6 +95,16 @@ def short_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def accept_data_changes() -> None:
+    """Let `data=checkpoint`, the default of evaluate.py and export.py, take any key.
+
+    It is an empty group. What the command line puts into it replaces that part of the checkpoint's
+    own data settings.
+    """
+    changes = OmegaConf.create({}, flags={"struct": False})
+    ConfigStore.instance().store(group="data", name="checkpoint", node=changes)
 
 
 def read_settings(arguments: Sequence[str] | None, module: str, doc: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """What an evaluation reads: checkpoints, made ready to be scored, and the data of their runs.
 
     candidate = open_candidate(Path("best.ckpt"), accelerator="auto")
-    datamodule, settings = checkpoint_data(candidate, {"root": "/data"})
+    datamodule, settings = checkpoint_data(path, candidate.checkpoint, {"root": "/data"})
     check_classes([candidate], datamodule.classes)
 
 evaluate.py calls these before anything is downloaded or computed.
@@ -107,12 +107,12 @@ def open_candidate(
 
 
 def checkpoint_data(
-    candidate: Candidate, changes: Mapping[str, Any]
+    path: Path, checkpoint: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[SegmentationDataModule, dict[str, Any]]:
     """The data of the run that made a checkpoint.
 
     Args:
-        candidate: the checkpoint, which holds the data settings of its run.
+        path, checkpoint: the file, and what is in it: among others, the data settings of its run.
         changes: replace some of them, such as {"root": "/data", "dataset": {"other": True}}.
 
     Returns:
@@ -121,7 +121,7 @@ def checkpoint_data(
     Raises:
         FCNError: the checkpoint has no data settings, or they cannot work.
     """
-    settings = _merged(data_settings(candidate.path, candidate.checkpoint), changes)
+    settings = _merged(data_settings(path, checkpoint), changes)
     try:
         return SegmentationDataModule.from_settings(settings), settings
     except (TypeError, ValueError) as error:

@@ -58,23 +58,29 @@ class ExportedNetwork(nn.Module):
         return (scores, scores.argmax(1).to(torch.uint8)) if self.argmax else (scores,)
 
 
-def export_path(output: str | None, checkpoint: Path, format: str) -> Path:
+def export_path(output: str | None, checkpoint: Path, format: str, *, int8: bool = False) -> Path:
     """The file or folder to write.
 
     Args:
-        output: chosen by the user. None: export/<checkpoint><ending> in the checkpoint's run.
+        output: chosen by the user. None: export/<checkpoint><ending> in the checkpoint's run, with
+            _int8 before the ending for a file in int8.
         checkpoint: the checkpoint that is exported.
         format: one of FORMATS.
+        int8: whether the file is one in int8, which only ONNX has.
 
     Raises:
         ConfigError: there is no such format, or `output` does not end as its files do, or is a
             file although the format has a folder.
     """
     check_choice("format", format, tuple(FORMATS))
+    check_flag("int8", int8)
+    if int8 and format != "onnx":
+        raise ConfigError(f"int8=true: only format=onnx has it, and this is format={format}")
     check_text("output", output, wanted="a file or a folder", optional=True)
     ending = FORMATS[format]
     if output is None:
-        return output_folder(checkpoint, "export") / f"{checkpoint.stem}{ending}"
+        name = checkpoint.stem + ("_int8" if int8 else "")
+        return output_folder(checkpoint, "export") / f"{name}{ending}"
     path = Path(output).expanduser()
     if not ending and path.suffix in (".safetensors", ".onnx", ".pt2"):
         raise ConfigError(f"output={path}: format={format} writes a folder of several files")
