@@ -55,6 +55,8 @@ import peers
 from gpu_rows import RECIPES, STRICT, Bench, Skip, Wrong, global_settings_kept, precisions
 from run import machine, versions
 
+from fcn.cards import check_card
+from fcn.errors import DeviceError
 from fcn.runs.versions import git_revision
 from fcn.training.fit import ran_out_of_memory
 
@@ -238,18 +240,20 @@ def find_device(wanted: str) -> str:
 
     Raises:
         ValueError: it is not there.
+        DeviceError: torch has no code for it, so that every row would fail.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     there["cpu"] = True
     if wanted == "auto":
-        return next(name for name, here in there.items() if here)
+        wanted = next(name for name, here in there.items() if here)
     if not there[wanted]:
         raise ValueError(f"--device {wanted}: torch {torch.__version__} finds no such device here")
+    check_card(torch.device(wanted))
     return wanted
 
 
 def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -> int:
-    """Run the rows, and write gpu.md; 1 if one has failed."""
+    """Run the rows, and write gpu.md; 1 if one has failed, 130 after Ctrl-C."""
     started = time.monotonic()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -263,7 +267,8 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
     args = parser.parse_args(arguments)
     try:
         device = find_device(args.device)
-    except ValueError as error:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, DeviceError, OSError) as error:
         parser.error(str(error))
     rows = rows_for(device) if rows is None else rows
     rows = [row for row in rows if row.name.startswith(tuple(args.only or [""]))]
@@ -271,7 +276,6 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
         parser.error(f"--only {' '.join(args.only)}: no row begins with this")
     if device == "cpu":
         print(NO_GPU)
-    args.output.mkdir(parents=True, exist_ok=True)
     command, kept = " ".join(["python -m benchmarks.gpu", *arguments]), list[Result]()
     where = about(device)
 
@@ -282,10 +286,15 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
         text = report(results, device, where, how)
         (args.output / "gpu.md").write_text(text, encoding="utf-8")
 
+    interrupted = False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        run_rows(rows, Bench(device, Path(folder), started + 60 * args.minutes), show)
-    print(f"\n{args.output / 'gpu.md'} has the table")
-    return int(any(result.outcome == "FAILED" for result in kept))
+        try:
+            run_rows(rows, Bench(device, Path(folder), started + 60 * args.minutes), show)
+        except KeyboardInterrupt:
+            interrupted = True
+    if kept:
+        print(f"\n{args.output / 'gpu.md'} has the table{' so far' * interrupted}")
+    return 130 if interrupted else int(any(result.outcome == "FAILED" for result in kept))
 
 
 if __name__ == "__main__":

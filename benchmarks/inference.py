@@ -1,8 +1,10 @@
-"""From a batch of images to logits: ours, other people's, and our ONNX export in onnxruntime.
+"""From a batch of images to logits: ours, other people's, and our ONNX exports in onnxruntime.
 
     python benchmarks/inference.py --size 375 500 --batch 1
 
-It works as training.py does. The export is made by export.py from an untrained checkpoint.
+It works as training.py does. The exports, in float and in int8, are made by export.py from untrained
+checkpoints; the one in int8 is calibrated with noise. How many pixels a trained network keeps in
+int8, export.py itself says. The bars of int8 are for a CPU with VNNI.
 """
 
 import subprocess
@@ -13,8 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from peers import GROUPS, random_batch, save_checkpoint
+from PIL import Image
 from timing import ROOT, Table, options
-from training import compete
+from training import EXPORTS, compete
 
 
 def onnx(path: Path, device: str, size: tuple[int, ...]) -> Callable[[], Callable]:
@@ -33,22 +36,37 @@ def onnx(path: Path, device: str, size: tuple[int, ...]) -> Callable[[], Callabl
     return build
 
 
+def export(folder: Path) -> dict[str, Path]:
+    """Export each of EXPORTS. One that fails is left out, and a line says why."""
+    (folder / "noise").mkdir()
+    for number in range(4):
+        noise = random_batch(1, 375, 500)[0][0].permute(1, 2, 0).roll(number, 0).numpy()
+        Image.fromarray(noise).save(folder / "noise" / f"{number}.png")
+    files = {}
+    for name, (backbone, int8) in EXPORTS.items():
+        checkpoint = folder / f"{backbone}.ckpt"
+        if not checkpoint.is_file():
+            save_checkpoint(checkpoint, f"model.backbone={backbone}")
+        path = folder / f"{name}.onnx"
+        command = [sys.executable, ROOT / "export.py", f"ckpt={checkpoint}", f"output={path}"]
+        command += [f"int8={str(int8).lower()}", f"calibrate={folder / 'noise'}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        print(done.stdout or f"{name} is left out: {done.stderr}", flush=True)
+        if path.is_file():
+            files[name] = path
+    return files
+
+
 def main(argv: list[str] | None = None) -> list[Table]:
     """Time the forward passes of all networks in turn."""
     args = options(__doc__, size=(375, 500), batch=1).parse_args(argv)
+    size = (args.batch, *args.size)
     with tempfile.TemporaryDirectory() as folder:
-        path, problem = Path(folder) / "fcn.onnx", "there is no export.py yet"
-        if (ROOT / "export.py").is_file():
-            checkpoint, _ = save_checkpoint(Path(folder) / "last.ckpt")
-            command = [sys.executable, ROOT / "export.py", f"ckpt={checkpoint}", f"output={path}"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            problem = done.stderr.strip()
-        run = partial(onnx, path, args.device, (args.batch, *args.size))
-        others = {"vgg19": {"ours vgg19 onnxruntime": run}} if path.is_file() else {}
-        tables = [compete(args, b, train=False, **others.get(b, {}))[0] for b in GROUPS]
-    if not others:
-        tables[0].notes.append(f"onnxruntime is left out: {problem}")
-        print(tables[0].notes[-1])
+        files = export(Path(folder))
+        tables = []
+        for backbone in GROUPS:
+            others = {n: partial(onnx, files[n], args.device, size) for n in files if backbone in n}
+            tables += compete(args, backbone, train=False, **others)
     return tables
 
 

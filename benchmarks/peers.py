@@ -6,7 +6,7 @@
 - ours: SegmentationModule as `python train.py` builds it, with conf/'s defaults.
 - torchfcn 1.9.7 (PyPI; github.com/wkentaro/pytorch-fcn), the best known FCN in PyTorch.
 - segmentation-models-pytorch (PyPI): FPN and Unet; loss and optimizer of its multiclass example,
-  or, as "our recipe", those of experiment=voc_mini.
+  or, as "our recipe", those of one of ours.
 """
 
 import sys
@@ -33,11 +33,15 @@ TORCHFCN = {  # its class and learning rate, examples/voc/train_fcn8s.py and tra
     "torchfcn FCN8s vgg16": ("FCN8s", 1e-14),
     "torchfcn FCN8sAtOnce vgg16": ("FCN8sAtOnce", 1e-10),  # the same; pools scaled as in the paper
 }
-SMP = {"smp FPN vgg19": "FPN", "smp Unet vgg19": "Unet"}
+SMP = {  # its network and VGG
+    f"smp {network} {backbone}": (network, backbone)
+    for backbone in ("vgg19", "vgg16")
+    for network in ("FPN", "Unet")
+}
 SMP_OUR_RECIPE = {f"{name}, our recipe": network for name, network in SMP.items()}
 PEER = next(iter(TORCHFCN))  # the one that the bars compare with
 GROUPS = {  # what is timed together; all of a group are in memory at once
-    "vgg19": ("ours vgg19 float32", "ours vgg19 bf16", PEER, *SMP),
+    "vgg19": ("ours vgg19 float32", "ours vgg19 bf16", PEER, *list(SMP)[:2]),
     "vgg16": ("ours vgg16 float32", "ours vgg16 bf16", PEER),
 }
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -85,15 +89,27 @@ def require(name: str) -> None:
         import_module("segmentation_models_pytorch")
 
 
-def make(name: str, device: str, weights: Path | None = None, *overrides: str) -> Contestant:
+def make(
+    name: str,
+    device: str,
+    weights: Path | None = None,
+    *overrides: str,
+    recipe: str = "voc_mini",
+    classes: int = 21,
+    seed: int = 0,
+) -> Contestant:
     """A contestant.
 
     Args:
-        weights: VGG-19 features with torchvision's names, in a .pth file; None: random.
-        overrides: of conf/, such as optimizer.lr=1e-3; for ours alone.
+        weights: features of the contestant's VGG with torchvision's names, in a .pth file, or for
+            torchfcn those of a VGG-19 too; None: random.
+        overrides: of conf/, such as optimizer.lr=1e-3; for ours, and for those with our recipe.
+        recipe: of conf/experiment/, for those with our recipe.
+        classes: K, for those of others; ours has as many as its data.
+        seed: of the first weights.
     """
     require(name)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if name in OURS:
         backbone, precision = OURS[name]
         given = [f"model.weights={weights}"] if weights else []
@@ -105,10 +121,12 @@ def make(name: str, device: str, weights: Path | None = None, *overrides: str) -
         return _ours(module.to(device), precision, device, cfg.trainer.gradient_clip_val)
     values = weights and torch.load(weights, map_location="cpu", weights_only=True)
     if name in TORCHFCN:
-        return _torchfcn(*TORCHFCN[name], device, values)
+        return _torchfcn(*TORCHFCN[name], device, values, classes)
+    network = _smp_network(*(SMP | SMP_OUR_RECIPE)[name], device, values, classes)
     if name in SMP_OUR_RECIPE:
-        return _smp_our_recipe(SMP_OUR_RECIPE[name], device, values)
-    return _smp(SMP[name], device, values)
+        cfg = composed("train", f"experiment={recipe}", "model.weights=null", *overrides)
+        return _smp_our_recipe(network, device, cfg)
+    return _smp(network, device)
 
 
 def _ours(module: Any, precision: str, device: str, clip: float | None) -> Contestant:
@@ -157,12 +175,14 @@ def _theirs(
     return Contestant(network, optimizer, prepare, step)
 
 
-def _torchfcn(kind: str, lr: float, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
+def _torchfcn(
+    kind: str, lr: float, device: str, vgg: dict[str, Tensor] | None, classes: int
+) -> Contestant:
     """As in its examples/voc: loss summed over pixels, biases twice as fast, fixed upsampling."""
     import torchfcn
 
     caffe_mean = torch.from_numpy(torchfcn.datasets.voc.VOCClassSegBase.mean_bgr).float()
-    network = getattr(torchfcn.models, kind)(n_class=21)
+    network = getattr(torchfcn.models, kind)(n_class=classes)
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     for layer in layers[:-3]:  # all zero, for weights to be copied in; the scores stay so
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -189,22 +209,20 @@ def _torchfcn(kind: str, lr: float, device: str, vgg: dict[str, Tensor] | None) 
     return _theirs(network, loss, optimizer, prepare)
 
 
-def _smp(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
+def _smp(network: Any, device: str) -> Contestant:
     """Its example's loss and optimizer: Dice, Adam at 2e-4 for all layers."""
     import segmentation_models_pytorch as smp
 
-    network = _smp_network(architecture, device, vgg)
     loss = smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
     return _theirs(network, loss, optimizer, partial(_smp_input, device))
 
 
-def _smp_our_recipe(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Contestant:
-    """As experiment=voc_mini: four stages frozen, the decoder 20 times as fast as the fifth."""
-    network, cfg = _smp_network(architecture, device, vgg), composed("train", "experiment=voc_mini")
+def _smp_our_recipe(network: Any, device: str, cfg: Any) -> Contestant:
+    """As our recipe says: stages frozen, the decoder many times as fast as the rest of the VGG."""
     network.to(memory_format=torch.channels_last)
     pools = [i for i, m in enumerate(network.encoder.features) if isinstance(m, nn.MaxPool2d)]
-    frozen = pools[cfg.model.freeze_stages - 1]
+    frozen = [0, *pools][cfg.model.freeze_stages]
     network.encoder.features[:frozen].requires_grad_(False)
     rate = cfg.optimizer.lr
     head = [p for n, p in network.named_parameters() if not n.startswith("encoder.")]
@@ -218,10 +236,13 @@ def _smp_our_recipe(architecture: str, device: str, vgg: dict[str, Tensor] | Non
     return _theirs(network, loss, optimizer, prepare, cfg.trainer.gradient_clip_val)
 
 
-def _smp_network(architecture: str, device: str, vgg: dict[str, Tensor] | None) -> Any:
+def _smp_network(
+    architecture: str, backbone: str, device: str, vgg: dict[str, Tensor] | None, classes: int
+) -> Any:
     import segmentation_models_pytorch as smp
 
-    network = smp.create_model(architecture, "vgg19", encoder_weights=None, classes=21).to(device)
+    network = smp.create_model(architecture, backbone, encoder_weights=None, classes=classes)
+    network.to(device)
     if vgg is not None:
         network.encoder.load_state_dict(vgg)
     return network

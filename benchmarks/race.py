@@ -1,16 +1,17 @@
 """Mean IoU over minutes: ours and other people's networks, same photographs, same VGG features.
 
-    taskset -c 0 python benchmarks/race.py --data DIR --weights vgg19_features.pth --minutes 10
+    python benchmarks/race.py --recipe camvid_fcn8s --data DIR --weights vgg16.pth --minutes 15
+    python benchmarks/race.py --recipe voc_mini --data DIR --weights vgg19.pth --first 40
 
-Each network trains for that long on the same cores, as its authors do. Ours trains as
-experiment=voc_mini, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
-those of segmentation-models-pytorch (smp) on our crops, and once more with voc_mini's loss,
-optimizer and frozen stages. The features of smp's are evened out (peers.even_out), as ours are by
-model.pool_scales. All compute in the precision that ours does, which is bfloat16 where the CPU has
-it, although their authors use float32.
+Each network trains for that long on the same cores, as its authors do. Ours trains as the recipe,
+the others as benchmarks/peers.py says: torchfcn on one whole image at a time, those of
+segmentation-models-pytorch (smp) on our crops, and once more with the recipe's loss, optimizer and
+frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The features of smp's are
+evened out (peers.even_out), as ours are by model.pool_scales. All compute in the precision that
+ours does, which is bfloat16 where the CPU has it, although their authors use float32.
 
 Only training steps count as time: reading images and scoring do not. Scores are those of
-evaluate.py, at the images' own resolution: during the race on the first FIRST images, which the
+evaluate.py, at the images' own resolution: during the race on `--first` so many images, which the
 figure shows, and at the end on all of them, which table.md has.
 """
 
@@ -43,15 +44,19 @@ from fcn.precision import best_precision
 from fcn.schedules import cosine, poly
 from fcn.transforms import Batch
 
-OURS = ours_here("cpu")
-NAMES = (OURS, *SMP_OUR_RECIPE, *SMP, *TORCHFCN)
-FIRST = 40  # images at the marks
+
+def contestants(recipe: str) -> list[str]:
+    """Ours first, with the VGG of the recipe, and those of smp with the same one."""
+    backbone = composed("train", f"experiment={recipe}").model.backbone
+    peers = [name for name in (*SMP_OUR_RECIPE, *SMP) if backbone in name]
+    return [ours_here("cpu", backbone), *peers, *TORCHFCN]
 
 
-def opened(name: str, data: str, settings: list[str]) -> SegmentationDataModule:
+def opened(name: str, args: argparse.Namespace) -> SegmentationDataModule:
     from hydra.utils import instantiate
 
-    given = ["experiment=voc_mini", *settings, f"data.root={data}", "name=race"]
+    given = [f"experiment={args.recipe}", *args.settings, f"data.root={args.data}", "name=race"]
+    given += [f"seed={args.seed}"]
     if name in TORCHFCN:
         given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
     cfg = composed("train", *given)
@@ -75,8 +80,8 @@ def schedule(
 ) -> LRScheduler | None:
     """How its authors lower the rate; `progress` goes from 0 to 1 with the time."""
     limits: dict[str, Any] = {"total_steps": math.inf, "time_used": progress}
-    if name in (OURS, *SMP_OUR_RECIPE):
-        return poly(contestant.optimizer, **limits, warmup_steps=50)  # voc_mini's
+    if name.startswith("ours") or name in SMP_OUR_RECIPE:
+        return poly(contestant.optimizer, **limits, warmup_steps=50)  # the recipes'
     if name in SMP:  # of its multiclass example: from 2e-4 to 1e-5
         return cosine(contestant.optimizer, **limits, final=1e-5 / 2e-4)
     return None
@@ -85,7 +90,7 @@ def schedule(
 def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: int) -> float:
     """Mean IoU on the first so many images."""
     contestant.network.eval()
-    confusion = ConfusionMatrix(21, void=255)
+    confusion = ConfusionMatrix(len(datamodule.classes), void=255)
     batches: Iterator[Batch] = iter(datamodule.val_dataloader())
     for _ in range(images):
         batch = next(batches)
@@ -98,12 +103,16 @@ def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: in
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One contestant's points, (minutes, mean IoU of the first images), and the mean IoU of all."""
-    own = ["experiment=voc_mini", *args.settings] if name == OURS else []
-    contestant = make(name, "cpu", args.weights, *own)
-    if name != OURS and best_precision("cpu") == "bf16-mixed":
-        compute_as_ours(contestant.network)
-    datamodule = opened(name, args.data, args.settings)
+    ours, datamodule = name.startswith("ours"), opened(name, args)
     assert datamodule.val_data is not None
+    changes = [*args.settings, *([f"optimizer.lr={args.rate}"] if args.rate else [])]
+    own = [f"experiment={args.recipe}", *changes] if ours else changes
+    classes = len(datamodule.classes)
+    contestant = make(
+        name, "cpu", args.weights, *own, recipe=args.recipe, classes=classes, seed=args.seed
+    )
+    if not ours and best_precision("cpu") == "bf16-mixed":
+        compute_as_ours(contestant.network)
     if name in (*SMP, *SMP_OUR_RECIPE):
         first = next(iter(datamodule.train_dataloader()))
         image, _ = contestant.prepare(first["image"], first["mask"])
@@ -121,7 +130,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
         steps += 1
         used += time.perf_counter() - began
         if used >= 60 * marks[len(points)]:
-            points.append((used / 60, judge(contestant, datamodule, min(FIRST, everything))))
+            points.append((used / 60, judge(contestant, datamodule, min(args.first, everything))))
             print(name, steps, points[-1], flush=True)
             if len(points) == args.marks:
                 break
@@ -130,8 +139,8 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Mean IoU of the first images over minutes of training, a line for each network."""
+def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
+    """Mean IoU of the first so many images over minutes of training, a line for each network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,7 +150,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for run in runs:
         minutes, mious = zip(*run["points"], strict=True)
         axes.plot(minutes, [100 * miou for miou in mious], marker="o", label=run["name"])
-    axes.set(xlabel="minutes of training", ylabel=f"mean IoU in %, {FIRST} images")
+    axes.set(xlabel="minutes of training", ylabel=f"mean IoU in %, {images} images")
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -160,28 +169,35 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Train each network for the same minutes, and write marks and figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s"), required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--rate", type=float, help="in place of the recipe's optimizer.lr")
+    parser.add_argument("--seed", type=int, default=0, help="of images and first weights")
+    parser.add_argument("--first", type=int, default=101, help="images to judge on at the marks")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", help="contestants; without it, all of them")
     parser.add_argument(
         "--settings",
         nargs="+",
         default=[],
-        help="after voc_mini's; those of data for all but torchfcn",
+        help="after the recipe's; those of data for all but torchfcn",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/race"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in args.only:
+    names = contestants(args.recipe)
+    if unknown := set(args.only or ()) - set(names):
+        parser.error(f"--only: there is no {unknown}, but {', '.join(names)}")
+    for name in args.only or names:
         run = race(name, args)
         file = re.sub(r"[ /]", "_", run["name"]) + ".json"
         (args.output / file).write_text(json.dumps(run), encoding="utf-8")
     runs = [
         json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.output.glob("*.json"))
     ]
-    draw(runs, args.output / "race.png")
+    draw(runs, args.output / "race.png", args.first)
     (args.output / "table.md").write_text(table(runs), encoding="utf-8")
 
 

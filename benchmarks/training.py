@@ -10,12 +10,18 @@ RAM on a CPU, allocated memory on a GPU.
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 from peers import GROUPS, OURS, PEER, make, ours_here, random_batch, require
 from timing import Table, options, race, shown, speedup
 
 from fcn.precision import cast_weights
+
+# Exports that benchmarks/inference.py times with the networks of a backbone, and whether in int8.
+FLOAT, INT8 = "ours vgg16 onnxruntime", "ours vgg16 onnxruntime int8"
+EXPORTS = {"ours vgg19 onnxruntime": ("vgg19", False), FLOAT: ("vgg16", False)}
+EXPORTS[INT8] = ("vgg16", True)
 
 
 def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Callable[[], Callable]:
@@ -58,6 +64,14 @@ def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) 
     if train:
         held = memory[ours] / memory[PEER] if {ours, PEER} <= memory.keys() else None
         table.bar(f"{ours}: at most 0.6 of torchfcn's peak memory", held, high=0.6)
+    if INT8 in others:
+        cpu = Path("/proc/cpuinfo")
+        vnni = cpu.is_file() and "vnni" in cpu.read_text()
+        for times, over in ((8, PEER), (2.5, FLOAT)):
+            speed = speedup(seconds, INT8, over) if vnni else None
+            table.bar(
+                f"{INT8}: at least {times} times {over}, on a CPU with VNNI", speed, low=times
+            )
     return table.show()
 
 
