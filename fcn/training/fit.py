@@ -20,7 +20,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.process import is_main_process, memory_size
 from fcn.runs.summary import summarise
 from fcn.training.clock import Clock
-from fcn.training.interruption import loader_died
+from fcn.training.interruption import loader_died, stop_of
 
 
 def fit(
@@ -55,13 +55,16 @@ def fit(
     gc.collect()
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Stopped as stop:
-        status, exit_code = "stopped", stop.exit_code
-        if is_main_process():
-            print(f"\nstopped by {stop}; {_go_on(trainer)}", flush=True)
-        raise
     except BaseException as error:
+        stop = stop_of(trainer, error)
+        if isinstance(stop, Stopped):
+            status, exit_code = "stopped", stop.exit_code
+            if is_main_process():
+                print(f"\nstopped by {stop}; {_go_on(trainer)}", flush=True)
+            raise stop from None
         exit_code = 1
+        if stop is not None:
+            raise stop from None
         explained = _explained(error, trainer, advice)
         if explained is None:
             raise

@@ -131,3 +131,24 @@ class Interruption(Callback):
 def loader_died(error: BaseException) -> bool:
     """Whether an error says that a loader process has died, for example for lack of memory."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def stop_of(trainer: pl.Trainer, error: BaseException) -> BaseException | None:
+    """How a run was stopped that has ended with `error`; None if it was not.
+
+    Ctrl-C in a terminal reaches a loader process, too. One that is spawned takes seconds to begin,
+    and cannot ignore the signal before it has. It dies of it, and Lightning raises an error about
+    that, while the run itself waits for the first batch. last.ckpt has all steps nevertheless.
+
+    Returns:
+        Stopped: the run can be resumed. KeyboardInterrupt: there is no checkpoint yet.
+    """
+    if isinstance(error, Stopped):
+        return error
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    (interruption,) = (c for c in callbacks if isinstance(c, Interruption))
+    if not loader_died(error) or interruption.received is None:
+        return None
+    if not last_checkpoint(Path(trainer.default_root_dir)).is_file():
+        return KeyboardInterrupt()
+    return Stopped(interruption.received, trainer.global_step)
