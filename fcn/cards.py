@@ -28,7 +28,14 @@ OLD_CARDS = (
     f"12.6. torch 2.14 is the last that has them:\n  pip install --force-reinstall torch "
     f"torchvision --index-url {WHEELS}/cu126"
 )
-NEW_CARDS = "A newer torch has code for it:\n  pip install --upgrade torch torchvision"
+OLDEST_OF_ALL: Capability = (5, 0)  # of the wheels for CUDA 12.6
+TOO_OLD = "No torch of today has code for cards before Maxwell (GTX 9xx)."
+# Forced, as pip takes the wheel for CUDA 12.6 of the same version for up to date.
+NEW_CARDS = (
+    "PyPI's newest torch has code for the newest cards (on Windows, the one that "
+    "https://pytorch.org/get-started/locally/ names for CUDA):\n"
+    "  pip install --upgrade --force-reinstall torch torchvision"
+)
 # Turing without tensor cores: TU116 and TU117, of the same capability 7.5 as all other Turing.
 NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|\bT\d{3,4}\b|\bMX[45]50\b|CMP 30HX")
 
@@ -69,10 +76,16 @@ def check_card(device: torch.device) -> None:
         name = f"{torch.cuda.get_device_name(device)} (compute capability {_dotted(capability)})"
         raise DeviceError(
             f"{device}: the installed torch {torch.__version__} has no code for this card, a {name}"
-            f"; it has {' '.join(known)}. {OLD_CARDS if capability < OLDEST_OF_PYPI else NEW_CARDS}"
+            f"; it has {' '.join(known)}. {_advice(capability)}"
             "\nAnother device can be chosen: trainer.accelerator=cpu for train.py, accelerator=cpu "
             "for evaluate.py, device=cpu for predict.py"
         )
+
+
+def _advice(capability: Capability) -> str:
+    if capability < OLDEST_OF_ALL:
+        return TOO_OLD
+    return OLD_CARDS if capability < OLDEST_OF_PYPI else NEW_CARDS
 
 
 def has_tensor_cores(device: torch.device) -> bool:

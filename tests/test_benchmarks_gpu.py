@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROJECT, TINY
+from test_cards import has_card
 from torch.autograd import DeviceType
 
 from fcn.module import SegmentationModule
@@ -112,13 +113,37 @@ def test_a_device_whose_memory_cannot_be_freed_ends_no_row(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import gpu
 
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cuda"], [])
     assert "--device cuda: torch" in capsys.readouterr().err
     assert gpu.find_device("auto") in ("cpu", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    has_card(monkeypatch, "NVIDIA GeForce GTX 1070", (6, 1))  # each row would fail on it
+    with pytest.raises(SystemExit):
+        gpu.main([], [])
+    assert "no code for this card, a NVIDIA GeForce GTX 1070" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_rows_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu
+
+    def interrupt(bench: Any) -> str:
+        raise KeyboardInterrupt
+
+    command = ["--device", "cpu", "--output", str(tmp_path)]
+    rows = [gpu.Row("one", 0, lambda bench: "good"), gpu.Row("two", 0, interrupt)]
+    assert gpu.main(command, rows) == 130
+    assert "has the table so far" in capsys.readouterr().out
+    assert "| one | ok | good |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu.main([*command, "--output", str(tmp_path / "file")], rows)
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_the_rows_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,10 @@ def test_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sm_75 sm_80" in message
     assert "torchvision --index-url https://download.pytorch.org/whl/cu126" in message
     has_card(monkeypatch, "NVIDIA Thor", (11, 0))
-    with pytest.raises(DeviceError, match="pip install --upgrade torch torchvision"):
+    with pytest.raises(DeviceError, match="pip install --upgrade --force-reinstall torch torchv"):
+        check_card(torch.device("cuda", 0))
+    has_card(monkeypatch, "Tesla K80", (3, 7))
+    with pytest.raises(DeviceError, match=r"No torch of today has code for cards before Maxwell"):
         check_card(torch.device("cuda", 0))
     has_card(monkeypatch, "NVIDIA GeForce RTX 4090", (8, 9))
     check_card(torch.device("cuda", 0))

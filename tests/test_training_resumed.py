@@ -133,6 +133,18 @@ def test_adamw(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused(optimizer: str, tmp_path: Path) -> None:
+    """A run that another device has begun can go on where a fused optimizer would not clip."""
+    train_tiny(tmp_path / "first", f"optimizer={optimizer}", "trainer.max_steps=1", EACH)
+    assert {group["fused"] for group in groups(tmp_path / "first")} == {True}
+    run = go_on(tmp_path / "first", tmp_path, "trainer.max_steps=2", "optimizer.fused=false")
+    assert {group["fused"] for group in groups(run)} == {False}
+    again = go_on(run, tmp_path / "again", "trainer.max_steps=3", "optimizer.fused=auto")
+    assert {group["fused"] for group in groups(again)} == {True}
+
+
+@pytest.mark.slow
 def test_patience_of_early_stopping(tmp_path: Path) -> None:
     options = ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=1"]  # never better
     options += ["callbacks.early_stopping.patience=2", "trainer.val_check_interval=1"]

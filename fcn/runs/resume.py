@@ -29,9 +29,10 @@ from fcn.runs.folder import is_training, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
-# Settings of conf/model and conf/optimizer that a resumed run may change, those of the second kind
-# only with a schedule of fcn/schedules.py: the state of any other may hold rates of its own.
-CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last"}
+# Settings of conf/model and conf/optimizer that a resumed run may change, since another device may
+# need another layout, or no fused optimizer; those of the second kind only with a schedule of
+# fcn/schedules.py: the state of any other may hold rates of its own.
+CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last", "fused"}
 RATES = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
 RATES |= {"head_lr_multiplier", "bias_lr_multiplier"}
 # What fixes which image comes when. The place in the stream of images is counted in batches.

@@ -31,6 +31,11 @@ class ResumedSettings(Callback):
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, EarlyStopping) and state:
                 state["patience"] = callback.patience
+        # The optimizer's state lies where a fused optimizer needs it, or where another one does.
+        fused = module.make_optimizer.keywords.get("fused")
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group |= {"fused": fused} if "fused" in group else {}
         if "current_model_state" in checkpoint:  # `state_dict` is the average then
             module.load_state_dict(checkpoint["current_model_state"])
 
