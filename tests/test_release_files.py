@@ -21,6 +21,8 @@ def test_pre_commit_has_the_versions_of_the_gate() -> None:
     # mypy and import-linter are those that requirements/dev.txt has installed.
     assert {hook["entry"] for hook in local["hooks"]} == {"mypy", "lint-imports"}
     assert {hook["language"] for hook in local["hooks"]} == {"system"}
+    named = re.findall(r"tests/\w+\.py", read(".pre-commit-config.yaml"))
+    assert all((PROJECT / path).is_file() for path in named)
 
 
 def test_citation() -> None:
