@@ -24,6 +24,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint, read_checkpoint
+from fcn.datamodule import SegmentationDataModule
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, Stopped, TrainingError, WeightsError, WriteError
 from fcn.files import optional_file
@@ -353,6 +354,17 @@ def test_ctrl_c_kills_a_loader_that_has_just_begun(
         assert str(stop.value) == "SIGINT at step 2"
         assert read_summary(tmp_path / "run")["status"] == "stopped"
         assert read_checkpoint(last_checkpoint(tmp_path / "run"))["global_step"] == 2
+
+
+def test_ctrl_c_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaders are spawned before the run's own signal handlers are there, which takes seconds."""
+
+    def interrupted(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SegmentationDataModule, "train_dataloader", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # which ends train.py with code 130
+        train_tiny(tmp_path / "run")
 
 
 # Long runs

@@ -141,10 +141,13 @@ def stop_of(trainer: pl.Trainer, error: BaseException) -> BaseException | None:
     that, while the run itself waits for the first batch. last.ckpt has all steps nevertheless.
 
     Returns:
-        Stopped: the run can be resumed. KeyboardInterrupt: there is no checkpoint yet.
+        Stopped: the run can be resumed. KeyboardInterrupt: it ended at once, perhaps before the
+        first checkpoint.
     """
     if isinstance(error, Stopped):
         return error
+    if isinstance(error.__context__, KeyboardInterrupt):  # Lightning made SystemExit of it
+        return error.__context__
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     (interruption,) = (c for c in callbacks if isinstance(c, Interruption))
     if not loader_died(error) or interruption.received is None:
