@@ -2,8 +2,8 @@
 
     python benchmarks/inference.py --size 375 500 --batch 1
 
-It works as training.py does. The exports, in float and in int8, are made by export.py from untrained
-checkpoints; the one in int8 is calibrated with noise. How many pixels a trained network keeps in
+It works as training.py does. export.py makes the exports, in float and in int8, from untrained
+checkpoints, and calibrates with noise. How many pixels of a trained network keep their class in
 int8, export.py itself says. The bars of int8 are for a CPU with VNNI.
 """
 

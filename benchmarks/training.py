@@ -66,7 +66,7 @@ def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) 
         table.bar(f"{ours}: at most 0.6 of torchfcn's peak memory", held, high=0.6)
     if INT8 in others:
         cpu = Path("/proc/cpuinfo")
-        vnni = cpu.is_file() and "vnni" in cpu.read_text()
+        vnni = cpu.is_file() and "vnni" in cpu.read_text(encoding="utf-8")
         for times, over in ((8, PEER), (2.5, FLOAT)):
             speed = speedup(seconds, INT8, over) if vnni else None
             table.bar(
