@@ -179,6 +179,20 @@ def test_open_in_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_second_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are lost, of course, but the run goes on."""
+    locked, path = Locked(monkeypatch), tmp_path / "metrics.csv"
+    csv = MetricsCSV(path)
+    csv.log_metrics({"train/loss": 1}, step=1)
+    locked.names = {"metrics.csv"}
+    with pytest.warns(UserWarning, match="open in another program"):
+        csv.log_metrics({"train/loss": 2, "val/miou": 0.5}, step=2)
+    csv.file.unlink()
+    locked.names = set()
+    csv.log_metrics({"train/loss": 3}, step=3)
+    assert path.read_text() == "step,train/loss,val/miou\n1,1.0,\n3,3.0,\n"
+
+
 def test_rows_of_other_lengths(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,train/loss\n1,0.5,7,8\n2\n3,0.25\n")

@@ -76,6 +76,7 @@ class MetricsCSV(Logger):
         append = not (new_columns or same_row or self.unwritten)
         self.unwritten[str(step)] = self.last
         if self.file != self.path:
+            append = append and self.file.exists()  # else metrics.csv may lack columns
             with suppress(PermissionError):
                 self._take_its_place()
         self._write(self._older_rows, append=append)
@@ -100,7 +101,8 @@ class MetricsCSV(Logger):
             raise PermissionError
 
     def _take_its_place(self) -> None:
-        os.replace(self.file, self.path)
+        if self.file.exists():  # the user may have removed it
+            os.replace(self.file, self.path)
         self.file = self.path
 
     def _older_rows(self) -> Iterable[Row]:
