@@ -7,6 +7,7 @@ which may crash, hang or use up memory without harm to the tests.
 import contextlib
 import io
 import json
+import os
 import struct
 import zlib
 from functools import partial
@@ -31,7 +32,7 @@ from fcn.runs.process import peak_memory
 from predict import predict
 
 DAMAGES = ("cut off", "byte changed", "zeros", "bytes removed", "bytes repeated")
-REPEATS = 2  # of each kind of damage to each file
+REPEATS = int(os.environ.get("REPEATS", "1"))  # of each kind of damage to each file
 MEMORY = 2**30  # bytes that the process may grow by; a large picture, decoded, would take 2.7 GB
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n"
 
@@ -145,8 +146,8 @@ def test_damaged_files(finished_run: Path, tmp_path: Path) -> None:
     assert wait(child) == 0, log.read_text()[-3000:]
     facts = json.loads((tmp_path / "facts.json").read_text())
     read, failed = facts["read"], facts["failed"]
-    assert read + failed == number >= 150
-    assert min(read, failed) > 40  # both happen
+    assert read + failed == number >= 80
+    assert min(read, failed) > 20  # both happen
     assert facts["checked"] == SHOWN  # the check prints so many errors, and how many more
     assert facts["memory"] < MEMORY
 

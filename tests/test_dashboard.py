@@ -1,9 +1,7 @@
 """python -m fcn.dashboard: what it sends to W&B, read back from a server that stands in for it."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PROJECT
 
 from fcn.dashboard import LOSS, SETTINGS, dashboard, main
 from fcn.runs.metrics import read_metrics
 
+wandb = pytest.importorskip("wandb")
 internal = pytest.importorskip("wandb_workspaces.workspaces.internal")
 
 Views = dict[str, dict[str, Any]]  # what was sent, by the name that the library gave the view
@@ -119,16 +117,17 @@ def without_ids(value: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_a_server_gets(server: tuple[str, Views]) -> None:
+def test_what_a_server_gets(
+    server: tuple[str, Views], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     address, found = server
-    more = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
-    command = [sys.executable, "-m", "fcn.dashboard", "someone/fcn"]
-    done = subprocess.run(
-        command, cwd=PROJECT, env=os.environ | more, capture_output=True, text=True, check=True
-    )
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()  # what another test has read of the environment
+    main(["someone/fcn"])
     ((name, sent),) = found.items()
     short = name.removeprefix("nw-").removesuffix("-v")
-    assert f"View saved: {address}/someone/fcn?nw={short}" in done.stderr
+    assert f"View saved: {address}/someone/fcn?nw={short}" in capsys.readouterr().err
     expected = (
         dashboard("someone", "fcn")
         ._to_model()
