@@ -89,13 +89,15 @@ class Result:
 
 
 def rows_for(device: str) -> list[Row]:
-    """All rows, the most important ones first."""
+    """All rows. Where the time is short, the first ones are one of each kind."""
     best, *others = precisions(device)
-    rows = [Row(f"agree, {p}", 10, partial(gpu_rows.agree, precision=p)) for p in (STRICT, best)]
-    rows += [Row(f"recipe {r}, {best}", 10, _recipe(r, best)) for r in RECIPES]
-    rows += [Row(f"agree, {p}", 10, partial(gpu_rows.agree, precision=p)) for p in others]
-    rows += [Row(f"sync, {p}", 10, partial(gpu_rows.waits, precision=p)) for p in (best, *others)]
-    rows += [Row("tests", 40, gpu_processes.tests), Row("resume", 50, gpu_processes.resume)]
+    agree = {
+        p: Row(f"agree, {p}", 10, partial(gpu_rows.agree, precision=p))
+        for p in (STRICT, best, *others)
+    }
+    sync = [Row(f"sync, {p}", 10, partial(gpu_rows.waits, precision=p)) for p in (best, *others)]
+    resume, tests = Row("resume", 50, gpu_processes.resume), Row("tests", 40, gpu_processes.tests)
+    memory = []
     for settings in (
         ("data.batch_size=1", "data.crop_size=500"),
         ("data.batch_size=3", "data.crop_size=320"),
@@ -103,11 +105,14 @@ def rows_for(device: str) -> list[Row]:
         ("data.batch_size=1", "data.crop_size=500", "model.checkpoint_stages=2"),
     ):
         run = partial(_with_settings, gpu_speed.memory, settings)
-        rows.append(Row(f"memory, {' '.join(settings)}", 8, run))
+        memory.append(Row(f"memory, {' '.join(settings)}", 8, run))
     ours = gpu_speed.ours(device)
     names = (peers.PEER, *dict.fromkeys((ours, "ours vgg19 float32")), "smp FPN vgg19")
-    rows += [Row(f"speed, {name}", 12, partial(gpu_speed.speed, name=name)) for name in names]
-    rows.append(Row("convolutions", 12, gpu_speed.convolutions))
+    speed = [Row(f"speed, {name}", 12, partial(gpu_speed.speed, name=name)) for name in names]
+    convolutions = Row("convolutions", 12, gpu_speed.convolutions)
+    rows = [agree[STRICT], agree[best], sync[0], memory[0], *speed, convolutions]
+    rows += [Row(f"recipe {r}, {best}", 10, _recipe(r, best)) for r in RECIPES]
+    rows += [resume, tests, *memory[1:], *(agree[p] for p in others), *sync[1:]]
     changes = [f"model.channels_last={flag}" for flag in ("true", "false")]
     changes += [f"trainer.benchmark={flag}" for flag in ("true", "false")]
     for change in ("", *changes):

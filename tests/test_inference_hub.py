@@ -176,6 +176,8 @@ def test_from_pretrained(
     for name in ("mean", "std"):
         assert torch.equal(getattr(network, name), getattr(module.network, name))
     assert FCN.from_pretrained(str(folder), dropout=0.25).dropout.p == 0.25
+    elsewhere = FCN.from_pretrained(folder, map_location="meta", strict=True)  # the hub's arguments
+    assert elsewhere.score.weight.is_meta
     for options, expected in (({}, True), ({"channels_last": False}, False)):
         weight = FCN.from_pretrained(folder, **options).stages[2].get_parameter("0.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) == expected

@@ -86,8 +86,15 @@ class FCN(Network, PyTorchModelHubMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: Any = "cpu", strict: bool = True, **options: Any
+    ) -> Self:
         """Open a folder, or download one, as any checkpoint is opened.
+
+        Args:
+            map_location: the device of the network. The hub's own class has this argument, and the
+                next.
+            strict: makes no difference, because every weight must always fit.
 
         Raises:
             WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
@@ -106,4 +113,4 @@ class FCN(Network, PyTorchModelHubMixin):
         checkpoint = read_checkpoint(path)
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
         network.card = model_card(checkpoint, path)
-        return network.eval()
+        return network.to(map_location).eval()
