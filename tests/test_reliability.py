@@ -365,6 +365,7 @@ def test_ctrl_c_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(SegmentationDataModule, "train_dataloader", interrupted)
     with pytest.raises(KeyboardInterrupt):  # which ends train.py with code 130
         train_tiny(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Lightning ignores it
 
 
 # Long runs

@@ -20,7 +20,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.process import is_main_process, memory_size
 from fcn.runs.summary import summarise
 from fcn.training.clock import Clock
-from fcn.training.interruption import loader_died, stop_of
+from fcn.training.interruption import ctrl_c_kept, loader_died, stop_of
 
 
 def fit(
@@ -54,7 +54,8 @@ def fit(
     gc.freeze()
     gc.collect()
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        with ctrl_c_kept():
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except BaseException as error:
         stop = stop_of(trainer, error)
         if isinstance(stop, Stopped):

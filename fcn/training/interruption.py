@@ -7,7 +7,8 @@ saved, so that the run can be resumed. fcn/training/trainer.py adds this callbac
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,20 @@ from fcn.training.clock import is_whole_step
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+@contextmanager
+def ctrl_c_kept() -> Iterator[None]:
+    """Have Ctrl-C do afterwards what it did before.
+
+    Lightning leaves it ignored after an interrupt, and a notebook could not be interrupted again.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 class Interruption(Callback):
