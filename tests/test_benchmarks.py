@@ -300,6 +300,7 @@ def run_as_scripts(scripts: list[Path]) -> None:
         runpy.run_path(str(script))
 
 
+@pytest.mark.slow
 def test_scripts_find_the_project(tmp_path: Path) -> None:
     scripts = [PROJECT / "benchmarks" / f"{name}.py" for name in ("recipes", "race")]
     log = tmp_path / "log"

@@ -375,8 +375,8 @@ def test_other_errors_are_raised_as_they_are() -> None:
     [
         ("train.py", "--cfg=job", "data:"),
         ("evaluate.py", "--help", "data:"),
-        ("predict.py", "--help", "ckpt:"),
-        ("export.py", "--help", "ckpt:"),
+        pytest.param("predict.py", "--help", "ckpt:", marks=pytest.mark.slow),
+        pytest.param("export.py", "--help", "ckpt:", marks=pytest.mark.slow),
     ],
 )
 def test_help_needs_no_torch(tmp_path: Path, script: str, argument: str, shown: str) -> None:

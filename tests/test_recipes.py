@@ -15,6 +15,7 @@ RECIPES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 PIXELS = 169_903  # not void, in a mean image: 510 of VOC2012, see heavy_fcn8s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_valid_and_say_how_to_run_them(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def halved(optimizer: Optimizer, *, total_steps: float, time_used: Callable[[], 
     return StepLR(optimizer, 1, 0.5)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
     own = f"scheduler._target_={__name__}.halved"
     train_tiny(tmp_path / "first", own, "~scheduler.warmup_steps", "trainer.max_steps=2", EACH)
@@ -90,6 +91,7 @@ def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
     assert rates(run) == pytest.approx([1e-3, 1e-3 / 2, 1e-3 / 4, 1e-3 / 8])
 
 
+@pytest.mark.slow
 def test_without_the_average(tmp_path: Path) -> None:
     """The run goes on from its own weights."""
     options = ["callbacks=ema", "callbacks.ema.decay=0.999", "trainer.val_check_interval=9"]

@@ -64,6 +64,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FCN, "reset_parameters", lambda self: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_everything_in_conf_is_accepted(choice: str) -> None:
     own = ["data.dataset.classes=[a,b]"] if choice == "data=folder" else []

@@ -217,6 +217,7 @@ def test_id_is_kept(tmp_path: Path, service: Service) -> None:
     assert len(first) == 8
 
 
+@pytest.mark.slow
 def test_agent_that_calls_a_function(
     tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
