@@ -59,7 +59,6 @@ def export(cfg: DictConfig) -> Path:
     from fcn.checkpoint import find_checkpoint, read_checkpoint, write_model_folder
     from fcn.inference.export import export_path, export_program
     from fcn.inference.model_card import model_card
-    from fcn.inference.onnx_session import need_packages
     from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import quantise
     from fcn.module import SegmentationModule
@@ -81,7 +80,6 @@ def export(cfg: DictConfig) -> Path:
             checkpoint=checkpoint,
         )
         if cfg.int8:
-            need_packages("onnxruntime", "onnx", "onnxscript")
             images = find_images(cfg, ckpt, checkpoint)
             with TemporaryDirectory() as folder:
                 exact = Path(folder) / "float.onnx"
