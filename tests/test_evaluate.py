@@ -257,28 +257,18 @@ def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
         assert segmentation_scores(confusion)["pixel_acc"] == expected["pixel_acc"]
 
 
-class Images:
-    """Calibrates onnxruntime's quantiser."""
-
-    def __init__(self) -> None:
-        data = Shapes(split="train", size=48, train_length=4)
-        self.images = [{"image": data[i]["image"][None].numpy()} for i in range(4)]
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return self.images.pop() if self.images else None
-
-
+@pytest.mark.xdist_group("onnx")
 @pytest.mark.slow
 def test_exported_files(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their scores are the checkpoint's within rounding, also at test time; int8 ones are near."""
+    """Their scores are the checkpoint's within rounding, also at test time."""
     monkeypatch.setattr("fcn.inference.export.SIZES", ((1, 33, 50),))  # test_export has all
-    quantization = pytest.importorskip("onnxruntime.quantization")
-    pytest.importorskip("onnxscript")
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
     options = ["tta.flip=true", "report.images=1", f"output={tmp_path / 'out'}"]
     expected = evaluate_checkpoint(finished_run, *options)
-    paths = {ending: tmp_path / f"x.{ending}" for ending in ("safetensors", "onnx")}
+    paths = {"safetensors": tmp_path / "x", "onnx": tmp_path / "x.onnx"}
     for format, path in paths.items():
         export(
             compose_config("export", f"ckpt={finished_run}", f"output={path}", f"format={format}")
@@ -290,11 +280,6 @@ def test_exported_files(
         assert (metrics["step"], metrics["images"]) == (expected["step"], expected["images"])
         assert metrics["data"] == expected["data"]
 
-    int8 = tmp_path / "int8.onnx"
-    quantization.quantize_static(paths["onnx"], int8, Images())
-    metrics = evaluated(f"compare=[{paths['onnx']},{int8}]", f"output={tmp_path / 'both'}")
-    assert metrics["b"]["loss"] != expected["loss"]
-    assert abs(metrics["difference"]["pixel_acc"]) < 0.1
     for setting in ("accelerator=gpu", "precision=bf16-mixed"):
         with pytest.raises(ConfigError, match=r"an ONNX file runs with accelerator=cpu precision"):
             evaluate(compose_config("evaluate", f"ckpt={paths['onnx']}", setting))

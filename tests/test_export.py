@@ -25,6 +25,8 @@ from fcn.inference.predictor import load_predictor
 from fcn.module import SegmentationModule
 from predict import predict
 
+pytestmark = pytest.mark.xdist_group("onnx")  # one worker imports onnxscript and has the fixtures
+
 
 def run(ckpt: Path, output: Path, *overrides: str) -> Path:
     return export(compose_config("export", f"ckpt={ckpt}", f"output={output}", *overrides))
