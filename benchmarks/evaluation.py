@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
         module = SegmentationModule.load_from_checkpoint(path).to(args.device).eval()
         cast_weights(module.network, precision)
         data = cli.build(cfg, "data")
-        loader = data.eval_dataloader(data.open(cfg.split))
+        loader = data.eval_dataloader(data.open(cfg.split or data.val_split))
         images = [batch["image"].to(args.device) for batch in loader]
 
         def loop() -> float:

@@ -22,6 +22,9 @@ from PIL import Image
 # this when it is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A command in the background of a script, as in CI, begins with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = (
     "name=tiny",
