@@ -110,7 +110,8 @@ def rows_for(device: str) -> list[Row]:
     names = (peers.PEER, *dict.fromkeys((ours, "ours vgg19 float32")), "smp FPN vgg19")
     speed = [Row(f"speed, {name}", 12, partial(gpu_speed.speed, name=name)) for name in names]
     convolutions = Row("convolutions", 12, gpu_speed.convolutions)
-    rows = [agree[STRICT], agree[best], sync[0], memory[0], *speed, convolutions]
+    rows = [agree[STRICT], agree[best], sync[0], memory[0]]
+    rows += [convolutions] if device == "cpu" else [*speed, convolutions]
     rows += [Row(f"recipe {r}, {best}", 10, _recipe(r, best)) for r in RECIPES]
     rows += [resume, tests, *memory[1:], *(agree[p] for p in others), *sync[1:]]
     changes = [f"model.channels_last={flag}" for flag in ("true", "false")]
@@ -120,7 +121,10 @@ def rows_for(device: str) -> list[Row]:
         rows.append(Row(f"setting, {change or 'none'}", 8, run))
     rows += [Row(f"recipe {r}, {p}", 10, _recipe(r, p)) for p in others for r in RECIPES]
     compiled = partial(_with_settings, gpu_speed.lever, ["trainer.compile=true"])
-    return [*rows, Row("setting, trainer.compile=true", 60, compiled)]
+    rows.append(Row("setting, trainer.compile=true", 60, compiled))
+    return rows + (
+        speed if device == "cpu" else []
+    )  # whole networks, which a CPU needs minutes for
 
 
 def _recipe(recipe: str, precision: str) -> Callable[[Bench], str]:
