@@ -209,7 +209,8 @@ def steps(bench: Bench, recipe: str, precision: str) -> str:
     else:
         size = cfg.data.dataset.get("size") or 500  # as large as the largest of VOC2012
     most = 8 if precision == "16-mixed" else 4  # GradScaler may leave out the first ones
-    given += ["data=shapes", f"data.dataset.size={size}", "model.weights=null"]
+    given += ["data=shapes", "data.train_split=train", "data.val_split=val"]
+    given += [f"data.dataset.size={size}", "model.weights=null"]
     given += [f"trainer.accumulate_grad_batches={min(cfg.trainer.accumulate_grad_batches, 2)}"]
     given += [f"trainer.max_steps={most}", "trainer.max_epochs=null", *BARE]
     given += ["trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"]
