@@ -31,6 +31,7 @@ BARS = {"32-true": 0.2, "bf16-mixed": 0.1}
 SIZES = ((1, 224), (1, 320), (2, 320), (1, 512))  # images, pixels
 EXTRA = (  # in the last one, activations are the largest part
     ["optimizer=adamw"],
+    ["optimizer=sgd_in_backward"],
     ["model.freeze_stages=2"],
     ["model.checkpoint_stages=2"],
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"],

@@ -29,6 +29,7 @@ The columns of the table, in GB of 2**30 bytes, for one device and without train
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from fcn import cli
 from fcn.errors import check_whole
 from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST
+from fcn.training.in_backward import SGDInBackward
 from fcn.training.settings import check_settings
 from fcn.training.settle import image_size
 
@@ -174,6 +176,10 @@ def trace(config: DictConfig, images: int) -> np.ndarray:
         for parameter in learned:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
+        applied: Any = nullcontext()
+        if isinstance(optimizer, SGDInBackward):  # no gradient outlives its own step
+            applied = optimizer.applied_in_backward()
+            optimizer.zero_grad()
 
         image = torch.empty(images, 3, *image_size(config.data), dtype=torch.uint8)
         mask = torch.empty_like(image[:, 0])  # (images, H, W)
@@ -184,7 +190,8 @@ def trace(config: DictConfig, images: int) -> np.ndarray:
                 loss = module.training_step({"image": image, "mask": mask}, 0)
             if config.trainer.accumulate_grad_batches == 1:
                 optimizer.zero_grad()
-            loss.backward()
+            with applied:
+                loss.backward()
             nn.utils.clip_grad_norm_(learned, 1.0)  # every run at least logs the norm
             optimizer.step()
     moments = np.array(recorder.moments)

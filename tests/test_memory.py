@@ -230,3 +230,13 @@ def test_card_of_8_gb_holds_the_batch_of_the_paper() -> None:
     """20 whole images of VOC2012, which the paper's recipe takes one after another."""
     recipe = ["experiment=paper_fcn8s", "data.batch_size=20", "trainer.accumulate_grad_batches=1"]
     assert Need(compose(recipe)).largest_batch(8 * GB - RESERVE) >= 20
+
+
+def test_gradients_that_are_applied_in_the_backward_pass_are_not_kept() -> None:
+    """What is left of them is at most one, of the largest layer, and its 16-bit copy."""
+    wide = ("data.crop_size=32", "data.batch_size=1", "model.head_width=512")
+    plain = planned(*wide)
+    other = planned(*wide, "optimizer=sgd_in_backward")
+    assert plain.gradients == plain.weights
+    assert (other.weights, other.optimizer) == (plain.weights, plain.optimizer)
+    assert other.total < plain.total - plain.gradients / 4

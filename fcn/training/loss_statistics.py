@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.errors import TrainingError, check_number, check_whole
 from fcn.training.clock import is_whole_step
+from fcn.training.in_backward import SGDInBackward
 
 
 class LossStatistics(Callback):
@@ -82,8 +83,11 @@ class LossStatistics(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(optimizer, SGDInBackward):  # it has freed the gradients
+            self.grad_norm = optimizer.gradient_norm()
+        else:
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.lr = groups[0]["lr"] / groups[0]["lr_multiplier"]
 
     def on_train_batch_end(

@@ -17,11 +17,13 @@ from fcn.cards import check_card
 from fcn.errors import ConfigError, check_choice, refuse
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
+from fcn.training.in_backward import SGDInBackward
 from fcn.training.interruption import Interruption
 from fcn.training.resumed import ResumedSettings
 from fcn.training.run_record import RunRecord
 from fcn.training.seeding import DropoutSeeds
 
+IN_BACKWARD = f"{SGDInBackward.__module__}.{SGDInBackward.__qualname__}"
 PROFILERS = {
     "simple": profilers.SimpleProfiler,
     "advanced": profilers.AdvancedProfiler,
@@ -83,7 +85,28 @@ def build_trainer(
         wanted = f"32-true or {built.precision} on the device {device}"
         refuse("trainer.precision", trainer.precision, wanted)
     check_card(built.strategy.root_device)
+    if cfg.optimizer._target_ == IN_BACKWARD:
+        _refuse_common_gradients(built)
     return built
+
+
+def _refuse_common_gradients(trainer: pl.Trainer) -> None:
+    """Refuse what needs all gradients at once, where each is applied and freed on its own.
+
+    Raises:
+        ConfigError: the message names the setting.
+    """
+    batches = trainer.accumulate_grad_batches
+    settings = (  # name, value, whether it is impossible, what is possible
+        ("gradient_clip_val", trainer.gradient_clip_val, trainer.gradient_clip_val, "null"),
+        ("accumulate_grad_batches", batches, batches > 1, "1"),
+        ("precision", trainer.precision, trainer.precision == "16-mixed", "32-true or bf16-mixed"),
+        ("devices", trainer.world_size, trainer.world_size > 1, "1"),
+    )
+    for name, value, impossible, wanted in settings:
+        if impossible:
+            why = "which applies each gradient and frees it; optimizer=sgd keeps them all"
+            refuse(f"trainer.{name}", value, f"{wanted} with optimizer=sgd_in_backward, {why}")
 
 
 def make_profiler(name: str | None, run: Path) -> profilers.Profiler | None:

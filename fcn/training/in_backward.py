@@ -1,0 +1,74 @@
+"""SGD whose step is a part of the backward pass, so that gradients are never kept.
+
+    python train.py optimizer=sgd_in_backward
+
+A gradient is read only once, by the optimizer. This one applies each as soon as the backward pass
+has computed it, and then frees it. So only the largest gradient has to fit into memory, not the sum
+of all, which is half a gigabyte for an FCN of full width. The weights are those of SGD, bit by bit.
+
+The tutorial "How to save memory by fusing the optimizer step into the backward pass" of torch's
+documentation has the idea. Its optimizers, one for each parameter, have neither a common schedule
+nor a common state.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+
+class SGDInBackward(SGD):
+    """torch's SGD, which applies gradients while the closure of `step` computes them.
+
+    Arguments, parameter groups and state are those of `torch.optim.SGD`. Nothing may be done with
+    all gradients between backward pass and step, so these are impossible: clipping, accumulation
+    over batches, the scaling of losses in 16-mixed, and the averaging of DDP.
+    fcn/training/settle.py refuses them.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run a closure that computes gradients, and apply each of them meanwhile.
+
+        Args:
+            closure: calls `backward`. Lightning always gives one. None applies the gradients that
+                are there, as SGD does.
+
+        Returns:
+            What the closure returns.
+        """
+        with self.applied_in_backward():
+            return super().step(closure)
+
+    @contextmanager
+    def applied_in_backward(self) -> Iterator[None]:
+        """Apply the gradients of a backward pass inside this block as soon as they are there."""
+        self.norms: list[Tensor] = []  # of the gradient of each parameter
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._apply, group))
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients of the last backward pass, a scalar."""
+        return torch.linalg.vector_norm(torch.stack(self.norms))
+
+    def _apply(self, group: dict[str, Any], parameter: Tensor) -> None:
+        """Apply the gradient of one parameter of a group, and free it."""
+        assert parameter.grad is not None
+        self.norms.append(torch.linalg.vector_norm(parameter.grad))
+        groups, self.param_groups = self.param_groups, [{**group, "params": [parameter]}]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        parameter.grad = None
