@@ -4,8 +4,8 @@
 
 It runs the convolutions of one step, transposed ones too, forward and backward and with the same
 shapes, and nothing else. The first one needs no gradient of its input. Weights, inputs and
-gradients exist beforehand, in the precision and memory layout of the row. The share in the last
-column is their time over that of our whole step.
+gradients exist beforehand, in the precision and memory layout of the row; float32 alone where ours
+is float32. The share in the last column is their time over that of our whole step.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from training import entrant
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+REST = "the rest are passes over 140 million parameters, and elementwise layers"
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> list[Table]:
     args = options(__doc__, size=(375, 500), batch=1).parse_args(argv)
     size, ours = (args.batch, *args.size), ours_here(args.device)
     entrants = {ours: partial(entrant, ours, args.device, size, True)}
-    for (precision, dtype), (layout, order) in product(PRECISIONS.items(), LAYOUTS.items()):
+    fast = {name: dtype for name, dtype in PRECISIONS.items() if name in ("float32", *ours.split())}
+    for (precision, dtype), (layout, order) in product(fast.items(), LAYOUTS.items()):
         job = partial(convolutions, ours, args.device, size, dtype, order)
         entrants[f"its convolutions, {precision}, {layout}"] = job
     seconds, _, notes = race(entrants, args.device, args.rounds)
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> list[Table]:
         notes,
     )
     best = min((n for n in seconds if n != ours), key=lambda n: median(seconds[n]))
-    table.bar(f"share of {best} at least 0.9", speedup(seconds, ours, best), low=0.9)
+    share = speedup(seconds, ours, best)
+    table.bar(f"share of {best} in the step at least 0.8", share, low=0.8, why=REST)
     return table.show()
 
 

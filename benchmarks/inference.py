@@ -4,7 +4,7 @@
 
 It works as training.py does. export.py makes the exports, in float and in int8, from untrained
 checkpoints, and calibrates with noise. How many pixels of a trained network keep their class in
-int8, export.py itself says. The bars of int8 are for a CPU with VNNI.
+int8, export.py itself says. The bars of int8 need a CPU with VNNI.
 """
 
 import subprocess

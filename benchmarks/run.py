@@ -78,7 +78,7 @@ def report(results: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         "`python benchmarks/run.py`. A ratio is the median of the rounds' ratios. Each script says "
-        "what it measures. A bar is a goal that we have set ourselves.",
+        "what it measures. A bar is what we claim. Where one is missed, the reason is beside it.",
         "",
         "| bar | measured | |",
         "| --- | ---: | --- |",

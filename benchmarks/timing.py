@@ -2,7 +2,7 @@
 
     seconds, memory, notes = race({"ours": build_ours, "theirs": build_theirs}, "cpu", rounds=5)
 
-A bar is a goal that we have set ourselves; a table says whether it is met.
+A bar is what we claim; a table says whether this machine shows it, and if not, why.
 """
 
 import argparse
@@ -34,12 +34,21 @@ class Table:
     notes: list[str] = field(default_factory=list)
     bars: list[tuple[str, str, str]] = field(default_factory=list)  # what, value, verdict
 
-    def bar(self, what: str, value: float | None, *, low: float = 0, high: float = 1e9) -> None:
-        """A goal that is met or missed; None: not measured."""
+    def bar(
+        self, what: str, value: float | None, *, low: float = 0, high: float = 1e9, why: str
+    ) -> None:
+        """A goal that is met or missed.
+
+        Args:
+            value: None: not measured.
+            why: what keeps a machine from meeting it, or from measuring it; shown if it does not.
+        """
         if value is None:
-            self.bars.append((what, "-", "not measured"))
+            self.bars.append((what, "-", f"not measured: {why}"))
+        elif low <= value <= high:
+            self.bars.append((what, f"{value:.2f}", "met"))
         else:
-            self.bars.append((what, f"{value:.2f}", "met" if low <= value <= high else "MISSED"))
+            self.bars.append((what, f"{value:.2f}", f"missed: {why}"))
 
     def show(self) -> list["Table"]:
         print(self, flush=True)

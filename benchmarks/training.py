@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from peers import GROUPS, OURS, PEER, make, ours_here, random_batch, require
-from timing import Table, options, race, shown, speedup
+from peers import GROUPS, OURS, PEER, SMP, make, ours_here, random_batch, require
+from timing import Seconds, Table, options, race, shown, speedup
 
 from fcn.precision import cast_weights
 
@@ -22,6 +22,14 @@ from fcn.precision import cast_weights
 FLOAT, INT8 = "ours vgg16 onnxruntime", "ours vgg16 onnxruntime int8"
 EXPORTS = {"ours vgg19 onnxruntime": ("vgg19", False), FLOAT: ("vgg16", False)}
 EXPORTS[INT8] = ("vgg16", True)
+
+# Why a machine may not show what we claim.
+NO_PEER = "the one to compare with is not installed, or failed"
+NO_VNNI = "this CPU has no VNNI, the instructions for products of bytes"
+LARGE_HEAD = (
+    "an FCN of full width has a convolution of 7×7 with 4,096 channels, which FPN and Unet have not"
+)
+SAME_FORMAT = "both compute in float32 here, and a VGG's convolutions are most of the step of both"
 
 
 def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Callable[[], Callable]:
@@ -42,7 +50,9 @@ def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Calla
 def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) -> list[Table]:
     """Ours on a backbone, its peers, and `others`, at one size."""
     size, ours = (args.batch, *args.size), ours_here(args.device, backbone)
-    names = dict.fromkeys((*GROUPS[backbone], ours))  # fp16, on a GPU without bfloat16, is in none
+    # fp16, on a GPU without bfloat16, is in no group. What has to emulate bfloat16 takes minutes.
+    names = [n for n in GROUPS[backbone] if n == ours or "bf16" not in n]
+    names = list(dict.fromkeys((*names, ours)))
     entrants = {name: partial(entrant, name, args.device, size, train) for name in names} | others
     seconds, memory, notes = race(entrants, args.device, args.rounds)
     rows = []
@@ -58,21 +68,34 @@ def compete(args: Namespace, backbone: str, *, train: bool, **others: Callable) 
         rows,
         notes,
     )
-    times = 5 if train else 4
-    speed = speedup(seconds, ours, PEER)
-    table.bar(f"{ours}: at least {times} times torchfcn's speed", speed, low=times)
+    claim(table, seconds, ours)
     if train:
         held = memory[ours] / memory[PEER] if {ours, PEER} <= memory.keys() else None
-        table.bar(f"{ours}: at most 0.6 of torchfcn's peak memory", held, high=0.6)
+        table.bar(f"{ours}: at most torchfcn's peak memory", held, high=1, why=NO_PEER)
     if INT8 in others:
         cpu = Path("/proc/cpuinfo")
         vnni = cpu.is_file() and "vnni" in cpu.read_text(encoding="utf-8")
         for times, over in ((8, PEER), (2.5, FLOAT)):
-            speed = speedup(seconds, INT8, over) if vnni else None
-            table.bar(
-                f"{INT8}: at least {times} times {over}, on a CPU with VNNI", speed, low=times
-            )
+            speed = speedup(seconds, INT8, over)
+            what = f"{INT8}: at least {times} times {over}"
+            table.bar(what, speed, low=times, why=NO_PEER if vnni else NO_VNNI)
     return table.show()
+
+
+def claim(table: Table, seconds: Seconds, ours: str) -> None:
+    """How many times as fast as each peer ours is.
+
+    In 16 bits we claim four times the speed of torchfcn's network, which computes in float32, and
+    in float32 twice its speed: torchfcn pads an image by 100 pixels on each side.
+    """
+    half = OURS[ours][1] != "32-true"
+    times = 4 if half else 2
+    speed = speedup(seconds, ours, PEER)
+    why = NO_PEER if half else SAME_FORMAT
+    table.bar(f"{ours}: at least {times} times the speed of {PEER}", speed, low=times, why=why)
+    for name in [name for name in SMP if name in seconds]:
+        speed = speedup(seconds, ours, name)
+        table.bar(f"{ours}: at least the speed of {name}", speed, low=1, why=LARGE_HEAD)
 
 
 def main(argv: list[str] | None = None) -> list[Table]:

@@ -54,8 +54,9 @@ def test_speedup_and_bars() -> None:
     assert speedup(seconds, "a", "c") is None
     table = Table("title", ("", "x"), [("a", "1")])
     for value in (2, 0.5, None):
-        table.bar("twice as fast", value, low=2)
-    assert [verdict for *_, verdict in table.bars] == ["met", "MISSED", "not measured"]
+        table.bar("twice as fast", value, low=2, why="old CPU")
+    verdicts = [verdict for *_, verdict in table.bars]
+    assert verdicts == ["met", "missed: old CPU", "not measured: old CPU"]
     assert "| a | 1 |" in str(table)
 
 
@@ -69,14 +70,14 @@ def test_what_is_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.Mo
 
         def main(self, argv: list[str]) -> list[Table]:
             table = Table(f"measured {self.value}", ("", "x"), [("a", "1")])
-            table.bar("much", self.value, low=2)
+            table.bar("much", self.value, low=2, why="it is little")
             return [table]
 
     for only, value in ((["input", "start"], 1.0), (["start"], 3.0)):
         monkeypatch.setattr(run, "import_module", lambda name, value=value: Module(value))
         run.main(["--only", *only, "--output", str(tmp_path)])
     text = (tmp_path / "results.md").read_text()
-    assert "| measured 1.0: much | 1.00 | MISSED |" in text
+    assert "| measured 1.0: much | 1.00 | missed: it is little |" in text
     assert "| measured 3.0: much | 3.00 | met |" in text
     assert text.count("### measured") == 2
 
