@@ -119,11 +119,13 @@ def test_an_error_of_the_closure_leaves_no_hooks() -> None:
             "trainer.accumulate_grad_batches=2: must be 1 with",
         ),
         ("trainer.devices=2", "trainer.devices=2: must be 1 with"),
+        # DDP of one process, too, reads the gradients itself.
+        ("trainer=ddp trainer.devices=1", "trainer.strategy='?DDPStrategy'?: must be auto with"),
     ],
 )
 def test_what_needs_all_gradients_is_refused(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        train_tiny(tmp_path / "run", IN_BACKWARD, setting)
+        train_tiny(tmp_path / "run", IN_BACKWARD, *setting.split())
     assert "optimizer=sgd keeps them all" in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import profilers
 from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from fcn import cli
 from fcn.cards import check_card
@@ -96,12 +97,13 @@ def _refuse_common_gradients(trainer: pl.Trainer) -> None:
     Raises:
         ConfigError: the message names the setting.
     """
-    batches = trainer.accumulate_grad_batches
+    batches, strategy = trainer.accumulate_grad_batches, type(trainer.strategy)
     settings = (  # name, value, whether it is impossible, what is possible
         ("gradient_clip_val", trainer.gradient_clip_val, trainer.gradient_clip_val, "null"),
         ("accumulate_grad_batches", batches, batches > 1, "1"),
         ("precision", trainer.precision, trainer.precision == "16-mixed", "32-true or bf16-mixed"),
         ("devices", trainer.world_size, trainer.world_size > 1, "1"),
+        ("strategy", strategy.__name__, not issubclass(strategy, SingleDeviceStrategy), "auto"),
     )
     for name, value, impossible, wanted in settings:
         if impossible:
