@@ -18,6 +18,7 @@ from fcn.figures.masks import (
     overlay,
     resize_to_fit,
     to_palette_image,
+    to_pil,
 )
 
 PALETTE = [(0, 0, 0), (255, 0, 0), (0, 128, 64)]
@@ -62,6 +63,22 @@ def test_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = overlay(tall, classes, PALETTE)
     monkeypatch.setattr(masks, "ROWS_AT_ONCE", 2)  # parts of a large image fit together
     assert overlay(tall, classes, PALETTE).equal(expected)
+
+
+def test_overlay_blends_every_value_as_float32_does() -> None:
+    values = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)  # each row has all of them
+    labels = torch.arange(256)[:, None].expand(256, 256)  # each row has another label
+    for alpha in (0.6, 0.25, 1.0):
+        blend = (1 - alpha) * values + alpha * colourise(labels, VOC2012.palette)
+        expected = torch.where(labels == 0, values, blend.round().to(torch.uint8))
+        assert overlay(values, labels.byte(), VOC2012.palette, alpha).equal(expected)
+
+
+def test_overlay_needs_no_copy_for_pillow() -> None:
+    image, mask = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.uint8)
+    result = overlay(image, mask, PALETTE)
+    assert result.permute(1, 2, 0).is_contiguous()
+    assert to_pil(result).getpixel((0, 0)) == (153, 0, 0)
 
 
 def test_error_map() -> None:

@@ -21,7 +21,8 @@ VOID = 255
 VOID_COLOUR = (224, 224, 192)  # the cream that VOC's own masks have at void pixels
 # Colours of the error map. They differ in lightness too, for readers who do not see red.
 CORRECT, WRONG, IGNORED = (240, 240, 240), (204, 51, 17), (150, 150, 150)
-ROWS_AT_ONCE = 256  # an overlay is blended in float32, which is four times as large as the image
+# Of an overlay. Its pixels are looked up by indices, which take eight times the image's memory.
+ROWS_AT_ONCE = 64
 
 
 def colourise(mask: Tensor, palette: Palette, void: int = VOID) -> Tensor:
@@ -33,10 +34,16 @@ def colourise(mask: Tensor, palette: Palette, void: int = VOID) -> Tensor:
     Returns:
         (3, H, W) uint8.
     """
-    colours = torch.zeros(256, 3, dtype=torch.uint8)
-    colours[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
-    colours[void] = torch.tensor(VOID_COLOUR, dtype=torch.uint8)
+    colours = torch.from_numpy(_colours(palette, void))
     return colours[mask.cpu().long()].permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def _colours(palette: Palette, void: int = VOID) -> np.ndarray:
+    """The colour of each label from 0 to 255: (256, 3) uint8."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+    colours[void] = VOID_COLOUR
+    return colours
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -> Tensor:
@@ -48,14 +55,22 @@ def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -
         alpha: how much of the mask's colour is in the result, from 0 to 1.
 
     Returns:
-        (3, H, W) uint8, a new tensor.
+        (3, H, W) uint8, a new tensor. In memory it is (H, W, 3), as Pillow and video want it.
     """
-    image, mask = image.cpu(), mask.cpu()
-    parts = []
-    for rows, classes in zip(image.split(ROWS_AT_ONCE, 1), mask.split(ROWS_AT_ONCE), strict=True):
-        blend = (1 - alpha) * rows + alpha * colourise(classes, palette)  # (3, rows, W) float32
-        parts.append(torch.where(classes == 0, rows, blend.round().to(torch.uint8)))
-    return torch.cat(parts, 1)
+    # predict.py calls this in a thread, beside the network. NumPy computes in that thread alone,
+    # where torch would start further ones, which would take the cores from the network.
+    pixels, labels = image.cpu().permute(1, 2, 0).numpy(), mask.cpu().numpy()  # (H, W, 3), (H, W)
+    values = np.arange(256, dtype=np.float32)
+    tints = np.float32(alpha) * _colours(palette).astype(np.float32)  # (256, 3)
+    table = np.rint(np.float32(1 - alpha) * values + tints[..., None])  # label, channel, value
+    table[0] = values
+    table = table.astype(np.uint8)
+    starts = np.arange(0, table.size, 256).reshape(256, 3)  # of a label's values in the table
+    result = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(result), ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        result[rows] = table.take(starts.take(labels[rows], axis=0) + pixels[rows])
+    return torch.from_numpy(result).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def error_map(label: Tensor, prediction: Tensor, void: int = VOID) -> Tensor:
@@ -74,8 +89,8 @@ def error_map(label: Tensor, prediction: Tensor, void: int = VOID) -> Tensor:
 
 def labels_in(*masks: Tensor) -> list[int]:
     """The labels that occur in any of the masks, in ascending order; void is one of them."""
-    labels = torch.cat([mask.flatten() for mask in masks])  # (pixels of all masks,)
-    return labels.bincount().nonzero().flatten().tolist()
+    labels = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
+    return np.bincount(labels).nonzero()[0].tolist()  # with NumPy, as in `overlay`
 
 
 def resize_to_fit(picture: Tensor, width: int, height: int) -> Tensor:
