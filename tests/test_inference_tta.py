@@ -88,6 +88,29 @@ def test_flips_and_scales() -> None:
 
 
 @pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param("mps", marks=pytest.mark.gpu),
+    ],
+)
+def test_first_of_equal_scores(device: str) -> None:
+    """`masks` takes the maximum where others take argmax."""
+    if not getattr(torch, device).is_available():
+        pytest.skip("there is no such device")
+    scores = torch.randint(3, (2, 21, 40, 50)).float()  # many are equal
+    scores[0, 7, :5] = math.nan
+    image = torch.zeros(2, 3, 40, 50, dtype=torch.uint8)
+    first = scores.nan_to_num(9).numpy().argmax(1)  # NumPy documents that it takes the first
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = scores.to(device, dtype, memory_format=layout)
+            mask = TestTime(lambda _, given=given: given).masks(image)
+            assert mask.numpy().tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scales": []}, r"tta\.scales=\[\]: must be a list"),
