@@ -55,7 +55,9 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.inference.predictor import load_predictor, predict_files
     from fcn.inference.tta import TestTime
     from fcn.inference.video import predict_videos
+    from fcn.precision import keep_freed_memory
 
+    keep_freed_memory()
     check_whole("max_pixels", cfg.max_pixels, 1, 2**40, optional=True)
     ckpt = find_checkpoint(cfg.ckpt)
     output = photos.results_folder(cfg.output, ckpt)

@@ -10,11 +10,14 @@ This is what predict.py does. From Python, `predictor.scores` alone gives class 
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -210,10 +213,13 @@ def predict_files(
 ) -> dict[Path, str]:
     """Write the results of photographs. Photographs of the same size share a batch.
 
+    While the network computes, one thread reads the next photograph, and another one writes the
+    results of the batch before.
+
     Args:
         jobs: photographs, and the target of each.
         network: predicts the mask of each image.
-        write: a function that writes the results of one photograph.
+        write: a function that writes the results of one photograph. It is called in a thread.
         batch_size: images in a batch.
         value_range, expected, max_pixels: as for `fcn.datasets.pictures.read_image`.
 
@@ -224,27 +230,67 @@ def predict_files(
         ConfigError: `batch_size` is out of its range.
     """
     check_whole("batch_size", batch_size, 1, 2**14)
-    failed: dict[Path, str] = {}
-    warned = False
+    warned = value_range is not None
+
+    def read(path: Path) -> np.ndarray:
+        nonlocal warned
+        pixels = read_image(path, value_range, expected=expected, max_pixels=max_pixels)
+        warned = warned or _warn_about_range(path, max_pixels)
+        return pixels
+
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
-    for path in tqdm(jobs, unit="image", disable=len(jobs) < 2):
-        try:
-            pixels = read_image(path, value_range, expected=expected, max_pixels=max_pixels)
-        except DataError as error:
-            failed[path] = str(error).removeprefix(f"{path}: ")
-            continue
-        if value_range is None and not warned:
-            warned = _warn_about_range(path, max_pixels)
-        image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), a view
-        waiting.setdefault(image.shape, []).append((path, image))
-        largest = max(waiting, key=lambda size: len(waiting[size]))
-        # Where there are many sizes, a batch is predicted before it is full, to limit memory.
-        many = sum(map(len, waiting.values())) == 4 * batch_size
-        if many or len(waiting[largest]) == batch_size:
-            failed |= _predict_batch(waiting.pop(largest), jobs, network, write)
-    for batch in waiting.values():
-        failed |= _predict_batch(batch, jobs, network, write)
-    return failed
+    with one_thread() as reader, one_thread() as writer:
+        batches = _Batches(jobs, network, write, writer)
+        coming = read_ahead(jobs, read, reader)
+        for path, result in tqdm(coming, unit="image", total=len(jobs), disable=len(jobs) < 2):
+            try:
+                pixels = result.result()
+            except DataError as error:
+                batches.fail([path], str(error).removeprefix(f"{path}: "))
+                continue
+            image = torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), a view
+            waiting.setdefault(image.shape, []).append((path, image))
+            largest = max(waiting, key=lambda size: len(waiting[size]))
+            # Where there are many sizes, a batch is predicted before it is full, to limit memory.
+            many = sum(map(len, waiting.values())) == 4 * batch_size
+            if many or len(waiting[largest]) == batch_size:
+                batches.predict(waiting.pop(largest))
+        for batch in waiting.values():
+            batches.predict(batch)
+        batches.finish()
+    return batches.failed
+
+
+@contextmanager
+def one_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread for what goes on beside the network.
+
+    When the block ends, by an error or by Ctrl-C too, the thread ends what it has begun, so that no
+    file is left half written, and begins nothing more.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(
+    paths: Iterable[Path], read: Callable[[Path], np.ndarray], reader: ThreadPoolExecutor
+) -> Iterator[tuple[Path, Future[np.ndarray]]]:
+    """Each path, and what `read` gives for it or raises.
+
+    While the caller works on one, `reader` reads the next one. It reads no further ahead, so that
+    memory does not depend on how many there are.
+    """
+    current = None
+    for path in paths:
+        following = path, reader.submit(read, path)
+        if current:
+            yield current
+        current = following
+    if current:
+        yield current
 
 
 def _warn_about_range(path: Path, max_pixels: int) -> bool:
@@ -259,22 +305,54 @@ def _warn_about_range(path: Path, max_pixels: int) -> bool:
     return problem is not None
 
 
-def _predict_batch(
-    batch: Loaded, jobs: Mapping[Path, Path], network: TestTime, write: Write
-) -> dict[Path, str]:
-    """Write the results of photographs of one size; return those that failed, and why."""
-    failed: dict[Path, str] = {}
-    try:
-        with torch.inference_mode():
-            masks = network.masks(torch.stack([image for _, image in batch]))  # (N, H, W) uint8
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        return {path: OUT_OF_MEMORY for path, _ in batch}
-    for (path, image), mask in zip(batch, masks, strict=True):
+class _Batches:
+    """Predicts batches of photographs. A thread writes one batch while the next is predicted.
+
+    Attributes:
+        failed: the photographs that could not be segmented or written, and why, in the order in
+            which their turn came.
+    """
+
+    def __init__(
+        self,
+        jobs: Mapping[Path, Path],
+        network: TestTime,
+        write: Write,
+        writer: ThreadPoolExecutor,
+    ) -> None:
+        self.jobs, self.network, self.write, self.writer = jobs, network, write, writer
+        self.failed: dict[Path, str] = {}
+        self._written: dict[Path, Future[None]] = {}  # of the last batch
+
+    def predict(self, batch: Loaded) -> None:
+        """Predict photographs of one size, and hand them over to be written."""
         try:
-            jobs[path].parent.mkdir(parents=True, exist_ok=True)
-            write(image, mask, jobs[path])
-        except (OSError, WriteError) as error:  # only the cause, as the caller names the file
-            failed[path] = reason(error.__cause__ or error)
-    return failed
+            with torch.inference_mode():
+                images = torch.stack([image for _, image in batch])  # (N, 3, H, W) uint8
+                masks = self.network.masks(images)  # (N, H, W) uint8
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            self.fail([path for path, _ in batch], OUT_OF_MEMORY)
+            return
+        self.finish()  # At most one batch waits to be written, or memory would grow on a slow disk.
+        for (path, image), mask in zip(batch, masks, strict=True):
+            self._written[path] = self.writer.submit(self._write, image, mask, self.jobs[path])
+
+    def _write(self, image: Tensor, mask: Tensor, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.write(image, mask, target)
+
+    def fail(self, paths: Iterable[Path], why: str) -> None:
+        """Note photographs that could not be segmented, behind those whose turn came before."""
+        self.finish()
+        self.failed |= dict.fromkeys(paths, why)
+
+    def finish(self) -> None:
+        """Wait until the last batch is written, and note what could not be."""
+        for path, written in self._written.items():
+            try:
+                written.result()
+            except (OSError, WriteError) as error:  # only the cause, as the caller names the file
+                self.failed[path] = reason(error.__cause__ or error)
+        self._written = {}
