@@ -26,8 +26,9 @@ from fcn.runs.versions import git_revision
 
 SIZES = (("--size", "375", "500", "--batch", "1"), ("--size", "320", "320", "--batch", "3"))
 RUNS = {"training": SIZES, "inference": SIZES, "floor": SIZES}
-RUNS |= {"levers": ((),), "input": ((),), "evaluation": ((),), "start": ((),)}
-WITH_DATA = ("input", "evaluation", "start")  # those that read photographs
+RUNS |= {"levers": ((),), "input": ((),), "waiting": ((),)}
+RUNS |= {"loops": ((),), "start": ((),)}
+WITH_DATA = ("input", "waiting", "loops")  # those that read photographs
 TRIED = Path(__file__).parent / "tried.md"  # written by hand
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchfcn")
 PACKAGES += ("segmentation-models-pytorch", "onnxruntime")

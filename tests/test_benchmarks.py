@@ -96,16 +96,35 @@ def test_our_step_learns(precision: str) -> None:
 
 
 @pytest.mark.slow
-def test_input_and_evaluation(tiny_voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import evaluation
+def test_input_and_loops(tiny_voc: Path) -> None:
     import input as input_pipeline
+    import loops
 
     few = ["--device", "cpu", "--rounds", "1", "--images", "4", "--data-root", str(tiny_voc)]
     (table,) = input_pipeline.main(few)
     assert table.rows[0][0] == "ours"
-    (table,) = evaluation.main([*few, *SMALL])
-    assert len(table.rows) == 2
-    assert "evaluation loop" in capsys.readouterr().out
+    (table,) = loops.main([*few, *SMALL])
+    names = ["network alone", "evaluate.py's loop", "predict.py's loop"]
+    assert [row[0] for row in table.rows] == names
+    assert [what.partition(" at least 0.95")[0] for what, *_ in table.bars] == names[1:]
+
+
+@pytest.mark.slow
+def test_waiting_is_what_lightning_measured(
+    tiny_voc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import waiting
+
+    real = waiting.train
+    found = []
+    monkeypatch.setattr(waiting, "train", lambda *given: found.append(real(*given)) or found[-1])
+    settings = [*SMALL, "data.num_workers=0", "trainer.enable_progress_bar=false"]
+    given = ["--device", "cpu", "--steps", "4", "--batches", "2", "--data-root", str(tiny_voc)]
+    (table,) = waiting.main([*given, "--", *settings])
+    ((waits, steps),) = found
+    assert len(waits) == len(steps) == 3  # without the first one
+    assert all(seconds > 0 for seconds in waits + steps)
+    assert float(table.rows[0][-1]) == pytest.approx(sum(waits) / sum(waits + steps), abs=1e-3)
 
 
 @pytest.mark.slow
