@@ -128,16 +128,30 @@ def test_waiting_is_what_lightning_measured(
 
 
 @pytest.mark.slow
-def test_start_ends_at_the_first_step(tiny_voc: Path, tmp_path: Path) -> None:
+def test_start_ends_at_the_first_step(tmp_path: Path) -> None:
     phases = tmp_path / "phases.json"
-    settings = [f"data.root={tiny_voc}", "data.crop_size=32", "data.num_workers=0", *SMALL]
-    settings += ["model.weights=null", "logger=none", "trainer.accelerator=cpu"]
-    settings += ["data.download=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    settings = ["experiment=quickstart", "data.crop_size=32", "data.num_workers=0", *SMALL]
+    settings += ["logger=none", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
     log = tmp_path / "log"
     assert wait(fork(partial(start, phases, settings), log)) == 0, log.read_text()
     seconds = json.loads(phases.read_text())
     assert list(seconds) == ["imports", "config", "build", "first batch"]
     assert all(0 < s < 120 for s in seconds.values())
+
+
+@pytest.mark.slow
+def test_bare_step_is_one_of_the_same_network(tmp_path: Path) -> None:
+    from start import bare, bare_settings
+
+    quickstart = ["experiment=quickstart", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    settings = json.loads(json.dumps(bare_settings("cpu", *quickstart, *SMALL)))
+    assert settings["batch"] == [8, 3, 96, 96]
+    assert settings["network"]["dropout"] == 0.1
+    assert settings["network"]["num_classes"] == 8
+    bare(tmp_path / "phases.json", settings)
+    seconds = json.loads((tmp_path / "phases.json").read_text())
+    assert list(seconds) == ["imports", "config", "build", "first batch"]
+    assert all(0 <= s < 60 for s in seconds.values())
 
 
 def start(phases: Path, settings: list[str]) -> None:
