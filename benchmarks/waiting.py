@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[Table]:
 def train(*overrides: str) -> tuple[list[float], list[float]]:
     """Seconds of each fetch and of each step, from the second step on.
 
-    No checkpoint and no picture is written.
+    No checkpoint and no picture is written. The validation at the end is of one image.
     """
     from pytorch_lightning.profilers import SimpleProfiler
 
@@ -64,7 +64,7 @@ def train(*overrides: str) -> tuple[list[float], list[float]]:
 
     written = ("best_checkpoint", "last_checkpoint", "panels", "curves")
     nothing = [f"callbacks.{name}=null" for name in written]
-    nothing += ["logger=none", "trainer.profiler=simple"]
+    nothing += ["logger=none", "trainer.profiler=simple", "trainer.limit_val_batches=1"]
     cfg = composed("train", "name=waiting", "model.weights=null", *nothing, *overrides)
     profiler = SimpleProfiler()
     kept = mock.patch.dict(trainer.PROFILERS, simple=lambda **_: profiler)
