@@ -152,7 +152,7 @@ def test_checkpoint_is_laid_out_for_its_device(
 
     monkeypatch.setattr(FCN, "set_layout", noted)
     for module in ("evaluation.candidate", "inference.predictor"):
-        monkeypatch.setattr(f"fcn.{module}.best_layout", lambda device, precision: layout)
+        monkeypatch.setattr(f"fcn.{module}.best_layout", lambda *_, **__: layout)
     load_predictor(last_checkpoint(finished_run), "cpu")
     open_candidate(last_checkpoint(finished_run), accelerator="cpu")
     assert len(networks) == 4  # each is built in the layout of its training, and then changed

@@ -99,8 +99,14 @@ def test_generations_of_cards(
 
 def test_layout_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, mps=True)
-    assert best_layout(torch.device("cpu"), "32-true")
     assert not best_layout(main_device(), "32-true")  # Apple's
+    cpu = torch.device("cpu")
+    for capability, learns in (("AVX2", False), ("AVX512", True), ("DEFAULT", True)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda name=capability: name)
+        assert best_layout(cpu, "32-true") == learns, capability
+        assert best_layout(cpu, "64-true") == learns, capability
+        assert best_layout(cpu, "bf16-mixed"), capability
+        assert best_layout(cpu, "32-true", backward=False), capability
 
 
 def test_a_torch_that_does_not_know_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,13 @@ def settled(*overrides: str) -> Any:
 
 
 def test_layout_is_settled_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settled().model.channels_last is True
-    assert settled("model.channels_last=false").model.channels_last is False
-    monkeypatch.setattr("fcn.training.settle.best_layout", lambda device, precision: False)
-    assert settled().model.channels_last is False
-    assert settled("model.channels_last=true").model.channels_last is True
+    for best in (True, False):
+        monkeypatch.setattr(
+            "fcn.training.settle.best_layout", lambda device, precision, best=best: best
+        )
+        assert settled().model.channels_last is best
+        assert settled("model.channels_last=false").model.channels_last is False
+        assert settled("model.channels_last=true").model.channels_last is True
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def open_candidate(
     check_card(device)
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
+        # The layout of training, so that scores agree with those of a validation to the last digit.
         module.network.set_layout(best_layout(device, precision))
         cast_weights(module.network, precision)
     else:

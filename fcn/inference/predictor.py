@@ -153,7 +153,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         trained = best_precision(place)
     precision = precision or trained
     network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
-    network.set_layout(best_layout(place, precision))
+    network.set_layout(best_layout(place, precision, backward=False))
     cast_weights(network, precision)
     dtype = AUTOCAST.get(precision)
 
