@@ -26,6 +26,7 @@ from fcn.checkpoint import check_sizes, read_checkpoint
 from fcn.errors import WeightsError, check_number, check_text, check_whole, is_number, refuse
 from fcn.metrics import ConfusionMatrix, Scores, segmentation_scores
 from fcn.network import FCN, head_layers
+from fcn.precision import best_layout
 from fcn.weights import load_weights
 
 
@@ -187,11 +188,21 @@ class SegmentationModule(pl.LightningModule):
         return {"prediction": prediction.to(torch.uint8)}
 
     def on_validation_start(self) -> None:
-        """Let cuDNN not search for its fastest algorithms: images differ in size."""
+        """Compute as evaluate.py does, which gives the same scores to the last digit.
+
+        cuDNN does not search for its fastest algorithms, because images differ in size. The layout
+        of activations may be another one than in training, which has a backward pass.
+        """
         self.benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        if isinstance(self.network, FCN):  # evaluate.py may put something else in its place
+            self.layout = self.network.channels_last
+            precision = str(self.trainer.precision)
+            self.network.set_layout(best_layout(self.device, precision, backward=False))
 
     def on_validation_end(self) -> None:
         torch.backends.cudnn.benchmark = self.benchmark
+        if isinstance(self.network, FCN):
+            self.network.set_layout(self.layout)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()

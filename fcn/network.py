@@ -154,6 +154,7 @@ class FCN(nn.Module):
 
     def set_layout(self, channels_last: bool) -> None:
         """Let the VGG's activations be stored as (N, H, W, C), or as (N, C, H, W)."""
+        self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.stages.to(memory_format=layout)  # activations follow the weights
         # The skips read them. The values of a 1x1 convolution have the same order in both layouts,

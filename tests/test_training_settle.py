@@ -14,6 +14,7 @@ from fcn.checkpoint import last_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, TrainingError
 from fcn.module import SegmentationModule
+from fcn.network import FCN
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
@@ -104,6 +105,27 @@ def test_search_is_off_in_validation(tmp_path: Path, monkeypatch: pytest.MonkeyP
         torch.backends.cudnn.benchmark = False
     assert seen == {"training_step": {True}, "validation_step": {False}}
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.benchmark is True
+
+
+def test_validation_has_a_layout_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a backward pass another layout may be the fast one; evaluate.py takes that, too."""
+    layouts: list[tuple[str, bool]] = []
+    forward = FCN.forward
+
+    def noted(self: FCN, image: Any) -> Any:
+        weight = self.stages[0][0].weight  # type: ignore[index]
+        is_last = weight.is_contiguous(memory_format=torch.channels_last)
+        layouts.append(("train" if self.training else "val", is_last))
+        return forward(self, image)
+
+    monkeypatch.setattr(FCN, "forward", noted)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    train_tiny(tmp_path / "run", "trainer.val_check_interval=2", "trainer.max_steps=4")
+    # 2 steps, 3 validation images, 2 steps, 3 validation images
+    expected = ["train", "train", "val", "val", "val"] * 2
+    assert layouts == [(stage, stage == "val") for stage in expected]
 
 
 def test_fused_optimizer_that_would_not_clip() -> None:

@@ -94,8 +94,7 @@ def open_candidate(
     check_card(device)
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
-        # The layout of training, so that scores agree with those of a validation to the last digit.
-        module.network.set_layout(best_layout(device, precision))
+        module.network.set_layout(best_layout(device, precision, backward=False))
         cast_weights(module.network, precision)
     else:
         # The file takes the place of this network, which is therefore made as small as it can be.
