@@ -27,7 +27,7 @@ WHY = "the loader's processes share their cores with the network, or are slower 
 
 def main(argv: list[str] | None = None) -> list[Table]:
     """Train with each batch size, and report the waits."""
-    parser = options(__doc__, steps=12, data_root=DATA)
+    parser = options(__doc__, steps=6, data_root=DATA)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 3, 4))
     parser.add_argument("overrides", nargs="*", help="of conf/, such as data.num_workers=2")
     args = parser.parse_args(argv)
