@@ -320,7 +320,8 @@ def test_checkpoint_rebuilds_the_network(
 
     cfg = compose_config("train")
     assert cfg.model.weights == "IMAGENET1K_V1"  # what a user's run would have asked for
-    network = FCN(len(Shapes.classes), stride=32, channels_last=loaded.hparams["channels_last"], **SMALL).eval()
+    layout = loaded.hparams["channels_last"]
+    network = FCN(len(Shapes.classes), stride=32, channels_last=layout, **SMALL).eval()
     state = torch.load(path, weights_only=True)["state_dict"]
     network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
     image = batch(1)["image"]
