@@ -28,7 +28,7 @@ class SGDInBackward(SGD):
     Arguments, parameter groups and state are those of `torch.optim.SGD`. Nothing may be done with
     all gradients between backward pass and step, so these are impossible: clipping, accumulation
     over batches, the scaling of losses in 16-mixed, and the averaging of DDP.
-    fcn/training/settle.py refuses them.
+    fcn/training/trainer.py refuses them.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
