@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = "imports and one step of the bare network"
-WHY = "Hydra, the data, callbacks and the loader's process are slower on this machine than its step"
+WHY = "composing settings, checking data and starting the loader take longer on this machine"
 
 
 def main(argv: list[str] | None = None) -> list:
