@@ -19,7 +19,8 @@ BASE = "as it is"
 LEVERS = (  # one race each, because all candidates of a race are in memory at once
     ("trainer.precision=32-true", "model.checkpoint_stages=2", "model.freeze_stages=2"),
     ("model.freeze_stages=4", "model.head_width=1024", "data.crop_size=320"),
-    ("model.channels_last=false", "model.pooling=avg", "trainer.compile=true"),
+    ("model.channels_last=true", "model.channels_last=false"),  # one of them is the default here
+    ("model.pooling=avg", "trainer.compile=true"),
 )
 
 

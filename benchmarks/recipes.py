@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -219,7 +220,10 @@ def _train(name: str, overrides: Sequence[str], run: Path, seed: int) -> None:
         )
     last = ["trainer.limit_val_batches=1", "callbacks.panels.images=1"]  # evaluate.py judges
     last += [f"seed={seed}", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+    last += ["callbacks.last_checkpoint.every_n_steps=50"]
     begun = last_checkpoint(run).is_file()
+    if not begun and run.exists():  # killed before its first checkpoint
+        shutil.rmtree(run)
     try:
         cfg = composed("train", *overrides, *last, "logger=none")
         train(resumed_config(run, []) if begun else cfg, run)
@@ -241,7 +245,8 @@ def main() -> None:
     rows, output = ROWS[args.recipe], args.output or Path("runs", "recipes", args.recipe)
     if unknown := set(args.only or ()) - set(rows):
         parser.error(f"--only: {args.recipe} has no rows {unknown}, but {', '.join(rows)}")
-    keep_frozen_stages()
+    if args.recipe == "voc_mini":
+        keep_frozen_stages()
     for seed in args.seeds:
         KeptStage.kept.clear()  # another seed has other crops
         for name in args.only or rows:
@@ -253,7 +258,9 @@ def main() -> None:
                     value = str(best_checkpoint(folder_of(value, output, seed)).absolute())
                 given.append(f"{key}={value}")
             options = EVALUATION.get(name, ())
-            command = shlex.join(["python", "train.py", *given, f"seed={seed}", *options])
+            command = shlex.join(["python", "train.py", *given, f"seed={seed}"])
+            if options:
+                command += f" && {shlex.join(['python', 'evaluate.py', 'ckpt=RUN', *options])}"
             file = output / f"{name}_{seed}.json"
             if (
                 file.is_file()

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import torch
 from peers import GROUPS, OURS, PEER, SMP, make, ours_here, random_batch, require
 from timing import Seconds, Table, options, race, shown, speedup
 
-from fcn.precision import cast_weights
+from fcn.precision import best_layout, cast_weights
 
 # Exports that benchmarks/inference.py times with the networks of a backbone, and whether in int8.
 FLOAT, INT8 = "ours vgg16 onnxruntime", "ours vgg16 onnxruntime int8"
@@ -40,7 +41,10 @@ def entrant(name: str, device: str, size: tuple[int, ...], train: bool) -> Calla
         contestant = make(name, device)
         contestant.network.train(train)
         if not train and name in OURS:
-            cast_weights(contestant.network, OURS[name][1])  # as evaluate.py and predict.py do
+            precision = OURS[name][1]  # as evaluate.py and predict.py do
+            layout = best_layout(torch.device(device), precision, backward=False)
+            contestant.network.set_layout(layout)
+            cast_weights(contestant.network, precision)
         inputs = contestant.prepare(*random_batch(*size))
         return partial(contestant.step, *inputs) if train else partial(contestant.logits, inputs[0])
 

@@ -45,7 +45,7 @@ from fcn import cli
 from fcn.errors import check_whole
 from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST
-from fcn.training.in_backward import SGDInBackward
+from fcn.training import in_backward
 from fcn.training.settings import check_settings
 from fcn.training.settle import image_size
 
@@ -53,6 +53,7 @@ GB = 2**30
 CARDS = (6, 8, 11, 16, 24)  # memory of common GPUs, in GB
 RESERVE = int(0.8 * GB)
 LOW = AUTOCAST | {"auto": torch.bfloat16}  # what `auto` means on a GPU with bfloat16
+IN_BACKWARD = "optimizer=sgd_in_backward"
 KINDS = (_MemRefType.PARAM, _MemRefType.GRAD, _MemRefType.OPT, _MemRefType.ACT)
 
 
@@ -137,24 +138,39 @@ def advice(config: DictConfig, size: int) -> str:
         size: bytes of the device's memory.
     """
     images = config.data.batch_size * config.trainer.accumulate_grad_batches
+    one_by_one = f"data.batch_size=1 trainer.accumulate_grad_batches={images}"
     suggestions = {
         "trainer.precision=bf16-mixed": "if the device has bfloat16",
-        f"data.batch_size=1 trainer.accumulate_grad_batches={images}": "as many images a step",
+        one_by_one: "as many images a step",
+        IN_BACKWARD: "the same results",
         "model.checkpoint_stages=2": "the same results, but slower",
         "data.crop_size=320": "trains on parts of the images",
         "model.freeze_stages=2": "the first two VGG stages stay as they were loaded",
         "model.head_width=1024": "conv6 and conv7 start with random weights",
     }
+    if config.optimizer._target_ == in_backward.TARGET:  # it cannot accumulate
+        del suggestions[one_by_one]
+    if not _steps_in_backward(config):
+        del suggestions[IN_BACKWARD]
     need = plan(config).total
     text = f"a step needs about {need / GB:.1f} GB, and CUDA up to {RESERVE / GB:.1f} GB more; the "
     text += f"device has {size / GB:.1f} GB. Settings that need less:"
     for settings, remark in suggestions.items():
-        changed: Any = OmegaConf.merge(config, OmegaConf.from_dotlist(settings.split()))
+        changes = settings.replace(IN_BACKWARD, f"optimizer._target_={in_backward.TARGET}").split()
+        changed: Any = OmegaConf.merge(config, OmegaConf.from_dotlist(changes))
         total = plan(changed).total
         if total < 0.98 * need:
             fits = "" if total + RESERVE <= size else "; this alone is not enough"
             text += f"\n  {settings}    {total / GB:.1f} GB ({remark}{fits})"
     return text
+
+
+def _steps_in_backward(config: DictConfig) -> bool:
+    """Whether a run could have optimizer=sgd_in_backward in place of what it has."""
+    trainer, plain_sgd = config.trainer, config.optimizer._target_ == "torch.optim.SGD"
+    one_device = trainer.devices == 1 and trainer.get("strategy", "auto") == "auto"
+    common = trainer.gradient_clip_val or trainer.accumulate_grad_batches > 1
+    return plain_sgd and one_device and not common and trainer.precision != "16-mixed"
 
 
 def trace(config: DictConfig, images: int) -> np.ndarray:
@@ -177,7 +193,7 @@ def trace(config: DictConfig, images: int) -> np.ndarray:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         applied: Any = nullcontext()
-        if isinstance(optimizer, SGDInBackward):  # no gradient outlives its own step
+        if isinstance(optimizer, in_backward.SGDInBackward):  # no gradient outlives its own step
             applied = optimizer.applied_in_backward()
             optimizer.zero_grad()
 

@@ -47,9 +47,9 @@ class FCN(nn.Module):
         freeze_stages: how many VGG stages, counted from the image, are not trained.
         checkpoint_stages: how many VGG stages, counted from the image, keep no activations. They
             are computed again in the backward pass (Chen et al. 2016).
-        channels_last: whether the VGG's activations are stored as (N, H, W, C). Tensor cores are
-            faster on this layout, and on CPUs a training step takes a tenth less time. "auto" is
-            True until `set_layout` is called with what suits the device.
+        channels_last: whether the VGG's activations are stored as (N, H, W, C), which is faster on
+            some devices (fcn.precision.best_layout). "auto" is True until `set_layout` is called
+            with what suits the device.
         alignment: how the maps of different strides are laid over each other. "centered": the
             image is padded to a multiple of 32 pixels, and every map covers it exactly. "caffe":
             as the authors' own nets do it, and only for their weights. The image is padded with 100
@@ -156,13 +156,12 @@ class FCN(nn.Module):
         """Let the VGG's activations be stored as (N, H, W, C), or as (N, C, H, W)."""
         self.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.stages.to(memory_format=layout)  # activations follow the weights
-        # The skips read them. The values of a 1x1 convolution have the same order in both layouts,
-        # but the strides have not, and DistributedDataParallel wants those of the gradients.
-        for skip in self.skips.values():
-            for weight in skip.parameters():
-                if weight.ndim == 4:
-                    weight.data = torch.empty_like(weight, memory_format=layout).copy_(weight.data)
+        # Activations follow the weights of the VGG, and the skips read them. This does not use
+        # Module.to(), which leaves 1x1 convolutions other strides than their gradients will have,
+        # and copies gradients, which DistributedDataParallel keeps in storage of its own.
+        for weight in (*self.stages.parameters(), *self.skips.parameters()):
+            if weight.ndim == 4:
+                weight.data = torch.empty_like(weight, memory_format=layout).copy_(weight.data)
 
     def forward(self, image: Tensor) -> Tensor:
         """Class scores for every pixel.

@@ -72,9 +72,9 @@ def best_layout(device: torch.device, precision: str, *, backward: bool = True) 
     """Whether convolutions are faster on activations (N, H, W, C).
 
     They are on tensor cores, which compute 16-bit products; from Ampere on also those of float32,
-    as TF32. On CPUs they are too, but not the backward pass in float32 on a CPU without AVX-512: a
-    step of experiment=camvid_fcn8s took 7.7 s there, and 6.2 s on (N, C, H, W); its forward pass
-    alone 2.1 and 2.3 s (2 cores of an AMD EPYC with AVX2, 2026-11-26).
+    as TF32. On CPUs they are too, but not the backward pass in float32 on a CPU that has AVX2 and
+    no AVX-512: a step of experiment=camvid_fcn8s took 7.7 s there, and 6.2 s on (N, C, H, W); its
+    forward pass alone 2.1 and 2.3 s (2 cores of an AMD EPYC, 2026-11-26).
 
     Args:
         device, precision: where and how the network computes.

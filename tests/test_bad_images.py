@@ -199,6 +199,7 @@ def test_programs_are_not_started(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_large_photographs_are_seen_in_tiles() -> None:
     """Whole, a VGG-19 would need 20 GB for 24 million pixels."""
     seen: list[int] = []

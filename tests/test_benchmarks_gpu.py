@@ -84,6 +84,7 @@ def test_a_row_that_fails_is_a_line_of_the_table_and_the_others_go_on(
     assert "--only nothing: no row begins with this" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_device_that_does_not_answer_is_asked_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_legend_entries_of_the_labels_that_occur() -> None:
     assert legend_entries([1, 0], NAMES, PALETTE, void=1)[1] == ("void", VOID_COLOUR)
 
 
+@pytest.mark.slow
 def test_legend_grows_with_its_entries_and_its_font() -> None:
     entries = legend_entries(range(3), NAMES, PALETTE)
     wide, narrow = (draw_legend(entries, width=width) for width in (600, 150))

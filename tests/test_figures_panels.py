@@ -76,6 +76,7 @@ def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in cut
 
 
+@pytest.mark.slow
 def test_legend_names_the_classes_that_occur() -> None:
     picture = panels([row(20, 20, 0, 1)])
     assert {PALETTE[1], VOID_COLOUR} <= colours_in(picture)

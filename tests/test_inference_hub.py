@@ -133,6 +133,7 @@ def test_the_folder_takes_the_place_of_a_checkpoint(
     assert (output / f"{photo.stem}_overlay.jpg").is_file()
 
 
+@pytest.mark.slow
 def test_complete_or_not_there(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

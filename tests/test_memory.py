@@ -165,6 +165,31 @@ def test_advice_names_what_helps_and_nothing_else() -> None:
         assert useless not in text.partition("\n")[2]
 
 
+def test_advice_on_gradients_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def advised(*overrides: str) -> str:
+        config = settings(*overrides)
+        sizes = {id(config): GB}  # every other configuration needs less
+        monkeypatch.setattr(
+            "fcn.memory.plan", lambda other: Plan(sizes.get(id(other), GB // 2), 0, 0, 0, 0)
+        )
+        return advice(config, GB)
+
+    in_backward, accumulated = "optimizer=sgd_in_backward", "trainer.accumulate_grad_batches=2"
+    assert f"\n  {in_backward}    0.5 GB" in advised()
+    for impossible in (
+        accumulated,
+        "trainer.gradient_clip_val=5",
+        "trainer.precision=16-mixed",
+        "trainer.devices=2",
+        "trainer=ddp",
+        "optimizer=adamw",
+        in_backward,
+    ):
+        assert f"\n  {in_backward}" not in advised(impossible)
+    assert "accumulate_grad_batches" in advised()
+    assert "accumulate_grad_batches" not in advised(in_backward)
+
+
 @pytest.mark.slow
 def test_image_is_the_crop_or_the_largest() -> None:
     assert image_size(settings("data.crop_size=[64,96]").data) == (64, 96)
@@ -232,6 +257,7 @@ def test_card_of_8_gb_holds_the_batch_of_the_paper() -> None:
     assert Need(compose(recipe)).largest_batch(8 * GB - RESERVE) >= 20
 
 
+@pytest.mark.slow
 def test_gradients_that_are_applied_in_the_backward_pass_are_not_kept() -> None:
     """What is left of them is at most one, of the largest layer, and its 16-bit copy."""
     wide = ("data.crop_size=32", "data.batch_size=1", "model.head_width=512")

@@ -343,3 +343,17 @@ def test_layout_can_be_changed(fusion: str) -> None:
         torch.testing.assert_close(scores, expected)
         convolution = network.stages[2].get_parameter("0.weight")
         assert convolution.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_layout_leaves_gradients_where_they_are() -> None:
+    """DistributedDataParallel sums them in storage of its own, and would not see a copy."""
+    network = small(stride=8)
+    network(torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)).sum().backward()
+    places = {n: p.grad.data_ptr() for n, p in network.named_parameters() if p.grad is not None}
+    network.set_layout(True)
+    network.set_layout(False)
+    assert places
+    for name, place in places.items():
+        gradient = network.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.data_ptr() == place, name

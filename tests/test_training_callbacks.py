@@ -95,6 +95,7 @@ def test_accumulated_batches_count_as_one_step() -> None:
     assert recorder.logged[2]["train/loss"] == pytest.approx(4)
 
 
+@pytest.mark.slow
 def test_averaged_weights_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, seen = "network.score.weight", dict[str, list[torch.Tensor]](current=[], validated=[])
 

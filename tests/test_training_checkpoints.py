@@ -132,6 +132,7 @@ def test_a_checkpoint_calls_nothing(finished_run: Path) -> None:
     assert config["image_type"] is None  # as these images are no files
 
 
+@pytest.mark.slow
 def test_progress_bar(tmp_path: Path) -> None:
     options = ["trainer.enable_progress_bar=true", "trainer.max_steps=1"]
     assert train_tiny(tmp_path / "run", *options)["steps"] == 1

@@ -38,6 +38,7 @@ def assert_equal_runs(plain: Path, other: Path) -> None:
         assert list(values) == pytest.approx(list(others), rel=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", ["true", "false"])
 def test_a_run_is_that_of_sgd(tmp_path: Path, fused: str) -> None:
     more = ("scheduler=poly", "optimizer.nesterov=true", f"optimizer.fused={fused}")
@@ -140,6 +141,7 @@ def test_scaled_losses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train_tiny(tmp_path / "run", IN_BACKWARD, "trainer.precision=16-mixed")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly(tmp_path: Path) -> None:
     from fcn.runs.resume import resumed_config
     from train import train

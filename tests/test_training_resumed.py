@@ -57,6 +57,19 @@ def test_rates_momentum_and_decay(begun: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_momentum_follows_another_layout(begun: Path, tmp_path: Path) -> None:
+    """A fused optimizer pairs weights and momentum as they lie in memory."""
+    changes = ["trainer.max_steps=4", "optimizer.fused=true"]
+    runs = [
+        go_on(begun, tmp_path / layout, *changes, f"model.channels_last={layout}")
+        for layout in ("true", "false")
+    ]
+    one, two = (read_checkpoint(last_checkpoint(run))["state_dict"] for run in runs)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_schedule_warm_up_and_length(begun: Path, tmp_path: Path) -> None:
     changes = ["scheduler=poly", "scheduler.power=2", "scheduler.warmup_steps=3"]
     run = go_on(begun, tmp_path, "trainer.max_steps=5", *changes)
@@ -121,6 +134,7 @@ def test_no_steps_left(begun: Path, tmp_path: Path, change: str, message: str) -
     assert (tmp_path / "run" / "config.yaml").read_text() == (begun / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_changes(begun: Path, tmp_path: Path) -> None:
     run = go_on(begun, tmp_path)
     train(resumed_config(run, ["data.num_workers=1"]), run)

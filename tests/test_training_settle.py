@@ -64,6 +64,7 @@ def settled(*overrides: str) -> Any:
     return cfg
 
 
+@pytest.mark.slow
 def test_layout_is_settled_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for best in (True, False):
         monkeypatch.setattr(
@@ -88,6 +89,7 @@ def test_search_for_algorithms(overrides: tuple[str, ...], expected: bool) -> No
     assert settled(*overrides).trainer.benchmark is expected
 
 
+@pytest.mark.slow
 def test_search_is_off_in_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN is not asked to find its fastest algorithm for every size of an image."""
     seen: dict[str, set[bool]] = {"training_step": set(), "validation_step": set()}
@@ -107,6 +109,7 @@ def test_search_is_off_in_validation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.benchmark is True
 
 
+@pytest.mark.slow
 def test_validation_has_a_layout_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ def test_fused_optimizer_that_would_not_clip() -> None:
     assert settled(scaled[1]).optimizer.fused is True
 
 
+@pytest.mark.slow
 def test_deterministic_run(tmp_path: Path) -> None:
     """cuBLAS reads the variable when it starts, at the first product on a GPU."""
     try:

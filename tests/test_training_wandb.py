@@ -107,6 +107,7 @@ def test_unreachable(tmp_path: Path, service: Service) -> None:
     assert service.runs[0].ended == [0]
 
 
+@pytest.mark.slow
 def test_wrong_key(tmp_path: Path, service: Service) -> None:
     service.login = ValueError("API key must be 40 characters long")
     warned(tmp_path / "run", "API key must be 40 characters long")

@@ -50,6 +50,7 @@ def test_several_runs_in_one_figure(
     assert (tmp_path / "one.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_a_sweep_in_one_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

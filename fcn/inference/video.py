@@ -104,9 +104,10 @@ def _predict_video(
             if output is None:
                 raise DataError("it has no frames")
             result.mux(output.encode(None))
+        # The legend comes first: if it cannot be written, no video is left either.
+        entries = legend_entries(labels, predictor.class_names, predictor.colours)
+        save_png(draw_legend(entries, width=640), legend_path(target))
         sound = "; its sound was left out" if source.streams.audio else ""
-    entries = legend_entries(labels, predictor.class_names, predictor.colours)
-    save_png(draw_legend(entries, width=640), legend_path(target))
     speed = number / (time.perf_counter() - started)
     return f"{number} frames, {speed:.2f} a second{sound}; see {video_path(target)}"
 

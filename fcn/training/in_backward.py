@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+TARGET = "fcn.training.in_backward.SGDInBackward"  # conf/optimizer/sgd_in_backward.yaml names it
+
 
 class SGDInBackward(SGD):
     """torch's SGD, which applies gradients while the closure of `step` computes them.

@@ -9,7 +9,10 @@ fcn/runs/resume.py.
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -49,6 +52,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         (optimizer,) = trainer.optimizers
+        follow_layout(optimizer)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         ours = [schedule for schedule in schedules if isinstance(schedule, LambdaLR)]
         if ours != schedules:  # not of fcn/schedules.py
@@ -59,3 +63,16 @@ class ResumedSettings(Callback):
             schedule.base_lrs = [settings["initial_lr"] for settings in self.groups]
             for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+
+
+def follow_layout(optimizer: Optimizer) -> None:
+    """Store momentum and the like in the order in which the weights are stored.
+
+    A checkpoint keeps the order of its run, and `model.channels_last` may have changed since. A
+    fused optimizer pairs the numbers of weights and state as they lie in memory, so that it would
+    move weights by the momentum of others.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -16,15 +16,14 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from fcn import cli
 from fcn.cards import check_card
 from fcn.errors import ConfigError, check_choice, refuse
+from fcn.training import in_backward
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
-from fcn.training.in_backward import SGDInBackward
 from fcn.training.interruption import Interruption
 from fcn.training.resumed import ResumedSettings
 from fcn.training.run_record import RunRecord
 from fcn.training.seeding import DropoutSeeds
 
-IN_BACKWARD = f"{SGDInBackward.__module__}.{SGDInBackward.__qualname__}"
 PROFILERS = {
     "simple": profilers.SimpleProfiler,
     "advanced": profilers.AdvancedProfiler,
@@ -86,7 +85,7 @@ def build_trainer(
         wanted = f"32-true or {built.precision} on the device {device}"
         refuse("trainer.precision", trainer.precision, wanted)
     check_card(built.strategy.root_device)
-    if cfg.optimizer._target_ == IN_BACKWARD:
+    if cfg.optimizer._target_ == in_backward.TARGET:
         _refuse_common_gradients(built)
     return built
 
