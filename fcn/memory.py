@@ -42,7 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
 from fcn import cli
-from fcn.errors import check_whole
+from fcn.errors import ConfigError, check_whole
 from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST
 from fcn.training import in_backward
@@ -148,10 +148,14 @@ def advice(config: DictConfig, size: int) -> str:
         "model.freeze_stages=2": "the first two VGG stages stay as they were loaded",
         "model.head_width=1024": "conv6 and conv7 start with random weights",
     }
-    if config.optimizer._target_ == in_backward.TARGET:  # it cannot accumulate
-        del suggestions[one_by_one]
-    if not _steps_in_backward(config):
+    if config.optimizer._target_ == in_backward.TARGET:
+        del suggestions[one_by_one]  # it cannot accumulate
+    try:
+        in_backward.check_trainer(config.trainer)
+    except ConfigError:
         del suggestions[IN_BACKWARD]
+    if config.optimizer._target_ != "torch.optim.SGD":
+        suggestions.pop(IN_BACKWARD, None)
     need = plan(config).total
     text = f"a step needs about {need / GB:.1f} GB, and CUDA up to {RESERVE / GB:.1f} GB more; the "
     text += f"device has {size / GB:.1f} GB. Settings that need less:"
@@ -163,14 +167,6 @@ def advice(config: DictConfig, size: int) -> str:
             fits = "" if total + RESERVE <= size else "; this alone is not enough"
             text += f"\n  {settings}    {total / GB:.1f} GB ({remark}{fits})"
     return text
-
-
-def _steps_in_backward(config: DictConfig) -> bool:
-    """Whether a run could have optimizer=sgd_in_backward in place of what it has."""
-    trainer, plain_sgd = config.trainer, config.optimizer._target_ == "torch.optim.SGD"
-    one_device = trainer.devices == 1 and trainer.get("strategy", "auto") == "auto"
-    common = trainer.gradient_clip_val or trainer.accumulate_grad_batches > 1
-    return plain_sgd and one_device and not common and trainer.precision != "16-mixed"
 
 
 def trace(config: DictConfig, images: int) -> np.ndarray:
@@ -249,6 +245,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     """
     cfg = cli.resolved(cli.compose(["name=plan", *overrides]))
     check_settings(cli.plain(cfg))
+    if cfg.optimizer._target_ == in_backward.TARGET:
+        in_backward.check_trainer(cfg.trainer)
     check_whole("data.batch_size", cfg.data.batch_size, 1)  # "auto" is no number to plan for
     if cfg.optimizer.get("fused") == "auto":
         cfg.optimizer.fused = cfg.trainer.precision != "16-mixed"

@@ -228,13 +228,17 @@ def test_command_prints_a_row_for_each_combination(capsys: pytest.CaptureFixture
         ("data.batch_size=0,1", "data.batch_size=0"),
         ("trainer.precision=half", "trainer.precision=half"),
         ("model.stride=7", "model.stride=7"),
+        (
+            "optimizer=sgd_in_backward trainer.accumulate_grad_batches=2",
+            "trainer.accumulate_grad_batches=2: must be 1 with optimizer=sgd_in_backward",
+        ),
     ],
 )
 def test_command_refuses_wrong_settings_in_short(
     wrong: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end, short_messages():
-        main([*NARROW, wrong])
+        main([*NARROW, *wrong.split()])
     assert end.value.code == 1
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("error: ")

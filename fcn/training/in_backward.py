@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from fcn.errors import refuse
+
 TARGET = "fcn.training.in_backward.SGDInBackward"  # conf/optimizer/sgd_in_backward.yaml names it
 
 
@@ -30,7 +32,7 @@ class SGDInBackward(SGD):
     Arguments, parameter groups and state are those of `torch.optim.SGD`. Nothing may be done with
     all gradients between backward pass and step, so these are impossible: clipping, accumulation
     over batches, the scaling of losses in 16-mixed, and the averaging of DDP.
-    fcn/training/trainer.py refuses them.
+    `check_trainer` refuses them.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,3 +77,29 @@ class SGDInBackward(SGD):
         finally:
             self.param_groups = groups
         parameter.grad = None
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse what needs all gradients at once, where each is applied and freed on its own.
+
+    Args:
+        trainer: settings as in conf/trainer.
+
+    Raises:
+        ConfigError: the message names the setting.
+    """
+    devices, strategy = trainer.get("devices", 1), trainer.get("strategy", "auto")
+    clip, batches = trainer["gradient_clip_val"], trainer["accumulate_grad_batches"]
+    precision = trainer["precision"]
+    several = isinstance(devices, int) and devices > 1
+    settings = (  # name, value, whether it is impossible, what is possible
+        ("gradient_clip_val", clip, clip, "null"),
+        ("accumulate_grad_batches", batches, batches > 1, "1"),
+        ("precision", precision, precision == "16-mixed", "32-true or bf16-mixed"),
+        ("devices", devices, several, "1"),
+        ("strategy", strategy, strategy != "auto", "auto"),
+    )
+    for name, value, impossible, wanted in settings:
+        if impossible:
+            why = "which applies each gradient and frees it; optimizer=sgd keeps them all"
+            refuse(f"trainer.{name}", value, f"{wanted} with optimizer=sgd_in_backward, {why}")

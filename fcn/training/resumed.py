@@ -51,6 +51,7 @@ class ResumedSettings(Callback):
         ]
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Put today's settings over those that Lightning has just restored."""
         (optimizer,) = trainer.optimizers
         follow_layout(optimizer)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]

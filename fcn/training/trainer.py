@@ -86,28 +86,14 @@ def build_trainer(
         refuse("trainer.precision", trainer.precision, wanted)
     check_card(built.strategy.root_device)
     if cfg.optimizer._target_ == in_backward.TARGET:
-        _refuse_common_gradients(built)
+        strategy = type(built.strategy)
+        single = issubclass(strategy, SingleDeviceStrategy)
+        in_backward.check_trainer(
+            cli.plain(cfg)["trainer"]
+            | {"precision": built.precision, "devices": built.world_size}
+            | {"strategy": "auto" if single else strategy.__name__}
+        )
     return built
-
-
-def _refuse_common_gradients(trainer: pl.Trainer) -> None:
-    """Refuse what needs all gradients at once, where each is applied and freed on its own.
-
-    Raises:
-        ConfigError: the message names the setting.
-    """
-    batches, strategy = trainer.accumulate_grad_batches, type(trainer.strategy)
-    settings = (  # name, value, whether it is impossible, what is possible
-        ("gradient_clip_val", trainer.gradient_clip_val, trainer.gradient_clip_val, "null"),
-        ("accumulate_grad_batches", batches, batches > 1, "1"),
-        ("precision", trainer.precision, trainer.precision == "16-mixed", "32-true or bf16-mixed"),
-        ("devices", trainer.world_size, trainer.world_size > 1, "1"),
-        ("strategy", strategy.__name__, not issubclass(strategy, SingleDeviceStrategy), "auto"),
-    )
-    for name, value, impossible, wanted in settings:
-        if impossible:
-            why = "which applies each gradient and frees it; optimizer=sgd keeps them all"
-            refuse(f"trainer.{name}", value, f"{wanted} with optimizer=sgd_in_backward, {why}")
 
 
 def make_profiler(name: str | None, run: Path) -> profilers.Profiler | None:
