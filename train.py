@@ -56,7 +56,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     from fcn.runs.folder import lock_run, new_run, write_settings
     from fcn.runs.process import is_main_process, quiet_lightning
     from fcn.runs.resume import check_steps_left
-    from fcn.training.fit import find_checkpoint, fit
+    from fcn.training.fit import checkpoint_to_resume, fit
     from fcn.training.settings import check_settings
     from fcn.training.settle import settle_class_weights, settle_length, settle_precision
     from fcn.training.trainer import build_trainer, refuse_sweep_over_devices
@@ -77,7 +77,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         settle_length(cfg, datamodule, module, trial)
         if not cfg.resume:  # its weights are numbers already
             settle_class_weights(cfg, datamodule, module)
-        checkpoint, step = find_checkpoint(run, module) if cfg.resume else (None, 0)
+        checkpoint, step = checkpoint_to_resume(run, module) if cfg.resume else (None, 0)
         if cfg.resume:
             check_steps_left(run, cfg, step)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting

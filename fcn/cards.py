@@ -30,7 +30,7 @@ OLD_CARDS = (
 )
 OLDEST_OF_ALL: Capability = (5, 0)  # of the wheels for CUDA 12.6
 TOO_OLD = "No torch of today has code for cards before Maxwell (GTX 9xx)."
-# Forced, as pip takes the wheel for CUDA 12.6 of the same version for up to date.
+# --force-reinstall, because pip regards a wheel for CUDA 12.6 of the same version as up to date.
 NEW_CARDS = (
     "PyPI's newest torch has code for the newest cards (on Windows, the one that "
     "https://pytorch.org/get-started/locally/ names for CUDA):\n"

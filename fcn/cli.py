@@ -37,7 +37,7 @@ MENDABLE = (HydraException, OmegaConfBaseException)
 # Settings whose values are paths. A path may hold any character.
 PATHS = re.compile(
     r"\+*(ckpt|input|output|resume|calibrate|model\.weights|data\.dataset\.(images|masks|train|val)"
-    r"|logger\.\w+\.notes"  # no path, but as free
+    r"|logger\.\w+\.notes"  # not a path, but it may hold any character too
     r"|([\w.]+\.)?\w*(dir|path|root|folder|filename))"  # such as hydra.run.dir, callbacks.a.dirpath
 )
 # A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
     sweep = bool({"-m", "--multirun"} & set(sys.argv))
     with short_messages():
         sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
-        # Between settings, Hydra does not know this option.
+        # Hydra recognises -m only before the settings.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
         main()
 

@@ -44,9 +44,9 @@ class SegmentationDataModule(pl.LightningDataModule):
             placeholder, to be replaced by a number before the loaders are made.
         eval_batch_size: images in an evaluation batch. 1 evaluates every image at its own size. A
             larger number pads images to a common size, which changes scores in the last digits.
-        num_workers: loader processes; None: as many as `default_workers` says. Where processes are
-            spawned, validation has one of its own beside them, at most. Else it has as many again,
-            which take little memory, as they are forked.
+        num_workers: loader processes; None: as many as `default_workers` says. With forked
+            processes, validation has as many of its own, which take little memory. With spawned
+            ones it has one at most.
         limit: use only the first so many images of each split; None: all.
         crop_size, scale, flip, jitter, rotate, blur: see `fcn.transforms.train_transform`.
         seed: fixes the order of the images and their augmentation.
@@ -167,7 +167,8 @@ class SegmentationDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """An endless loader that starts where the trainer is.
 
-        It never ends, so that the length of a run is given in steps or in time, not in epochs.
+        It never ends: the length of a run is given in steps or in time, and `trainer.max_epochs` is
+        converted to steps before the first one.
         """
         assert self.train_data is not None, "call setup('fit') first"
         rank, world = self._process()

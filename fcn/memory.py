@@ -12,7 +12,8 @@ largest of VOC2012.
 Nothing is calculated from a formula. The module that train.py would build takes a training step on
 tensors that have shapes but no data (torch's FakeTensorMode), and torch's MemTracker adds up the
 bytes of all tensors that exist during each operation of that step. Both are private parts of torch,
-which has no public way to do this. No other file of the project uses private parts of torch.
+which has no public way to do this. Of the other files, only fcn/inference/export.py uses a private
+setting of torch.
 benchmarks/memory_plan.py compares the result with the memory of real steps.
 
 The columns of the table, in GB of 2**30 bytes, for one device and without trainer.compile:

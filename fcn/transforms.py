@@ -86,7 +86,7 @@ def eval_transform() -> Transform:
 
 
 class Blur(v2.GaussianBlur):
-    """A Gaussian blur that looks less far in an image that is too small for its kernel."""
+    """A Gaussian blur with a smaller kernel for an image that is too small for its own."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Blur an image (3, H, W), and leave a mask (H, W) as it is."""

@@ -9,7 +9,9 @@ a coarser stride, or from one of the authors' own Caffe nets (Long et al., CVPR 
     load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
     load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
-Every layer is loaded, named in a warning, or named in an error. None is skipped in silence.
+Every layer of the VGG must fit, or an error names it. conv6 and conv7 are named in a warning if
+they start at random. Score, skip and upsampling layers that the source does not have keep their
+first values, and are returned. The last layer of ImageNet's classifier is not used.
 """
 
 import logging

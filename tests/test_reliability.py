@@ -32,7 +32,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.folder import create_run_folder
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import read_summary, resumed_config
-from fcn.training.fit import find_checkpoint
+from fcn.training.fit import checkpoint_to_resume
 from fcn.training.metrics_csv import MetricsCSV
 from train import train
 
@@ -99,7 +99,7 @@ def test_the_newest_whole_checkpoint(
     # Copies: tensors that stay on disk would keep the file open, and Windows removes no open file.
     weights = {name: value.clone() for name, value in read_checkpoint(best)["state_dict"].items()}
     module: Any = SimpleNamespace(state_dict=lambda: weights)
-    assert find_checkpoint(tmp_path, module) == (best, 4)
+    assert checkpoint_to_resume(tmp_path, module) == (best, 4)
     message = capsys.readouterr().out
     assert f"{last} cannot be read: " in message
     assert f"going on from {best}, step 4\n" in message
@@ -107,7 +107,7 @@ def test_the_newest_whole_checkpoint(
 
     best.unlink()
     with pytest.raises(ConfigError, match=f"^resume={tmp_path}: {last} cannot be read") as error:
-        find_checkpoint(tmp_path, module)
+        checkpoint_to_resume(tmp_path, module)
     assert len(str(error.value).splitlines()) == 1
 
 

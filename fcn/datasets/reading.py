@@ -26,7 +26,6 @@ from torchvision import tv_tensors
 from fcn.datasets import VOID, Sample
 from fcn.datasets.pictures import (
     MAX_PIXELS,
-    WIDE_MODES,
     image_size,
     image_type,
     others_of_stem,
@@ -35,9 +34,6 @@ from fcn.datasets.pictures import (
 )
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
-
-# Pillow's modes of a picture of labels: palette, and grey with 8, 1, 16 and 32 bits.
-LABEL_MODES = ("P", "L", "1", *WIDE_MODES)
 
 Pair = tuple[Path, Path]  # the file of an image and the file of its mask
 

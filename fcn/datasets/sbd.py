@@ -53,8 +53,7 @@ class SBD(reading.Pairs):
     Raises:
         ConfigError: `with_voc` is neither true nor false.
         DataError: the split is unknown, or a folder, list, image or mask is missing. While reading:
-            a file is damaged, its labels are not VOC's, or scipy, which reads .mat files, is not
-            installed.
+            a file is damaged, or its labels are not VOC's.
     """
 
     classes: tuple[str, ...] = VOC2012.classes
@@ -94,10 +93,8 @@ class SBD(reading.Pairs):
         """The labels (H, W) uint8 in a PNG of VOC's, or in GTcls.Segmentation of a .mat file."""
         if path.suffix != ".mat":
             return super().read_mask(path)
-        try:
-            from scipy.io import loadmat
-        except ImportError as e:
-            raise DataError("pip install scipy: it reads .mat files, which SBD's masks are") from e
+        from scipy.io import loadmat  # here, since no other data set needs it
+
         try:
             struct = loadmat(path, variable_names=["GTcls"])["GTcls"]
             labels = np.asarray(struct["Segmentation"].item())

@@ -36,7 +36,7 @@ SHOWN = 3  # errors in a message before training
 
 
 @dataclass
-class Pair:
+class PairReport:
     """What is noted of one pair of image and mask; None is what was not read."""
 
     error: DataError | None = None
@@ -81,7 +81,7 @@ class Survey:
         # Threads are enough, since Pillow releases Python's lock while it decodes.
         found = thread_map(self._read, order, desc=split, leave=False, disable=None)
         noted = {index: pair for index, pair in zip(order, found, strict=True) if pair is not None}
-        self.pairs: dict[int, Pair] = {index: noted[index] for index in sorted(noted)}
+        self.pairs: dict[int, PairReport] = {index: noted[index] for index in sorted(noted)}
         self.errors = [pair.error for pair in self.pairs.values() if pair.error is not None]
         self.good = [index for index, pair in self.pairs.items() if pair.error is None]
         self.pixels, self.masks = np.zeros((2, 256), np.int64)
@@ -90,17 +90,17 @@ class Survey:
                 self.pixels += pair.pixels
                 self.masks += pair.pixels > 0
 
-    def _read(self, index: int) -> Pair | None:
+    def _read(self, index: int) -> PairReport | None:
         if time.monotonic() > self._deadline:
             return None
-        pair = Pair()
+        pair = PairReport()
         try:
             self._note(index, pair)
         except DataError as error:
             pair.error = error
         return pair
 
-    def _note(self, index: int, pair: Pair) -> None:
+    def _note(self, index: int, pair: PairReport) -> None:
         data: Any = self.data
         if isinstance(data, Folder):
             data.check_listed(index)

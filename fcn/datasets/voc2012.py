@@ -68,7 +68,7 @@ class VOC2012(reading.Pairs):
     Args:
         split: `train`, `val` and `trainval` are the archive's own lists. Others come with this
             project: `seg11valid` is 736 ids of `val` that are not in SBD's training list.
-            `mini_train335` (335 ids of `train`) and `mini_val` (175 ids of `val`) are what the
+            `mini_train335` (335 ids of `train`) and `mini_val` (175 ids of `val`) are what VOC's
             scores in docs/results.md were measured on. `mini_train` (681 ids of `train`) contains
             the former.
         root: the folder that holds or receives `VOCdevkit/VOC2012/`.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcn.checkpoint import image_type
 from fcn.errors import ConfigError, WeightsError
-from fcn.inference.tiles import Scores
+from fcn.inference.tiles import ScoreFunction
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
 METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range", "config", "step")
@@ -29,7 +29,7 @@ NEW = dict.fromkeys(("value_range", "config", "step"), "null")  # older files do
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
 
 
-def open_onnx(path: Path) -> tuple[Scores, list[str], Any, Any, str | None]:
+def open_onnx(path: Path) -> tuple[ScoreFunction, list[str], Any, Any, str | None]:
     """The network of an ONNX file, and four facts that export.py has put beside it.
 
     Returns:

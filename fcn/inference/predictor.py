@@ -45,7 +45,7 @@ from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import open_onnx
 from fcn.inference.photos import MARK, mask_path, overlay_path
-from fcn.inference.tiles import Scores
+from fcn.inference.tiles import ScoreFunction
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST, PRECISIONS, best_layout, best_precision, cast_weights
@@ -72,7 +72,7 @@ class Predictor:
         data_root: where the run that trained the network had its data, if that is known.
     """
 
-    scores: Scores
+    scores: ScoreFunction
     class_names: Sequence[str]
     palette: Sequence[Sequence[int]] | None
     value_range: Range | None = None
@@ -344,7 +344,7 @@ class _Batches:
         self.write(image, mask, target)
 
     def fail(self, paths: Iterable[Path], why: str) -> None:
-        """Note photographs that could not be segmented, behind those whose turn came before."""
+        """Record photographs that failed, after the results of the batch before."""
         self.finish()
         self.failed |= dict.fromkeys(paths, why)
 

@@ -11,9 +11,9 @@ At the border of a tile a convolution sees zeros where the image goes on, and it
 there. So tiles overlap by a third of their side, and each pixel is taken from tiles in which it
 lies well inside: the outermost eighth of a tile has weight 0, and over the next twelfth its weight
 rises from 0 to 1 while that of its neighbour falls. In tiles of 768, every pixel is seen with at
-least 96 more around it. The receptive field of VGG-19 is 460 pixels wide, but most of its weight
-lies in the middle: of the pixels of a photograph of 1680 x 1260, a trained FCN-8s gave 99.99 % the
-same class in such tiles as without them.
+least 96 more around it. The receptive field of conv6 on a VGG-19 is 460 pixels wide, but most of
+its weight lies in the middle: of the pixels of a photograph of 1680 x 1260, a trained FCN-8s gave
+99.99 % the same class in such tiles as without them.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Scores = Callable[[Tensor], Tensor]  # images (N, 3, H, W) uint8 -> scores (N, K, H, W)
+ScoreFunction = Callable[[Tensor], Tensor]  # images (N, 3, H, W) uint8 -> scores (N, K, H, W)
 # The stride of VGG's last pool, in pixels. Tiles begin at multiples of it, so that each value of a
 # pool is computed from the same pixels as without tiles.
 CELL = 32
@@ -64,7 +64,7 @@ def tile_spans(length: int, tile: int) -> list[Span]:
     return spans
 
 
-def scores_in_bands(network: Scores, image: Tensor, tile: int) -> Iterator[Tensor]:
+def scores_in_bands(network: ScoreFunction, image: Tensor, tile: int) -> Iterator[Tensor]:
     """The scores of images, in bands of rows from the top down.
 
     Args:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from fcn.errors import check_flag, check_whole, is_number, refuse
-from fcn.inference.tiles import CELL, Scores, scores_in_bands
+from fcn.inference.tiles import CELL, ScoreFunction, scores_in_bands
 
 LARGE, LARGE_TILE = 2**22, 1024  # pixels; an image of more than LARGE gets tiles of this side
 LARGEST_SCALE = 8
@@ -42,7 +42,7 @@ class TestTime(nn.Module):
 
     def __init__(
         self,
-        network: Scores,
+        network: ScoreFunction,
         *,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),

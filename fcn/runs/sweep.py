@@ -103,7 +103,10 @@ def _identity(config: Any) -> tuple[Any, ...]:
 
 
 def find_job(sweep: Path, overrides: list[str]) -> Path | None:
-    """The folder of the run with these overrides; None if there is none, or it must not decide."""
+    """The folder of the run with these overrides, or None.
+
+    It is always None where several processes run one job, since they could choose differently.
+    """
     if several_processes():
         return None
     return next((run for run in _runs(sweep) if started_with(run, overrides)), None)

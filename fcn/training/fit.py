@@ -131,7 +131,7 @@ def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
     return summary
 
 
-def find_checkpoint(run: Path, module: SegmentationModule) -> tuple[Path, int]:
+def checkpoint_to_resume(run: Path, module: SegmentationModule) -> tuple[Path, int]:
     """The newest usable checkpoint of a run, and its optimizer step.
 
     A line on the screen names the checkpoints that are damaged or of another network.

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class ResumedSettings(Callback):
-    """Puts the settings of today where Lightning has restored those of the checkpoint.
+    """Puts the current settings where Lightning has restored those of the checkpoint.
 
     These are the rates, momentum, weight decay and schedule, and the patience of early stopping. If
     no setting has changed, they are equal to what they replace. A schedule of another kind than
