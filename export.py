@@ -64,6 +64,8 @@ def export(cfg: DictConfig) -> Path:
     from fcn.module import SegmentationModule
 
     ckpt = find_checkpoint(cfg.ckpt)
+    if cfg.argmax and cfg.format == "safetensors":
+        raise ConfigError("argmax=true: format=safetensors writes weights, which give no mask")
     path = export_path(cfg.output, ckpt, cfg.format, int8=cfg.int8)
     module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
     if cfg.format == "safetensors":

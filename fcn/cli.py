@@ -44,6 +44,7 @@ PATHS = re.compile(
 # character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
 VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")  # of a sweep; commas within quotes are text
+RESUMED = re.compile(r"resume=(?!(auto|null|'auto')$)")  # an argument that names a run
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -64,6 +65,13 @@ def run(main: Callable[[], None]) -> None:
     sweep = bool({"-m", "--multirun"} & set(sys.argv))
     with short_messages():
         sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
+        if resumed := [argument for argument in sys.argv[1:] if RESUMED.match(argument)]:
+            if sweep:
+                raise ConfigError(
+                    f"{resumed[-1]}: a sweep cannot go on with one run. Let it begin with its "
+                    "weights: model.weights=RUN/checkpoints/last.ckpt"
+                )
+            sys.argv[1:] = list(map(forced, sys.argv[1:]))
         # Hydra recognises -m only before the settings.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
         main()
@@ -95,6 +103,18 @@ def short_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def forced(argument: str) -> str:
+    """key=value as ++key=value, which Hydra takes whether it knows the key or not.
+
+    A resumed run may have settings that the default configuration lacks, such as
+    callbacks.ema.decay. `fcn.runs.resume.resumed_config` refuses those that the run lacks, too.
+    Groups and Hydra's own settings stay as they are.
+    """
+    key, equals, _ = argument.partition("=")
+    single = re.fullmatch(r"(?!hydra\.)[a-z]\w*(\.\w+)*", key) and not (CONF / key).is_dir()
+    return f"++{argument}" if equals and single and not RESUMED.match(argument) else argument
 
 
 def accept_data_changes() -> None:

@@ -25,6 +25,7 @@ from torchvision.models import WeightsEnum, get_model_weights
 
 from fcn.checkpoint import (
     CAFFE_LAYERS,
+    MODEL_FOLDER,
     StateDict,
     brief,
     from_caffe,
@@ -134,6 +135,8 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
     if not isinstance(source, Path):
         check_text("model.weights", source)
     path = Path(source).expanduser()
+    if (path / MODEL_FOLDER[0]).is_file():  # a folder of export.py
+        return path / MODEL_FOLDER[0]
     if path.is_file():
         return path
     weights = get_model_weights(backbone).__members__.get(str(source))

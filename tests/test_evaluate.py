@@ -22,9 +22,11 @@ from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, DataError, FCNError, WeightsError
 from fcn.evaluation.boundaries import WIDTHS
+from fcn.evaluation.candidate import open_candidate
 from fcn.inference.tta import TestTime
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
+from fcn.precision import best_precision
 from train import train
 
 
@@ -255,6 +257,16 @@ def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
             )
         assert segmentation_scores(confusion)["miou"] == expected["miou"]
         assert segmentation_scores(confusion)["pixel_acc"] == expected["pixel_acc"]
+
+
+def test_precision_that_the_device_lacks(finished_run: Path, tmp_path: Path) -> None:
+    """Lightning computes in bfloat16 on a CPU that is asked for float16."""
+    with pytest.raises(ConfigError, match=r"precision=16-mixed: must be 32-true or bf16-mixed on"):
+        evaluate_checkpoint(finished_run, "precision=16-mixed", f"output={tmp_path / 'out'}")
+    content = torch.load(best_checkpoint(finished_run), weights_only=True)
+    torch.save({**content, "precision": "16-mixed"}, tmp_path / "gpu.ckpt")
+    candidate = open_candidate(tmp_path / "gpu.ckpt", accelerator="cpu")
+    assert candidate.trainer.precision == best_precision("cpu")
 
 
 @pytest.mark.xdist_group("onnx")

@@ -23,6 +23,7 @@ from fcn.datasets.folder import Folder
 from fcn.errors import DataError, WeightsError
 from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_metrics
+from fcn.weights import find_weights
 from predict import predict
 from train import train
 
@@ -140,6 +141,7 @@ def test_safetensors_takes_the_place_of_a_checkpoint(place: Path, finished_run: 
     masks = [(run_predict(p) / "photo.png").read_bytes() for p in (ckpt, path)]
     assert masks[0] == masks[1]
     assert run_train(path)["steps"] == 1
+    assert find_weights("vgg11", path.parent) == path
     before = path.read_bytes()
     assert (place / run_export(path) / "model.safetensors").read_bytes() == before
 

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 import train
 from fcn import files
-from fcn.checkpoint import last_checkpoint
+from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.errors import ConfigError, Stopped
 from fcn.files import write_json
 from fcn.module import SegmentationModule
@@ -176,6 +176,29 @@ def test_job_that_runs_elsewhere_is_left_alone(
     assert capsys.readouterr().out.count("is being trained by process") == 2
     assert [row["status"] for row in table(tmp_path)] == ["unfinished"]
     assert last_checkpoint(tmp_path / "0").exists()
+
+
+def test_a_job_with_its_best_checkpoint_alone(tmp_path: Path) -> None:
+    """With callbacks.last_checkpoint=null, or if somebody has removed the other."""
+    write_run(tmp_path / "0", ["a=1"])
+    (tmp_path / "0" / "checkpoints").mkdir()
+    best_checkpoint(tmp_path / "0").touch()
+    assert sweeps.resumable(tmp_path / "0")
+    assert best_checkpoint(tmp_path / "0").exists()
+
+
+def test_two_sweeps_in_one_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    folders = []
+    for rate in (1, 2):
+        sweep = {"dir": str(tmp_path / "a" / "12-00-00")}
+        hydra = {"sweep": sweep, "overrides": {"task": [f"lr={rate},3"], "hydra": []}}
+        config = OmegaConf.create({"hydra": hydra, "lr": 1e-5})
+        sweeps.ContinueSweep().on_multirun_start(config)
+        folders.append(Path(config.hydra.sweep.dir))
+        assert config.hydra.overrides.hydra == [f"hydra.sweep.dir={folders[-1]}"]
+    assert [folder.name for folder in folders] == ["12-00-00", "12-00-00_2"]
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_sweep_is_known_by_command_and_settings(tmp_path: Path) -> None:

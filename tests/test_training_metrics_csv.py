@@ -33,6 +33,29 @@ def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
     assert read_column(rows, "other") == ([], [])
 
 
+def test_values_of_other_callbacks(tmp_path: Path) -> None:
+    """They come before or after ours of the same steps, which are read in groups of five."""
+    csv = MetricsCSV(tmp_path / "metrics.csv")
+    for last in (5, 10):
+        csv.log_metrics({"lr-SGD": 0.1, "epoch": 0}, step=last - 1)
+        for step in range(last - 4, last + 1):
+            csv.log_metrics({"train/loss": step}, step=step)
+        csv.log_metrics({"mine": last}, step=last)
+        csv.log_metrics({"val/miou": last / 10}, step=last)
+    csv.log_metrics({"late": 1}, step=3)
+    csv.log_metrics({"no step": 2})
+    csv.finalize("success")
+    rows = read_metrics(csv.path)
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
+    assert read_column(rows, "train/loss") == (list(range(1, 11)), list(range(1, 11)))
+    assert read_column(rows, "lr-SGD") == ([4, 9], [0.1, 0.1])
+    assert read_column(rows, "mine") == ([5, 10], [5, 10])
+    assert read_column(rows, "val/miou") == ([5, 10], [0.5, 1])
+    assert read_column(rows, "late") == ([3], [1])
+    assert read_column(rows, "no step") == ([10], [2])
+    assert MetricsCSV(csv.path, resume_step=10).last == 10
+
+
 def test_resumed_from_an_earlier_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     first = MetricsCSV(path)

@@ -1,22 +1,29 @@
 """Settings that change when a run is resumed: each is applied to what the checkpoint restores."""
 
 import shutil
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import train_tiny
+from conftest import PROJECT, train_tiny
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
+from fcn import cli
 from fcn.checkpoint import last_checkpoint, read_checkpoint
 from fcn.errors import ConfigError
+from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_column, read_metrics
-from fcn.runs.resume import resumed_config
-from train import train
+from fcn.runs.resume import check_steps_left, resumed_config, status
+from fcn.training.resumed import ResumedSettings
+from train import main, train
 
 EACH = "trainer.log_every_n_steps=1"
 
@@ -134,6 +141,91 @@ def test_no_steps_left(begun: Path, tmp_path: Path, change: str, message: str) -
     assert (tmp_path / "run" / "config.yaml").read_text() == (begun / "config.yaml").read_text()
 
 
+def test_no_steps_left_in_time(begun: Path, tmp_path: Path) -> None:
+    """A time has ended this run, not a number of steps."""
+    run = Path(shutil.copytree(begun, tmp_path / "run"))
+    cfg: Any = OmegaConf.load(run / "config.yaml")
+    cfg.trainer.update({"max_steps": -1, "max_time": "00:00:01:00"})
+    OmegaConf.save(cfg, run / "config.yaml")
+    for change in ("optimizer.lr=1e-4", "trainer.max_steps=9"):
+        with pytest.raises(ConfigError, match=r"has finished at step 2\. .* trainer\.max_time or"):
+            check_steps_left(run, resumed_config(run, [change]), 2)
+    check_steps_left(run, resumed_config(run, []), 2)
+    for change in ("trainer.max_time=00:00:02:00", "callbacks.panels=null"):
+        check_steps_left(run, resumed_config(run, [change, "optimizer.lr=1e-4"]), 2)
+    (run / "summary.json").unlink()  # it was killed
+    check_steps_left(run, resumed_config(run, ["optimizer.lr=1e-4"]), 2)
+
+
+@pytest.mark.slow
+def test_a_crash_after_a_finished_run_went_on(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `resume=auto` and sweeps would take it for finished."""
+    assert status(begun) == "finished"
+    monkeypatch.setattr(SegmentationModule, "training_step", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        go_on(begun, tmp_path, "trainer.max_steps=4")
+    assert status(tmp_path / "run") == "unfinished"
+
+
+def test_state_of_a_parameter_group_is_kept() -> None:
+    """Schedule-free optimizers and Prodigy, for example, count steps there."""
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.param_groups[0] |= {"lr_multiplier": 1, "k": 0}
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    settings = ResumedSettings()
+    settings.on_fit_start(trainer, SimpleNamespace(make_optimizer=partial(SGD, momentum=0.5)))
+    optimizer.param_groups[0] |= {"lr": 0.3, "momentum": 0.9, "k": 7}  # from the checkpoint
+    settings.on_train_start(trainer, None)
+    group = optimizer.param_groups[0]
+    assert (group["k"], group["lr"], group["momentum"]) == (7, 0.1, 0)
+
+
+def test_settings_that_only_the_run_has(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra's default configuration lacks them, through which the command line goes."""
+    run = Path(shutil.copytree(begun, tmp_path / "run"))
+    cfg: Any = OmegaConf.load(run / "config.yaml")
+    cfg.callbacks.ema = {"_target_": "fcn.training.ema.AveragedWeights", "decay": 0.9}
+    cfg.scheduler = OmegaConf.load(PROJECT / "conf" / "scheduler" / "poly.yaml")
+    OmegaConf.save(cfg, run / "config.yaml")
+    seen: list[tuple[Any, list[str]]] = []
+
+    def record(cfg: Any, run: Path, overrides: list[str]) -> dict[str, Any]:
+        seen.append((cfg, overrides))
+        return {}
+
+    def command(*arguments: str) -> None:
+        script = f"--config-path={PROJECT / 'conf'}"
+        monkeypatch.setattr(sys, "argv", ["train.py", script, *arguments])
+        try:
+            cli.run(main)
+        finally:
+            HydraConfig.instance().cfg = None
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.train", record)
+    changes = ["callbacks.ema.decay=0.5", "scheduler.power=2", "optimizer.lr=0.5", "seed=0"]
+    command(f"resume={run}", *changes)
+    ((cfg, overrides),) = seen
+    assert overrides == changes
+    assert (cfg.callbacks.ema.decay, cfg.scheduler.power, cfg.optimizer.lr) == (0.5, 2, 0.5)
+    command(f"resume={run}", "callbacks.ema=null", "scheduler=cosine")
+    assert seen[1][0].callbacks.ema is None
+    assert seen[1][0].scheduler._target_ == "fcn.schedules.cosine"
+    for wrong, message in (
+        (["callbacks.ema.deca=0.5"], "callbacks.ema has no such setting"),
+        (["-m", "optimizer.lr=1,2"], "a sweep cannot go on with one run"),
+    ):
+        with pytest.raises(SystemExit):
+            command(f"resume={run}", *wrong)
+        assert message in capsys.readouterr().err
+    assert len(seen) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.slow
 def test_a_finished_run_without_changes(begun: Path, tmp_path: Path) -> None:
     run = go_on(begun, tmp_path)
@@ -181,6 +273,7 @@ def test_patience_of_early_stopping(tmp_path: Path) -> None:
         ("trainer.accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches=2: .* was 1"),
         ("seed=3", "seed=3: a resumed run keeps this setting, which was 0"),
         ("model.stride=8", r"model\.stride=8: .* which was 32"),
+        ("data.dataset.train_length=7", r"data\.dataset\.train_length=7: .* which was 10"),
     ],
 )
 def test_what_must_not_change(begun: Path, tmp_path: Path, change: str, message: str) -> None:

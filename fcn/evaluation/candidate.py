@@ -20,9 +20,9 @@ from fcn import cli
 from fcn.cards import check_card
 from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint
 from fcn.datamodule import SegmentationDataModule
-from fcn.errors import ConfigError, check_choice, check_text
+from fcn.errors import ConfigError, check_choice, check_text, refuse
 from fcn.module import SegmentationModule
-from fcn.precision import PRECISIONS, best_layout, cast_weights
+from fcn.precision import PRECISIONS, best_layout, best_precision, cast_weights
 
 Exported = tuple[dict[str, Any], nn.Module]  # a checkpoint without weights, and a network
 Wrap = Callable[[nn.Module], nn.Module]  # gives a module that takes and returns what a network does
@@ -59,7 +59,8 @@ def open_candidate(
     Args:
         path: the checkpoint.
         accelerator: "auto", "cpu", "gpu", "mps" or another of Lightning's.
-        precision: one of `fcn.precision.PRECISIONS`. None: the one that the run was trained in.
+        precision: one of `fcn.precision.PRECISIONS`. None: the one that the run was trained in, or,
+            where the device cannot compute in that, the one it is fast at.
         wrap: a function that puts something around the network, such as
             `fcn.inference.tta.TestTime`. None leaves the network as it is.
         exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx_checkpoint` gives.
@@ -76,7 +77,7 @@ def open_candidate(
                 f"ckpt={path}: an ONNX file runs with accelerator=cpu precision=32-true"
             )
         accelerator = "cpu"
-    precision = precision or checkpoint["precision"]
+    given, precision = precision, precision or checkpoint["precision"]
     check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
     check_choice("precision", precision, PRECISIONS)
     try:
@@ -92,6 +93,13 @@ def open_candidate(
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
     device = trainer.strategy.root_device
     check_card(device)
+    if trainer.precision != precision:  # Lightning turns 16-mixed into bf16-mixed on a CPU
+        if given is not None:
+            wanted = f"32-true or {trainer.precision} on the device {device.type}"
+            refuse("precision", precision, wanted)
+        return open_candidate(
+            path, accelerator=accelerator, precision=best_precision(device), wrap=wrap
+        )
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
         module.network.set_layout(best_layout(device, precision, backward=False))

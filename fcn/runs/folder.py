@@ -49,8 +49,7 @@ def create_run_folder(folder: Path) -> Path:
     """
     with files.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        for candidate in _numbered(folder):
             with suppress(FileExistsError):
                 candidate.mkdir(exist_ok=True)  # for a job of a sweep, Hydra has created it
                 if any(candidate.iterdir()):
@@ -59,6 +58,26 @@ def create_run_folder(folder: Path) -> Path:
                 (candidate / "checkpoints").mkdir()
                 break
     return candidate
+
+
+def create_sweep_folder(folder: Path) -> Path:
+    """Create the folder of a sweep, with a number added if another sweep has just taken the name.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    with files.writing(folder):
+        for candidate in _numbered(folder):
+            with suppress(FileExistsError):
+                candidate.mkdir(parents=True)
+                break
+    return candidate
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """The path itself, then with _2, _3 and so on added."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}_{number}") for number in count(2))
 
 
 @contextmanager
@@ -141,8 +160,9 @@ def write_settings(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None
         again = {setting_name(override) for override in given}
         later = [override for override in later if setting_name(override) not in again]
         write_overrides(run, [*first, f"resume={run}", *later, *given])
-    with files.writing(run / "error.txt"):
-        (run / "error.txt").unlink(missing_ok=True)  # of an earlier start that crashed
+    for name in ("error.txt", "summary.json"):  # how an earlier start has ended
+        with files.writing(run / name):
+            (run / name).unlink(missing_ok=True)
 
 
 def write_overrides(run: Path, overrides: Sequence[str]) -> None:

@@ -40,6 +40,8 @@ def launch(cfg: DictConfig, train: Train) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    if cfg.resume not in (None, "auto"):
+        overrides = [o.removeprefix("++") for o in overrides]  # see fcn.cli.forced
     if hydra.mode == RunMode.MULTIRUN:
         folder = Path(hydra.sweep.dir) / hydra.sweep.subdir
     elif hydra.run.dir != ".":

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 from fcn.checkpoint import last_checkpoint
-from fcn.cli import CONF, RENAMED, literal, plain, quoted, resolved
+from fcn.cli import CONF, PATHS, RENAMED, literal, plain, quoted, resolved
 from fcn.errors import ConfigError
 from fcn.runs.folder import is_training, read_overrides, started_with
 
@@ -32,7 +32,7 @@ LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torc
 # Settings of conf/model and conf/optimizer that a resumed run may change, since another device may
 # need another layout, or no fused optimizer; those of the second kind only with a schedule of
 # fcn/schedules.py: the state of any other may hold rates of its own.
-CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last", "fused"}
+CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last", "fused", "max_pixels"}
 RATES = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
 RATES |= {"head_lr_multiplier", "bias_lr_multiplier"}
 # What fixes which image comes when. The place in the stream of images is counted in batches.
@@ -181,9 +181,7 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
         ConfigError: the message says how to get more steps.
     """
     most = cfg.trainer.max_steps
-    if most == -1 or step < most:
-        return
-    if most < step:
+    if most != -1 and most < step:
         raise ConfigError(f"trainer.max_steps={most}: the run is at step {step} already")
     before = OmegaConf.load(run / "config.yaml")
     assert isinstance(before, DictConfig)
@@ -191,15 +189,25 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
     before.resume = literal(str(run))
     # Another number of loader processes changes no result, and the last validation may be due.
     OmegaConf.update(before, "data.num_workers", cfg.data.num_workers, force_add=True)
-    if plain(before) != plain(cfg):
+    if plain(before) == plain(cfg):
+        return
+    if step == most:
         raise ConfigError(f"no steps are left: set trainer.max_steps above {most}")
+    if status(run) != "finished" or step == before.trainer.max_steps:
+        return
+    # What has ended the run is a time, early stopping, or a callback of the user's.
+    if (before.trainer.max_time, before.callbacks) == (cfg.trainer.max_time, cfg.callbacks):
+        raise ConfigError(
+            f"no steps are left: the run has finished at step {step}. Change what has ended it, "
+            "trainer.max_time or callbacks.early_stopping.patience"
+        )
 
 
 def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
     """Refuse changes that the run's checkpoint could not follow.
 
     Rates, momentum, weight decay, schedule and length may change, and most settings of data,
-    trainer, callbacks and loggers.
+    trainer, callbacks and loggers. The data set may lie elsewhere, but must be the same.
 
     Raises:
         ConfigError: the message names the setting, and what it was.
@@ -208,9 +216,11 @@ def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
     schedules = [OmegaConf.select(cfg, "scheduler._target_") for cfg in (before, after)]
     if not all(str(schedule).startswith("fcn.schedules.") for schedule in schedules):
         groups, free = [*groups, "scheduler"], CHANGEABLE
-    for group in groups:
-        names = {*(before.get(group) or ()), *(after.get(group) or ())} - free
-        kept += [f"{group}.{name}" for name in sorted(names)]
+    for group in [*groups, "data.dataset"]:
+        parts = [OmegaConf.select(cfg, group) or () for cfg in (before, after)]
+        names = {name for part in parts for name in part} - free
+        keys = [f"{group}.{name}" for name in sorted(names)]
+        kept += [key for key in keys if not PATHS.fullmatch(key) or key == "model.weights"]
     for key in kept:
         old, new = (OmegaConf.select(cfg, key) for cfg in (before, after))
         if old != new:

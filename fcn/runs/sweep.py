@@ -19,13 +19,13 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from fcn.checkpoint import last_checkpoint
 from fcn.cli import MENDABLE, literal, quoted, short_message
 from fcn.errors import FCNError, Stopped
 from fcn.files import optional_file, write_csv, write_text, writing
 from fcn.runs.folder import (
     RunLockedError,
     create_run_folder,
+    create_sweep_folder,
     lock_run,
     read_changes,
     started_with,
@@ -47,13 +47,17 @@ class ContinueSweep(Callback):
         paths = [str(PROJECT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         given = any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
-        sweep = None if given or several_processes() else find_sweep(config)
-        if sweep is not None:
+        if given or several_processes():
+            return
+        sweep = find_sweep(config)
+        if sweep is None:  # two sweeps may start in the same second
+            sweep = create_sweep_folder(Path(config.hydra.sweep.dir))
+        else:
             print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
-            with read_write(config.hydra):
-                config.hydra.sweep.dir = literal(str(sweep))
-                # A launcher composes the settings of each job again, from the overrides.
-                config.hydra.overrides.hydra.append(quoted(f"hydra.sweep.dir={sweep}"))
+        with read_write(config.hydra):
+            config.hydra.sweep.dir = literal(str(sweep))
+            # A launcher composes the settings of each job again, from the overrides.
+            config.hydra.overrides.hydra.append(quoted(f"hydra.sweep.dir={sweep}"))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs have finished or crashed. The exit code is 1 if one has crashed."""
@@ -128,7 +132,7 @@ def resumable(run: Path) -> bool:
     Raises:
         RunLockedError: there is no checkpoint yet, but another process trains there.
     """
-    if last_checkpoint(run).is_file():
+    if any(run.glob("checkpoints/*.ckpt")):
         return True
     with lock_run(run):
         pass

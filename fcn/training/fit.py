@@ -85,6 +85,8 @@ def fit(
 
 def _go_on(trainer: pl.Trainer) -> str:
     """The command that resumes this run, for the end of a message."""
+    if not any(Path(trainer.default_root_dir).glob("checkpoints/*.ckpt")):
+        return "this run has no checkpoint, so it cannot be resumed"
     command = cli.command_line(["python", "train.py", f"resume={trainer.default_root_dir}"])
     return f"go on with: {command}"
 

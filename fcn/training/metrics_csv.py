@@ -7,9 +7,8 @@ adds this logger to every run, and fcn/runs/metrics.py reads the file.
 import csv
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,10 @@ from fcn.runs.metrics import Row, read_rows, stand_in
 class MetricsCSV(Logger):
     """Writes a CSV file row by row. All values that are logged at one step share a row.
 
+    Our own values of a step come some steps later, as losses are read from the device in groups.
+    So values of other callbacks are kept in memory until the next of ours are written, to be in
+    the same rows and in order.
+
     While another program has the file open, Windows may let nobody write it. All rows then go to a
     second file, `stand_in(path)`, which takes its place as soon as that is possible. If that is
     open too, rows are kept in memory until the next one.
@@ -36,14 +39,14 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
         super().__init__()
         self.path = self.file = Path(path)  # `file` is where the rows are at the moment
-        # The last row is kept, because the scores of a validation are added to the row of its step.
-        self.columns, self.last = ["step"], Row()
-        self.unwritten: dict[str, Row] = {}  # rows that are in no file yet, by their step
+        self.columns, self.header = ["step"], 0  # all columns, and how many of them the file has
+        self.last = 0  # the last step that has a row in the file
+        self.unwritten: dict[int, Row] = {}  # for a step, what is in no file yet
         resumed = resume_step > 0 and self.path.exists()
         for row in read_rows(self.path) if resumed else ():
             self.columns = list(row)
             if int(row["step"]) <= resume_step:
-                self.last = row
+                self.last = int(row["step"])
 
         def kept() -> Iterable[Row]:
             rows = read_rows(self.path) if resumed else ()
@@ -67,19 +70,19 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add to the row of `step`."""
+        """Add to the row of `step`, or to the last row without one."""
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
-        new_columns = [name for name in values if name not in self.columns]
-        same_row = self.last.get("step") == str(step)
-        self.columns += new_columns
-        self.last = (self.last if same_row else {"step": str(step)}) | values
-        append = not (new_columns or same_row or self.unwritten)
-        self.unwritten[str(step)] = self.last
+        self.columns += [name for name in values if name not in self.columns]
+        step = max(self.last, *self.unwritten, 0) if step is None else step
+        self.unwritten.setdefault(step, {"step": str(step)}).update(values)
+        if not any(name == "train/loss" or name.startswith("val/") for name in values):
+            return
+        append = self.header == len(self.columns) and min(self.unwritten) > self.last
         if self.file != self.path:
             append = append and self.file.exists()  # else metrics.csv may lack columns
             with suppress(PermissionError):
                 self._take_its_place()
-        self._write(self._older_rows, append=append)
+        self._write(self._all_rows, append=append)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -96,7 +99,7 @@ class MetricsCSV(Logger):
         if self.file != self.path:
             self._take_its_place()
         if self.unwritten:
-            self._write(self._older_rows)
+            self._write(self._all_rows)
         if self.unwritten or self.file != self.path:
             raise PermissionError
 
@@ -105,11 +108,17 @@ class MetricsCSV(Logger):
             os.replace(self.file, self.path)
         self.file = self.path
 
-    def _older_rows(self) -> Iterable[Row]:
-        return (row for row in read_rows(self.path) if row["step"] not in self.unwritten)
+    def _all_rows(self) -> Iterator[Row]:
+        """The rows of the file, with what is in no file yet, in the order of their steps."""
+        new = dict(sorted(self.unwritten.items()))
+        for row in read_rows(self.path):
+            while new and min(new) < int(row["step"]):
+                yield new.pop(min(new))
+            yield row | new.pop(int(row["step"]), Row())
+        yield from new.values()
 
-    def _write(self, older: Callable[[], Iterable[Row]], *, append: bool = False) -> None:
-        """Write the rows that are in no file yet: at the end, or with the older ones anew."""
+    def _write(self, rows: Callable[[], Iterable[Row]], *, append: bool = False) -> None:
+        """Write what is in no file yet: at the end, or with all other `rows` anew."""
         refused = None
         for file in dict.fromkeys((self.file, stand_in(self.path))):
             try:
@@ -117,7 +126,7 @@ class MetricsCSV(Logger):
                     self._append()
                 else:
                     # All rows are written in one go: a kill must not take an old one and a new one.
-                    self._rewrite(chain(older(), self.unwritten.values()), file)
+                    self._rewrite(rows(), file)
             except WriteError as error:
                 if not isinstance(error.__cause__, PermissionError):
                     raise
@@ -126,6 +135,7 @@ class MetricsCSV(Logger):
                 warnings.warn(f"{self.path} is open in another program; {until}", stacklevel=3)
             else:
                 self.file = file
+                self.last = max(self.last, *self.unwritten, 0)
                 self.unwritten.clear()
                 return
         if refused and not self.unwritten:  # nothing is lost yet
@@ -135,7 +145,8 @@ class MetricsCSV(Logger):
         # The mode r+ does not create a file: if the run folder was deleted, that is an error.
         with writing(self.file), self.file.open("r+", newline="", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
-            csv.DictWriter(file, self.columns, restval="").writerow(self.last)
+            rows = (row for _, row in sorted(self.unwritten.items()))
+            csv.DictWriter(file, self.columns, restval="").writerows(rows)
 
     def _rewrite(self, rows: Iterable[Row], path: Path) -> None:
         with (
@@ -145,3 +156,4 @@ class MetricsCSV(Logger):
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
+        self.header = len(self.columns)

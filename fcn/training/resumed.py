@@ -43,10 +43,15 @@ class ResumedSettings(Callback):
             module.load_state_dict(checkpoint["current_model_state"])
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Keep the settings of the new optimizer. Lightning restores its state after this."""
+        """Keep the settings of the new optimizer. Lightning restores its state after this.
+
+        Parameter groups may also hold state, such as a counter of steps, which is left alone.
+        """
         (optimizer,) = trainer.optimizers
+        names = {*module.make_optimizer.keywords, "lr", "initial_lr", "lr_multiplier"}
+        names = (names | {"weight_decay"}) - {"fused"}
         self.groups = [
-            {name: value for name, value in group.items() if name not in ("params", "fused")}
+            {name: value for name, value in group.items() if name in names}
             for group in optimizer.param_groups
         ]
 
