@@ -301,6 +301,21 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str) -> None:
         opened(tmp_path, "val")
 
 
+def test_only_the_images_have_a_folder_for_each_split(tmp_path: Path) -> None:
+    for part in ("images/train", "images/val", "masks"):
+        (tmp_path / part).mkdir(parents=True)
+        Image.fromarray(MASK).save(tmp_path / part / f"{part[-3:]}.png")
+    with pytest.raises(DataError, match=r"images: only the images, or only the masks, have a fo"):
+        opened(tmp_path)
+
+
+def test_a_list_in_the_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(root.parent))
+    (root.parent / "mine.txt").write_text(f"{NAMES[3]}\n")
+    assert opened(root, "val", val="~/mine.txt").ids == [NAMES[3]]
+
+
 @pytest.mark.parametrize("line", ["a", "a_sat", "a_sat.jpg"])
 def test_one_folder_and_suffixes(tmp_path: Path, line: str) -> None:
     for name in ("a", "b"):

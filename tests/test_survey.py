@@ -146,6 +146,7 @@ GREY_LABELS[0, :2] = 2
 SAME = palette_picture(LABELS, VOC_COLOURS)
 RED_IS_2 = palette_picture(LABELS * 2, [(0, 0, 0), (9, 9, 9), (128, 0, 0)])
 COLOURS: dict[str, Any] = THREE | {"palette": [[255, 255, 255], [255, 0, 0], [0, 0, 0]]}
+BLACK_IS_VOID: dict[str, Any] = {"palette": [[255, 255, 255], [255, 0, 0]], "void": [0, 0, 0]}
 COLOURED = palette_picture(LABELS, [(255, 255, 255), (255, 0, 0)]).convert("RGB")
 
 
@@ -175,6 +176,8 @@ COLOURED = palette_picture(LABELS, [(255, 255, 255), (255, 0, 0)]).convert("RGB"
         ([COLOURED, COLOURED, np.full_like(LABELS, 255)], COLOURS, "this mask is grey, but"),
         ([COLOURED, COLOURED, np.zeros_like(LABELS)], COLOURS, "p3.png: this mask is grey, but"),
         ([COLOURED, COLOURED, LABELS], COLOURS, ""),
+        ([COLOURED, COLOURED, np.zeros_like(LABELS)], BLACK_IS_VOID, "this mask is grey, but"),
+        ([COLOURED, COLOURED, LABELS == 9], BLACK_IS_VOID, "the values 0 of the grey one"),
         # Grey masks, and one in colours.
         ([LABELS, np.zeros_like(LABELS), COLOURED], COLOURS, "p3.png: this mask is coloured, but"),
     ],

@@ -147,6 +147,7 @@ class Folder(reading.Pairs):
         check_whole("data.dataset.seed", seed, 0, 2**63)
         reading.check_split("Folder", split, self.splits)
         self._void = void if isinstance(void, int) else None
+        self._void_colour = next(iter(_void_colours(void)), None)
         class_colours = self.palette if palette is not None else ()
         self._colours = {_number(*colour): k for k, colour in enumerate(class_colours)}
         self._colours |= {_number(*colour): VOID for colour in _void_colours(void)}
@@ -158,7 +159,8 @@ class Folder(reading.Pairs):
             refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
         names = _all_ids(of_images, of_masks)
         given = {"train": train, "val": val}
-        lists = {key: _read_list(base / file, image_suffix) for key, file in given.items() if file}
+        files = {key: base / Path(file).expanduser() for key, file in given.items() if file}
+        lists = {key: _read_list(file, image_suffix) for key, file in files.items()}
         if not lists and "" in of_images.parts:
             lists["val"] = _draw(names, val_share, seed)
         ids = _splits(names, list(of_images.parts), lists)[split]
@@ -195,7 +197,7 @@ class Folder(reading.Pairs):
         if unknown:
             found = ", ".join(map(_colour_text, unknown[:3]))
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            hint = reading.jpeg_hint(path)
+            hint = ""
             if self._void is not None and _number(*[self._void] * 3) in unknown:
                 hint = f"; if these are void, data.dataset.void=[{','.join([str(self._void)] * 3)}]"
             elif picture.mode == "P":
@@ -255,6 +257,8 @@ class Folder(reading.Pairs):
             return appearance(picture, path)
         first = 1 if self._void == 0 else 0
         colours = {first + k: colour for k, colour in enumerate(self.palette)}
+        if self._void_colour is not None:
+            colours[VOID] = self._void_colour
         return Appearance(is_grey=False, colours=colours)
 
 
@@ -266,9 +270,9 @@ def _is_colour(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_byte, value))
 
 
-def _void_colours(void: Void) -> list[tuple[int, ...]]:
+def _void_colours(void: Void) -> list[tuple[int, int, int]]:
     """The colour of void pixels, if void has one and not a label."""
-    return [tuple(void)] if isinstance(void, Sequence) else []
+    return [(void[0], void[1], void[2])] if isinstance(void, Sequence) else []
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:
@@ -340,6 +344,12 @@ def _all_ids(of_images: Files, of_masks: Files) -> list[str]:
     are_masks = set(of_masks.values())  # they may lie in the folder of the images
     found = {name for name, path in of_images.items() if path not in are_masks}
     if not found & of_masks.keys():
+        split = [files.folder for files in (of_images, of_masks) if "" not in files.parts]
+        if len(split) == 1:
+            raise DataError(
+                f"{split[0]}: only the images, or only the masks, have a folder for each split; "
+                "move both into folders train and val, or neither"
+            )
         raise DataError(
             f"{of_images.folder}: no image has a mask of its name in {of_masks.folder}; the first "
             f"files are {min(of_images.values()).name} and {min(are_masks).name}. With "
@@ -382,7 +392,7 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
 def _read_list(file: Path, suffix: str) -> list[str]:
     """The ids in a text list. A line may also be the name or the path of an image."""
     ids = []
-    for line in reading.read_lines(file.expanduser()):
+    for line in reading.read_lines(file):
         name = PurePath(re.split(r"[/\\]", unicodedata.normalize("NFC", line))[-1])
         ids.append((name.stem if is_picture(name) else name.name).removesuffix(suffix))
     reading.check_once(ids, file)

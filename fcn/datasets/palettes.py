@@ -33,7 +33,7 @@ def appearance(picture: Image.Image, path: Path) -> Appearance:
     Raises:
         DataError: the picture holds colours, transparent pixels or fractions.
     """
-    values = np.unique(labels_of(picture, path)).tolist()
+    values = np.unique(labels_of(picture, path)).astype(int).tolist()
     colours = {value: (value, value, value) for value in values}
     if picture.mode == "1":
         colours = {value: (255 * value, 255 * value, 255 * value) for value in values}

@@ -20,6 +20,15 @@ from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch.utils.data import get_worker_info
 
+from fcn.datasets.misread import (
+    BANDS,
+    BITS,
+    SAMPLE_FORMAT,
+    check_mask,
+    check_others,
+    check_tiff,
+    raw_mode,
+)
 from fcn.datasets.value_range import (
     FULL_RANGE,
     Facts,
@@ -51,8 +60,7 @@ MAX_PIXELS = 178_956_970  # the number at which Pillow would refuse an image
 # Pillow's modes of one band of whole numbers above 255; "I" has 32 bits and is used for 16 as well.
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 # Tags of TIFF; the first of them is EXIF's too.
-ORIENTATION, KIND_OF_PAGE, WIDTH, BITS = 274, 254, 256, 258
-COLOURS, BANDS, SAMPLE_FORMAT = 262, 277, 339
+ORIENTATION, KIND_OF_PAGE, WIDTH, COMPRESSION = 274, 254, 256, 259
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -123,13 +131,17 @@ def _why_not_opened(path: Path, error: Exception) -> str:
     """Why Pillow cannot open a file, in words; for a TIFF, which bands and type it has."""
     with suppress(Exception), path.open("rb") as file:
         head = file.read(8)
+        if 43 in head[2:4]:
+            raise ValueError("a BigTIFF, whose head is another")
         directory = ImageFileDirectory_v2(head)
         file.seek(directory.next)
         directory.load(file)
         bands, bits = directory.get(BANDS, 1), directory.get(BITS, (1,))[0]
+        compression = directory.get(COMPRESSION, 1)
         return (
-            f"it is a TIFF of {bands} bands of {bits} bits, which Pillow does not read; save 1, 3 "
-            "or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or 32-bit float"
+            f"it is a TIFF of {bands} bands of {bits} bits in compression {compression}, which "
+            "Pillow does not read; save 1, 3 or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or "
+            "32-bit float, in compression 1 (none), 5 (LZW) or 8 (deflate)"
         )
     ending = why_no_picture(path) if path.exists() else None
     others = "" if path.exists() else others_of_stem(path, path.parent.glob("*"))
@@ -162,6 +174,8 @@ def _decode(
     with open_picture(path, what, max_pixels=max_pixels) as picture:
         try:
             found = _judge(picture)
+            if what == "mask":
+                check_mask(picture)
             if isinstance(picture, TiffImageFile):
                 # Without a name, Pillow does not map the file into memory. It would map a TIFF that
                 # is to be turned by 90 degrees with width and height exchanged (Pillow 13.0).
@@ -169,6 +183,10 @@ def _decode(
             if low_bytes:
                 picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
             picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation
+            if isinstance(picture, TiffImageFile) and picture.mode == "I":
+                unsigned = picture.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 1
+                if unsigned and np.asarray(picture).min() < 0:  # Pillow's own numbers have a sign
+                    raise ValueError("it has values above 2147483647; save it in 16 bits")
             turn = TURNS.get(_orientation(picture))
             return (picture if turn is None else picture.transpose(turn)), found
         except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
@@ -191,7 +209,8 @@ def _judge(picture: ImageFile.ImageFile) -> str:
     if mode not in (*COLOUR_MODES, *ALPHA_MODES, *WIDE_MODES, "F"):
         raise ValueError(f"mode {mode} is not read; save it as RGB")
     if isinstance(picture, TiffImageFile):
-        _check_tiff(picture, found)
+        check_tiff(picture, found)
+    check_others(picture)
     if found == "16-bit" and mode not in WIDE_MODES:
         for tile in picture.tile:
             _low_bytes(tile.args)
@@ -223,33 +242,8 @@ def _type_of(picture: ImageFile.ImageFile) -> str:
     """The type of the values in an open file, a key of FULL_RANGE."""
     if picture.mode == "F":
         return "float"
-    is_deep = any(DEEP_MODES.fullmatch(_raw_mode(tile.args)) for tile in picture.tile)
+    is_deep = any(DEEP_MODES.fullmatch(raw_mode(tile.args)) for tile in picture.tile)
     return "16-bit" if is_deep or picture.mode in WIDE_MODES else "8-bit"
-
-
-def _check_tiff(picture: TiffImageFile, found: str) -> None:
-    """Refuse a TIFF of which Pillow would drop bands or bits, or misread the values.
-
-    Raises:
-        ValueError: it is such a file.
-    """
-    tags = picture.tag_v2
-    bits = tags.get(BITS, (1,))
-    bands = max(tags.get(BANDS, 1), len(bits))
-    if bands != len(picture.getbands()):
-        raise ValueError(
-            f"it has {bands} bands, and images have 1, 3 or 4 (RGBA); save the 3 that the network "
-            "shall see as RGB"
-        )
-    if max(bits) > 8 and found == "8-bit":
-        raise ValueError(f"Pillow reads only 8 of its {max(bits)} bits; save it in 8 bits")
-    if max(bits) == 8 and 2 in tags.get(SAMPLE_FORMAT, (1,)):
-        raise ValueError("its values are signed; save them in 16 bits")
-    swapped = any(_raw_mode(tile.args).endswith(("BS", "BF")) for tile in picture.tile)
-    if swapped and picture.tile[0].codec_name == "libtiff":  # Pillow 13.0 swaps the bytes twice
-        raise ValueError("it is compressed, with big-endian numbers; save it without compression")
-    if found != "8-bit" and tags.get(COLOURS) == 0:
-        raise ValueError("its value 0 is white (WhiteIsZero); save it with 0 for black")
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -276,14 +270,9 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, 
     return ((width, height) if swap else (height, width)), orientation
 
 
-def _raw_mode(args: object) -> str:
-    """What Pillow's decoder makes of the bytes, such as "RGB;16B"."""
-    return str(args[0] if isinstance(args, tuple) else args)
-
-
 def _low_bytes(args: Any) -> Any:
     """The arguments of Pillow's decoder for the lower 8 of 16 bits: the other byte of each pair."""
-    mode = _raw_mode(args)
+    mode = raw_mode(args)
     if mode.startswith(("LA", "RGBa")):
         raise ValueError(f"Pillow reads only 8 of its 16 bits ({mode}); save it as RGB")
     is_little = mode[-1] == "L" or (mode[-1] == "N" and byteorder == "little")

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from fcn.datasets import VOID, Sample
+from fcn.datasets.misread import STRETCHED
 from fcn.datasets.pictures import (
     MAX_PIXELS,
     image_size,
@@ -199,7 +200,21 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     Raises:
         DataError: the picture holds colours, transparent pixels or fractions.
     """
+    if STRETCHED in picture.info:
+        raise DataError(
+            f"{path}: this mask has {picture.info[STRETCHED]}, which are stretched when they are "
+            "read, so that 1 is not 1; save it in 8 bits"
+        )
     labels = np.array(picture)  # (H, W) or (H, W, bands)
+    if picture.format == "GIF" and picture.mode == "P":
+        values = np.unique(labels).tolist()
+        colours = np.reshape(picture.getpalette() or [], (-1, 3))[values]  # (values, 3)
+        grey, is_grey = colours[:, 0].tolist(), (colours == colours[:, :1]).all()
+        if is_grey and grey != values and len(values) > 2:
+            raise DataError(
+                f"{path}: this GIF has numbers {values} for the grey values {grey}, and either may "
+                "be the labels; save masks as PNG"
+            )
     if picture.mode in ("LA", "PA", "RGBA"):
         if labels[..., -1].min() < 255:
             raise DataError(f"{path}: this mask has transparent pixels; save it without alpha")
@@ -211,7 +226,6 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
             raise DataError(
                 f"{path}: a mask of mode {picture.mode} needs data.dataset.palette, the colour of "
                 f"each class; its colours are {colours}{', …' if len(found) > 4 else ''}"
-                f"{jpeg_hint(path)}"
             )
         labels = labels[..., 0]
     if labels.dtype.kind == "f":
@@ -247,7 +261,7 @@ def to_mask(
         found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
         allowed = f"{first} to {first + num_classes - 1}"
         allowed += "" if void is None else f" or {void} (void)"
-        hint = _hint(path, values, num_classes) if hint is None else hint
+        hint = _hint(values, num_classes, zero=0 in labels) if hint is None else hint
         raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
     mask = labels.astype(np.uint8, copy=False)
     if void == 0:
@@ -255,11 +269,15 @@ def to_mask(
     return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
 
 
-def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
-    """What unknown labels most likely mean, and what to do then."""
-    if jpeg_hint(path):
-        return jpeg_hint(path)
-    if unknown.tolist() == [num_classes]:
+def _hint(unknown: np.ndarray, num_classes: int, *, zero: bool) -> str:
+    """What unknown labels most likely mean, and what to do then.
+
+    Args:
+        unknown: these labels, in order.
+        num_classes: how many classes there are.
+        zero: whether 0 is a label too.
+    """
+    if unknown.tolist() == [num_classes] and not zero:
         return "; if the labels begin with 1 and 0 is void, set data.dataset.void=0"
     if unknown[-1] in range(32, 256):  # spread over all values, so that people can see them
         return (
@@ -267,12 +285,6 @@ def _hint(path: Path, unknown: np.ndarray, num_classes: int) -> str:
             "colours, such as [100,100,100] for the value 100"
         )
     return ""
-
-
-def jpeg_hint(path: Path) -> str:
-    """What is wrong with the values of a mask, if its file is a JPEG."""
-    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    return "; JPEG changes the values of pixels, so save masks as PNG" if is_jpeg else ""
 
 
 class Pairs(Dataset[Sample]):
