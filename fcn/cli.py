@@ -44,7 +44,8 @@ PATHS = re.compile(
 # character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
 VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")  # of a sweep; commas within quotes are text
-RESUMED = re.compile(r"resume=(?!(auto|null|'auto')$)")  # an argument that names a run
+RESUMED = re.compile(r"""resume=(?!(auto|null|'auto'|"auto")$)""")  # an argument that names a run
+forced_arguments: set[str] = set()  # those that `forced` has changed
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -114,7 +115,10 @@ def forced(argument: str) -> str:
     """
     key, equals, _ = argument.partition("=")
     single = re.fullmatch(r"(?!hydra\.)[a-z]\w*(\.\w+)*", key) and not (CONF / key).is_dir()
-    return f"++{argument}" if equals and single and not RESUMED.match(argument) else argument
+    if not equals or not single or RESUMED.match(argument):
+        return argument
+    forced_arguments.add(f"++{argument}")
+    return f"++{argument}"
 
 
 def accept_data_changes() -> None:

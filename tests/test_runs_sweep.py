@@ -18,6 +18,7 @@ import yaml
 from conftest import PROJECT, TINY
 from forks import fork
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -189,16 +190,20 @@ def test_a_job_with_its_best_checkpoint_alone(tmp_path: Path) -> None:
 
 def test_two_sweeps_in_one_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    setup_globals()  # Hydra's resolver of ${now:...}
     folders = []
     for rate in (1, 2):
-        sweep = {"dir": str(tmp_path / "a" / "12-00-00")}
+        sweep = {"dir": f"{tmp_path}/a/${{now:%Y}}"}
         hydra = {"sweep": sweep, "overrides": {"task": [f"lr={rate},3"], "hydra": []}}
         config = OmegaConf.create({"hydra": hydra, "lr": 1e-5})
         sweeps.ContinueSweep().on_multirun_start(config)
         folders.append(Path(config.hydra.sweep.dir))
         assert config.hydra.overrides.hydra == [f"hydra.sweep.dir={folders[-1]}"]
-    assert [folder.name for folder in folders] == ["12-00-00", "12-00-00_2"]
+    assert folders[1].name == f"{folders[0].name}_2"
     assert all(folder.is_dir() for folder in folders)
+    config.hydra.sweep.dir = str(tmp_path)  # as a file in conf/ may say
+    sweeps.ContinueSweep().on_multirun_start(config)
+    assert config.hydra.sweep.dir == str(tmp_path)
 
 
 def test_sweep_is_known_by_command_and_settings(tmp_path: Path) -> None:

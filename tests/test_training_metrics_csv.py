@@ -33,15 +33,24 @@ def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
     assert read_column(rows, "other") == ([], [])
 
 
-def test_values_of_other_callbacks(tmp_path: Path) -> None:
+def test_values_of_other_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come before or after ours of the same steps, which are read in groups of five."""
-    csv = MetricsCSV(tmp_path / "metrics.csv")
+    csv, rewrite = MetricsCSV(tmp_path / "metrics.csv"), MetricsCSV._rewrite
+    rewritten: list[str] = []  # the steps at which the whole file was written
+
+    def noted(self: MetricsCSV, *arguments: Any) -> None:
+        rewritten.append(",".join(map(str, self.unwritten)))
+        rewrite(self, *arguments)
+
+    monkeypatch.setattr(MetricsCSV, "_rewrite", noted)
     for last in (5, 10):
         csv.log_metrics({"lr-SGD": 0.1, "epoch": 0}, step=last - 1)
         for step in range(last - 4, last + 1):
             csv.log_metrics({"train/loss": step}, step=step)
         csv.log_metrics({"mine": last}, step=last)
         csv.log_metrics({"val/miou": last / 10}, step=last)
+    # For a new column, and for what came late. The first column came before the first row.
+    assert rewritten == ["1", "5", "10"]
     csv.log_metrics({"late": 1}, step=3)
     csv.log_metrics({"no step": 2})
     csv.finalize("success")
@@ -54,6 +63,16 @@ def test_values_of_other_callbacks(tmp_path: Path) -> None:
     assert read_column(rows, "late") == ([3], [1])
     assert read_column(rows, "no step") == ([10], [2])
     assert MetricsCSV(csv.path, resume_step=10).last == 10
+
+
+def test_a_run_without_our_own_values(tmp_path: Path) -> None:
+    """With callbacks.loss_statistics=null, and without a validation."""
+    csv = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 2501):
+        csv.log_metrics({"mine": step}, step=step)
+    assert len(read_metrics(csv.path)) == 2000  # after a kill
+    csv.finalize("success")
+    assert [row["step"] for row in read_metrics(csv.path)] == [str(s) for s in range(1, 2501)]
 
 
 def test_resumed_from_an_earlier_step(tmp_path: Path) -> None:

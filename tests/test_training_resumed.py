@@ -153,6 +153,11 @@ def test_no_steps_left_in_time(begun: Path, tmp_path: Path) -> None:
     check_steps_left(run, resumed_config(run, []), 2)
     for change in ("trainer.max_time=00:00:02:00", "callbacks.panels=null"):
         check_steps_left(run, resumed_config(run, [change, "optimizer.lr=1e-4"]), 2)
+    cfg.trainer.max_steps = 2
+    OmegaConf.save(cfg, run / "config.yaml")  # steps have ended it, and last.ckpt is lost
+    check_steps_left(run, resumed_config(run, ["trainer.max_steps=9"]), 1)
+    cfg.trainer.max_steps = -1
+    OmegaConf.save(cfg, run / "config.yaml")
     (run / "summary.json").unlink()  # it was killed
     check_steps_left(run, resumed_config(run, ["optimizer.lr=1e-4"]), 2)
 
@@ -212,9 +217,10 @@ def test_settings_that_only_the_run_has(
     ((cfg, overrides),) = seen
     assert overrides == changes
     assert (cfg.callbacks.ema.decay, cfg.scheduler.power, cfg.optimizer.lr) == (0.5, 2, 0.5)
-    command(f"resume={run}", "callbacks.ema=null", "scheduler=cosine")
+    command(f"resume={run}", "callbacks.ema=null", "scheduler=cosine", "++trainer.new=3")
     assert seen[1][0].callbacks.ema is None
     assert seen[1][0].scheduler._target_ == "fcn.schedules.cosine"
+    assert seen[1][0].trainer.new == 3
     for wrong, message in (
         (["callbacks.ema.deca=0.5"], "callbacks.ema has no such setting"),
         (["-m", "optimizer.lr=1,2"], "a sweep cannot go on with one run"),

@@ -162,7 +162,7 @@ class Folder(reading.Pairs):
         ids = split_ids(names, list(of_images.parts), lists)[split]
         if not ids:
             raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
-        self._list = base / str(given.get(split))
+        self._list = files.get(split, base)
         self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
         if self._nowhere:
             count = f"{len(self._nowhere)} of {len(ids)} ids"

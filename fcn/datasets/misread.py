@@ -71,19 +71,28 @@ def check_mask(picture: ImageFile.ImageFile) -> None:
     Raises:
         ValueError: it is in such a format.
     """
-    lossless = b""
-    if picture.format == "WEBP":
-        with Path(os.fsdecode(picture.filename)).open("rb") as file:
-            lossless = file.read(16)[12:]
-    if picture.format in LOSSY or (picture.format == "WEBP" and lossless != b"VP8L"):
-        kind = "JPEG" if picture.format == "MPO" else picture.format
-        raise ValueError(f"{kind} changes the values of pixels, so save masks as PNG")
+    kind = "JPEG" if picture.format == "MPO" else picture.format
+    if picture.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):  # of a TIFF
+        kind = "JPEG"
+    lossy_webp = kind == "WEBP" and not _is_lossless_webp(Path(os.fsdecode(picture.filename)))
+    if kind in LOSSY or lossy_webp:
+        changes = "may change" if kind == "JPEG2000" else "changes"
+        raise ValueError(f"{kind} {changes} the values of pixels, so save masks as PNG")
     bits = [raw_mode(tile.args)[2] for tile in picture.tile if L24.match(raw_mode(tile.args))]
     if bits:
         picture.info[STRETCHED] = f"{bits[0]} bits"
     highest = _highest_value(picture)
     if highest not in (0, 255, 65535):
         picture.info[STRETCHED] = f"values up to {highest}"
+
+
+def _is_lossless_webp(path: Path) -> bool:
+    """Whether the first chunk of pixels in a WebP file is a lossless one."""
+    content, at = path.read_bytes(), 12  # behind "RIFF", a size and "WEBP"
+    while content[at : at + 4] not in (b"VP8L", b"VP8 ", b""):
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+    return content[at : at + 4] == b"VP8L"
 
 
 def _highest_value(picture: ImageFile.ImageFile) -> int:

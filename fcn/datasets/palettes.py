@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fcn.datasets.pictures import palette_of
 from fcn.datasets.reading import labels_of
 
 Colour = tuple[int, int, int]
@@ -38,10 +39,7 @@ def appearance(picture: Image.Image, path: Path) -> Appearance:
     if picture.mode == "1":
         colours = {value: (255 * value, 255 * value, 255 * value) for value in values}
     elif picture.mode in ("P", "PA"):
-        # A palette may be too short; what is missing is shown as black.
-        table = np.zeros((256, 3), int)
-        palette = np.reshape(picture.getpalette() or [], (-1, 3))
-        table[: len(palette)] = palette
+        table = palette_of(picture)
         colours = {value: tuple(table[value].tolist()) for value in values}
     is_grey = all(colour == (value, value, value) for value, colour in colours.items())
     return Appearance(is_grey, colours)

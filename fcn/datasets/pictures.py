@@ -270,6 +270,14 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, 
     return ((width, height) if swap else (height, width)), orientation
 
 
+def palette_of(picture: Image.Image) -> np.ndarray:
+    """The colours (256, 3) of a picture of mode P. What its palette lacks is shown as black."""
+    table = np.zeros((256, 3), int)
+    palette = np.reshape(picture.getpalette() or [], (-1, 3))
+    table[: len(palette)] = palette
+    return table
+
+
 def _low_bytes(args: Any) -> Any:
     """The arguments of Pillow's decoder for the lower 8 of 16 bits: the other byte of each pair."""
     mode = raw_mode(args)

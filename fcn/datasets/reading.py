@@ -30,6 +30,7 @@ from fcn.datasets.pictures import (
     image_size,
     image_type,
     others_of_stem,
+    palette_of,
     read_image,
     read_picture,
 )
@@ -208,9 +209,9 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     labels = np.array(picture)  # (H, W) or (H, W, bands)
     if picture.format == "GIF" and picture.mode == "P":
         values = np.unique(labels).tolist()
-        colours = np.reshape(picture.getpalette() or [], (-1, 3))[values]  # (values, 3)
+        colours = palette_of(picture)[values]  # (values, 3)
         grey, is_grey = colours[:, 0].tolist(), (colours == colours[:, :1]).all()
-        if is_grey and grey != values and len(values) > 2:
+        if is_grey and grey != values and len(set(grey)) == len(values) > 2:
             raise DataError(
                 f"{path}: this GIF has numbers {values} for the grey values {grey}, and either may "
                 "be the labels; save masks as PNG"

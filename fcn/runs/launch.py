@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fcn.cli import command_line, literal, short_messages
+from fcn.cli import command_line, forced_arguments, literal, short_messages
 from fcn.errors import DataError, Stopped, TrainingError
 
 # torch and Lightning are imported where they are needed: `train.py --help` must answer at once.
@@ -40,8 +40,7 @@ def launch(cfg: DictConfig, train: Train) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
-    if cfg.resume not in (None, "auto"):
-        overrides = [o.removeprefix("++") for o in overrides]  # see fcn.cli.forced
+    overrides = [o.removeprefix("++") if o in forced_arguments else o for o in overrides]
     if hydra.mode == RunMode.MULTIRUN:
         folder = Path(hydra.sweep.dir) / hydra.sweep.subdir
     elif hydra.run.dir != ".":

@@ -193,7 +193,8 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
         return
     if step == most:
         raise ConfigError(f"no steps are left: set trainer.max_steps above {most}")
-    if status(run) != "finished" or step == before.trainer.max_steps:
+    # The run may have ended later than at `step`, the step of the newest checkpoint that is left.
+    if status(run) != "finished" or read_summary(run).get("steps") == before.trainer.max_steps:
         return
     # What has ended the run is a time, early stopping, or a callback of the user's.
     if (before.trainer.max_time, before.callbacks) == (cfg.trainer.max_time, cfg.callbacks):

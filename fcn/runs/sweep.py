@@ -50,10 +50,14 @@ class ContinueSweep(Callback):
         if given or several_processes():
             return
         sweep = find_sweep(config)
-        if sweep is None:  # two sweeps may start in the same second
+        as_written: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        named_by_time = "${now:" in as_written["dir"]
+        if sweep is not None:
+            print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
+        elif named_by_time:  # two sweeps may start in the same second
             sweep = create_sweep_folder(Path(config.hydra.sweep.dir))
         else:
-            print(f"This sweep goes on in {sweep}; hydra.sweep.dir=DIR starts it anew", flush=True)
+            return
         with read_write(config.hydra):
             config.hydra.sweep.dir = literal(str(sweep))
             # A launcher composes the settings of each job again, from the overrides.

@@ -83,11 +83,12 @@ def fit(
     return summary if is_main_process() else {}
 
 
-def _go_on(trainer: pl.Trainer) -> str:
-    """The command that resumes this run, for the end of a message."""
+def _go_on(trainer: pl.Trainer, *changes: str) -> str:
+    """The command that resumes this run with these changes, for the end of a message."""
     if not any(Path(trainer.default_root_dir).glob("checkpoints/*.ckpt")):
         return "this run has no checkpoint, so it cannot be resumed"
-    command = cli.command_line(["python", "train.py", f"resume={trainer.default_root_dir}"])
+    words = ["python", "train.py", f"resume={trainer.default_root_dir}", *changes]
+    command = cli.command_line(words)
     return f"go on with: {command}"
 
 
@@ -105,8 +106,7 @@ def _explained(
     if loader_died(error):
         return TrainingError(
             f"a process that loads data ended: {error}. The system kills one when memory is short: "
-            "data.num_workers=1 needs less, 0 none. "
-            f"To resume, {_go_on(trainer)} data.num_workers=0"
+            f"data.num_workers=1 needs less, 0 none; {_go_on(trainer, 'data.num_workers=0')}"
         )
     return None
 

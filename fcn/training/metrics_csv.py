@@ -19,6 +19,8 @@ from fcn.errors import WriteError
 from fcn.files import atomic_write, retry, writing
 from fcn.runs.metrics import Row, read_rows, stand_in
 
+MOST_HELD = 1000  # rows in memory that wait for ours, which there may be none of
+
 
 class MetricsCSV(Logger):
     """Writes a CSV file row by row. All values that are logged at one step share a row.
@@ -41,7 +43,8 @@ class MetricsCSV(Logger):
         self.path = self.file = Path(path)  # `file` is where the rows are at the moment
         self.columns, self.header = ["step"], 0  # all columns, and how many of them the file has
         self.last = 0  # the last step that has a row in the file
-        self.unwritten: dict[int, Row] = {}  # for a step, what is in no file yet
+        self.unwritten: dict[int, Row] = {}  # for a step, what could not be written yet
+        self.held: dict[int, Row] = {}  # for a step, what waits for our own values
         resumed = resume_step > 0 and self.path.exists()
         for row in read_rows(self.path) if resumed else ():
             self.columns = list(row)
@@ -73,10 +76,12 @@ class MetricsCSV(Logger):
         """Add to the row of `step`, or to the last row without one."""
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         self.columns += [name for name in values if name not in self.columns]
-        step = max(self.last, *self.unwritten, 0) if step is None else step
-        self.unwritten.setdefault(step, {"step": str(step)}).update(values)
-        if not any(name == "train/loss" or name.startswith("val/") for name in values):
+        step = max(self.last, *self.unwritten, *self.held) if step is None else step
+        self.held.setdefault(step, {"step": str(step)}).update(values)
+        own = any(name == "train/loss" or name.startswith("val/") for name in values)
+        if not own and len(self.held) < MOST_HELD:
             return
+        self._release(step)
         append = self.header == len(self.columns) and min(self.unwritten) > self.last
         if self.file != self.path:
             append = append and self.file.exists()  # else metrics.csv may lack columns
@@ -96,12 +101,18 @@ class MetricsCSV(Logger):
 
     def _settle(self) -> None:
         """Have all rows in the file itself; otherwise raise a PermissionError."""
+        self._release(max(self.held, default=0))
         if self.file != self.path:
             self._take_its_place()
         if self.unwritten:
             self._write(self._all_rows)
         if self.unwritten or self.file != self.path:
             raise PermissionError
+
+    def _release(self, last: int) -> None:
+        """Let what is held be written, up to a step. Later rows would have to be written twice."""
+        for step in sorted(step for step in self.held if step <= last):
+            self.unwritten.setdefault(step, Row()).update(self.held.pop(step))
 
     def _take_its_place(self) -> None:
         if self.file.exists():  # the user may have removed it
