@@ -51,8 +51,8 @@ def test_values_of_other_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         csv.log_metrics({"val/miou": last / 10}, step=last)
     # For a new column, and for what came late. The first column came before the first row.
     assert rewritten == ["1", "5", "10"]
-    csv.log_metrics({"late": 1}, step=3)
     csv.log_metrics({"no step": 2})
+    csv.log_metrics({"late": 1}, step=3)
     csv.finalize("success")
     rows = read_metrics(csv.path)
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]

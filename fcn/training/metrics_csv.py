@@ -76,7 +76,7 @@ class MetricsCSV(Logger):
         """Add to the row of `step`, or to the last row without one."""
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         self.columns += [name for name in values if name not in self.columns]
-        step = max(self.last, *self.unwritten, *self.held) if step is None else step
+        step = max([self.last, *self.unwritten, *self.held]) if step is None else step
         self.held.setdefault(step, {"step": str(step)}).update(values)
         own = any(name == "train/loss" or name.startswith("val/") for name in values)
         if not own and len(self.held) < MOST_HELD:
