@@ -1,13 +1,14 @@
 """Picture files that Pillow 13.0 opens without an error but misreads. They are refused.
 
-fcn/datasets/pictures.py, the one reader of pictures, calls these functions on an open file, of
-which no pixel is decoded yet. Each says what is wrong, and in which form the file can be read.
+fcn/datasets/pictures.py, the one reader of pictures, calls these functions on an open file. Only
+`check_values` needs its pixels. Each says what is wrong, and in which form the file can be read.
 """
 
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 from PIL import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -63,6 +64,18 @@ def check_others(picture: ImageFile.ImageFile) -> None:
         start = content.find(b"\xff\x4f\xff\x51")  # where the code stream begins
         if start >= 0 and content[start + 42] & 127 >= 8:  # bits of the first band, less 1
             raise ValueError("in more than 8 bits, its white becomes black; save it in 8 bits")
+
+
+def check_values(picture: ImageFile.ImageFile) -> None:
+    """Refuse a decoded TIFF whose values have become negative, as Pillow's numbers have a sign.
+
+    Raises:
+        ValueError: it is such a file.
+    """
+    if isinstance(picture, TiffImageFile) and picture.mode == "I":
+        unsigned = picture.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 1
+        if unsigned and np.asarray(picture).min() < 0:
+            raise ValueError("it has values above 2147483647; save it in 16 bits")
 
 
 def check_mask(picture: ImageFile.ImageFile) -> None:

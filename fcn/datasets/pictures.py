@@ -23,10 +23,10 @@ from torch.utils.data import get_worker_info
 from fcn.datasets.misread import (
     BANDS,
     BITS,
-    SAMPLE_FORMAT,
     check_mask,
     check_others,
     check_tiff,
+    check_values,
     raw_mode,
 )
 from fcn.datasets.value_range import (
@@ -183,10 +183,7 @@ def _decode(
             if low_bytes:
                 picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
             picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation
-            if isinstance(picture, TiffImageFile) and picture.mode == "I":
-                unsigned = picture.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 1
-                if unsigned and np.asarray(picture).min() < 0:  # Pillow's own numbers have a sign
-                    raise ValueError("it has values above 2147483647; save it in 16 bits")
+            check_values(picture)
             turn = TURNS.get(_orientation(picture))
             return (picture if turn is None else picture.transpose(turn)), found
         except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type

@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+# What fcn/module.py and the schedule write into each parameter group, beside what the optimizer has.
+GROUP_SETTINGS = {"lr", "initial_lr", "lr_multiplier", "weight_decay"}
+
 
 class ResumedSettings(Callback):
     """Puts the current settings where Lightning has restored those of the checkpoint.
@@ -48,8 +51,7 @@ class ResumedSettings(Callback):
         Parameter groups may also hold state, such as a counter of steps, which is left alone.
         """
         (optimizer,) = trainer.optimizers
-        names = {*module.make_optimizer.keywords, "lr", "initial_lr", "lr_multiplier"}
-        names = (names | {"weight_decay"}) - {"fused"}
+        names = (GROUP_SETTINGS | module.make_optimizer.keywords.keys()) - {"fused"}
         self.groups = [
             {name: value for name, value in group.items() if name in names}
             for group in optimizer.param_groups
