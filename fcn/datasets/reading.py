@@ -262,7 +262,7 @@ def to_mask(
         found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
         allowed = f"{first} to {first + num_classes - 1}"
         allowed += "" if void is None else f" or {void} (void)"
-        hint = _hint(values, num_classes, zero=0 in labels) if hint is None else hint
+        hint = _hint(values, num_classes) if hint is None else hint
         raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
     mask = labels.astype(np.uint8, copy=False)
     if void == 0:
@@ -270,15 +270,9 @@ def to_mask(
     return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
 
 
-def _hint(unknown: np.ndarray, num_classes: int, *, zero: bool) -> str:
-    """What unknown labels most likely mean, and what to do then.
-
-    Args:
-        unknown: these labels, in order.
-        num_classes: how many classes there are.
-        zero: whether 0 is a label too.
-    """
-    if unknown.tolist() == [num_classes] and not zero:
+def _hint(unknown: np.ndarray, num_classes: int) -> str:
+    """What unknown labels, in order, most likely mean, and what to do then."""
+    if unknown.tolist() == [num_classes]:
         return "; if the labels begin with 1 and 0 is void, set data.dataset.void=0"
     if unknown[-1] in range(32, 256):  # spread over all values, so that people can see them
         return (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-# What fcn/module.py and the schedule write into each parameter group, beside what the optimizer has.
+# What fcn/module.py and the schedule write into each parameter group.
 GROUP_SETTINGS = {"lr", "initial_lr", "lr_multiplier", "weight_decay"}
 
 
