@@ -29,9 +29,11 @@ def jobs(tmp_path: Path) -> dict[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def threads_end() -> Iterator[None]:
-    """None of the threads is left, whatever happens."""
+    """None of the threads begun by a test is left, whatever happens."""
+    before = set(threading.enumerate())  # other tests of this process may have left some
     yield
-    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    begun = set(threading.enumerate()) - before
+    assert not [thread for thread in begun if thread.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.fixture
