@@ -73,19 +73,15 @@ def check_card(device: torch.device) -> None:
         return
     known, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
     if known and not has_code_for(capability, known):
-        name = f"{torch.cuda.get_device_name(device)} (compute capability {_dotted(capability)})"
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        advice = OLD_CARDS if capability < OLDEST_OF_PYPI else NEW_CARDS
         raise DeviceError(
             f"{device}: the installed torch {torch.__version__} has no code for this card, a {name}"
-            f"; it has {' '.join(known)}. {_advice(capability)}"
+            f" (compute capability {major}.{minor}); it has {' '.join(known)}. "
+            f"{TOO_OLD if capability < OLDEST_OF_ALL else advice}"
             "\nAnother device can be chosen: trainer.accelerator=cpu for train.py, accelerator=cpu "
             "for evaluate.py, device=cpu for predict.py"
         )
-
-
-def _advice(capability: Capability) -> str:
-    if capability < OLDEST_OF_ALL:
-        return TOO_OLD
-    return OLD_CARDS if capability < OLDEST_OF_PYPI else NEW_CARDS
 
 
 def has_tensor_cores(device: torch.device) -> bool:
@@ -111,7 +107,3 @@ def warn_about_unused_card() -> None:
         "CPU: %s. trainer.accelerator=cpu is without this warning",
         why,
     )
-
-
-def _dotted(capability: Capability) -> str:
-    return ".".join(map(str, capability))
