@@ -15,7 +15,7 @@ import numpy as np
 
 from fcn.datasets import Labels, reading
 from fcn.datasets.download import Archive
-from fcn.datasets.voc2012 import voc_palette
+from fcn.datasets.voc2012 import LISTS, voc_palette
 from fcn.errors import DataError, check_flag
 
 ARCHIVE = Archive(
@@ -29,23 +29,8 @@ ARCHIVE = Archive(
     ),
     tree="ADEChallengeData2016",
 )
-# The first name of each class in the benchmark's objectInfo150.txt. Mask value 1 is `wall`.
-NAMES = """
-wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
-earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
-mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
-base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
-refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
-river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
-palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
-truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel,
-pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain,
-conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent,
-bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle,
-lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
-pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
-"""
-CLASSES = tuple(name.strip() for name in NAMES.split(","))
+# The first name of each class in the benchmark's objectInfo150.txt: line k is the mask value k.
+CLASSES = tuple(reading.read_lines(LISTS / "ade20k_classes.txt"))
 FOLDERS = {"train": "training", "val": "validation"}  # of each split
 
 

@@ -29,7 +29,7 @@ ARCHIVE = Archive(
     ),
     tree="VOCdevkit/VOC2012",
 )
-LISTS = Path(__file__).parent / "lists"  # lists of ids that the archive does not contain
+LISTS = Path(__file__).parent / "lists"  # lists that the archives do not contain
 OWN_SPLITS = ("seg11valid", "mini_train335", "mini_train", "mini_val")  # the names of these lists
 
 
