@@ -8,8 +8,8 @@ Whatever is wrong with a file, the error is a DataError that begins with the fil
 
 import logging
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path, PurePath
 from sys import byteorder
@@ -20,15 +20,7 @@ from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch.utils.data import get_worker_info
 
-from fcn.datasets.misread import (
-    BANDS,
-    BITS,
-    check_mask,
-    check_others,
-    check_tiff,
-    check_values,
-    raw_mode,
-)
+from fcn.datasets import misread
 from fcn.datasets.value_range import (
     FULL_RANGE,
     Facts,
@@ -92,16 +84,18 @@ def why_no_picture(path: PurePath) -> str | None:
     return "it has not the ending of a picture that can be read"
 
 
-def others_of_stem(missing: PurePath, files: Iterable[PurePath]) -> str:
-    """Which files of the same stem as a missing one are no pictures that are read, and why."""
-    reasons = {path.name: why_no_picture(path) for path in files if path.stem == missing.stem}
-    return "".join(f"; {name}: {why}" for name, why in sorted(reasons.items()) if why)
+def others_of_stem(missing: Path) -> str:
+    """Which files beside a missing one have its stem but are no pictures that are read, and why."""
+    others = sorted(path for path in missing.parent.glob("*") if path.stem == missing.stem)
+    reasons = ((path.name, why_no_picture(path)) for path in others)
+    return "".join(f"; {name}: {why}" for name, why in reasons if why)
 
 
+@contextmanager
 def open_picture(
     path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS
-) -> ImageFile.ImageFile:
-    """Open a picture without decoding it.
+) -> Iterator[ImageFile.ImageFile]:
+    """Open a picture without decoding it. An error in the `with` block is about this picture, too.
 
     Args:
         path: the file.
@@ -115,16 +109,20 @@ def open_picture(
         picture = Image.open(path, formats=FORMATS)
     except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
         raise DataError(f"{path}: cannot read this {what}: {_why_not_opened(path, e)}") from e
-    pixels = picture.width * picture.height
-    if pixels > max_pixels:
-        picture.close()
-        raise DataError(
-            f"{path}: cannot read this {what}: it has {picture.width}×{picture.height} pixels, "
-            f"{pixels / 1e6:,.1f} million, and the limit is {max_pixels / 1e6:,.1f} million; "
-            f"data.dataset.max_pixels={pixels} allows it, in predict.py max_pixels={pixels} "
-            "tile=1024"
-        )
-    return picture
+    with picture:
+        pixels = picture.width * picture.height
+        if pixels > max_pixels:
+            raise DataError(
+                f"{path}: cannot read this {what}: it has {picture.width}×{picture.height} pixels, "
+                f"{pixels / 1e6:,.1f} million, and the limit is {max_pixels / 1e6:,.1f} million; "
+                f"data.dataset.max_pixels={pixels} allows it, in predict.py max_pixels={pixels} "
+                "tile=1024"
+            )
+        try:
+            yield picture
+        except Exception as e:  # as above
+            first_line = reason(e).splitlines()[0]
+            raise DataError(f"{path}: cannot read this {what}: {first_line}") from e
 
 
 def _why_not_opened(path: Path, error: Exception) -> str:
@@ -136,16 +134,17 @@ def _why_not_opened(path: Path, error: Exception) -> str:
         directory = ImageFileDirectory_v2(head)
         file.seek(directory.next)
         directory.load(file)
-        bands, bits = directory.get(BANDS, 1), directory.get(BITS, (1,))[0]
+        bands, bits = directory.get(misread.BANDS, 1), directory.get(misread.BITS, (1,))[0]
         compression = directory.get(COMPRESSION, 1)
         return (
             f"it is a TIFF of {bands} bands of {bits} bits in compression {compression}, which "
             "Pillow does not read; save 1, 3 or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or "
             "32-bit float, in compression 1 (none), 5 (LZW) or 8 (deflate)"
         )
-    ending = why_no_picture(path) if path.exists() else None
-    others = "" if path.exists() else others_of_stem(path, path.parent.glob("*"))
-    return ending or reason(error).splitlines()[0] + others
+    first_line = reason(error).splitlines()[0]
+    if path.exists():
+        return why_no_picture(path) or first_line
+    return first_line + others_of_stem(path)
 
 
 def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -172,27 +171,19 @@ def _decode(
     Of colours in 16 bits, Pillow decodes the upper 8 only; with `low_bytes` it is the lower 8.
     """
     with open_picture(path, what, max_pixels=max_pixels) as picture:
-        try:
-            found = _judge(picture)
-            if what == "mask":
-                check_mask(picture)
-            if isinstance(picture, TiffImageFile):
-                # Without a name, Pillow does not map the file into memory. It would map a TIFF that
-                # is to be turned by 90 degrees with width and height exchanged (Pillow 13.0).
-                picture.filename = ""
-            if low_bytes:
-                picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
-            picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation
-            check_values(picture)
-            turn = TURNS.get(_orientation(picture))
-            return (picture if turn is None else picture.transpose(turn)), found
-        except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type
-            raise _unreadable(path, what, e) from e
-
-
-def _unreadable(path: Path, what: str, error: Exception) -> DataError:
-    first_line = (reason(error).splitlines() or [type(error).__name__])[0]
-    return DataError(f"{path}: cannot read this {what}: {first_line}")
+        found = _judge(picture)
+        if what == "mask":
+            misread.check_mask(picture)
+        if isinstance(picture, TiffImageFile):
+            # Without a name, Pillow does not map the file into memory. It would map a TIFF that is
+            # to be turned by 90 degrees with width and height exchanged (Pillow 13.0).
+            picture.filename = ""
+        if low_bytes:
+            picture.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in picture.tile]
+        picture.load()  # Pillow itself may turn a TIFF here; it then forgets the orientation
+        misread.check_values(picture)
+        turn = TURNS.get(_orientation(picture))
+        return (picture if turn is None else picture.transpose(turn)), found
 
 
 def _judge(picture: ImageFile.ImageFile) -> str:
@@ -206,8 +197,8 @@ def _judge(picture: ImageFile.ImageFile) -> str:
     if mode not in (*COLOUR_MODES, *ALPHA_MODES, *WIDE_MODES, "F"):
         raise ValueError(f"mode {mode} is not read; save it as RGB")
     if isinstance(picture, TiffImageFile):
-        check_tiff(picture, found)
-    check_others(picture)
+        misread.check_tiff(picture, found)
+    misread.check_others(picture)
     if found == "16-bit" and mode not in WIDE_MODES:
         for tile in picture.tile:
             _low_bytes(tile.args)
@@ -239,7 +230,7 @@ def _type_of(picture: ImageFile.ImageFile) -> str:
     """The type of the values in an open file, a key of FULL_RANGE."""
     if picture.mode == "F":
         return "float"
-    is_deep = any(DEEP_MODES.fullmatch(raw_mode(tile.args)) for tile in picture.tile)
+    is_deep = any(DEEP_MODES.fullmatch(misread.raw_mode(tile.args)) for tile in picture.tile)
     return "16-bit" if is_deep or picture.mode in WIDE_MODES else "8-bit"
 
 
@@ -277,7 +268,7 @@ def palette_of(picture: Image.Image) -> np.ndarray:
 
 def _low_bytes(args: Any) -> Any:
     """The arguments of Pillow's decoder for the lower 8 of 16 bits: the other byte of each pair."""
-    mode = raw_mode(args)
+    mode = misread.raw_mode(args)
     if mode.startswith(("LA", "RGBa")):
         raise ValueError(f"Pillow reads only 8 of its 16 bits ({mode}); save it as RGB")
     is_little = mode[-1] == "L" or (mode[-1] == "N" and byteorder == "little")
@@ -333,9 +324,14 @@ def image_facts(
 ) -> Facts:
     """The type of an image's values, and how they lie in their range.
 
+    The pixels of an 8-bit image are decoded only if a range is set: all others fit.
+
     Args:
         path, value_range, max_pixels: as for `read_image`, which raises the same errors.
     """
+    found = image_type(path, max_pixels=max_pixels)
+    if found == "8-bit" and value_range is None:
+        return Facts(found, 0, 255)
     return measure(*_read_values(path, max_pixels), value_range, usual=True)
 
 
@@ -346,10 +342,7 @@ def image_type(path: Path, *, max_pixels: int = MAX_PIXELS) -> str:
         DataError: as `read_image`, as far as the head of the file shows it.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
-        try:
-            found = _judge(picture)
-        except Exception as e:  # as in `_decode`
-            raise _unreadable(path, "image", e) from e
+        found = _judge(picture)
         _warn_about_alpha(picture, path)
         return found
 
@@ -379,12 +372,7 @@ def _read_values(path: Path, max_pixels: int) -> tuple[np.ndarray, str]:
     if mode in ("La", "RGBa"):  # colours that are multiplied by alpha
         picture = picture.convert(mode.upper())
     _warn_about_alpha(picture, path)
-    if mode in ("LA", "La"):
-        values = np.array(picture)[..., 0]
-    elif mode.startswith("RGB"):
-        values = np.array(picture)[..., :3]
-    else:
-        values = np.array(picture.convert("RGB"))
+    values = np.array(picture.convert("RGB"))  # without alpha
     if found == "16-bit":  # so far these are the upper 8 bits
         low, _ = _decode(path, "image", max_pixels, low_bytes=True)
         values = values.astype(np.uint16) << 8 | np.array(low)[..., :3]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from fcn.datasets.pictures import (
 )
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
-
-Pair = tuple[Path, Path]  # the file of an image and the file of its mask
 
 _missing_allowed = ContextVar("missing_allowed", default=False)
 
@@ -134,9 +132,8 @@ def check_exist(paths: Iterable[Path], *, what: str) -> None:
         found[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
     missing = [path for path in wanted if path.name not in found[path.parent]]
     if missing:
-        first = missing[0]
-        message = f"{len(missing)} of {len(wanted)} {what} missing, the first {first}"
-        refuse_missing(message + others_of_stem(first, map(PurePath, found[first.parent])))
+        message = f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}"
+        refuse_missing(message + others_of_stem(missing[0]))
 
 
 def refuse_missing(message: str) -> None:
@@ -289,7 +286,7 @@ class Pairs(Dataset[Sample]):
     the labels 0, 1, 2, ... with VOID.
 
     Args:
-        pairs: the two files of each id, in the order of the data set.
+        pairs: the files of image and mask for each id, in the order of the data set.
         value_range, max_pixels: as for `read_image`. All images must have the type of the first.
 
     Raises:
@@ -302,7 +299,7 @@ class Pairs(Dataset[Sample]):
 
     def __init__(
         self,
-        pairs: dict[str, Pair],
+        pairs: dict[str, tuple[Path, Path]],
         *,
         value_range: Range | None = None,
         max_pixels: int = MAX_PIXELS,
