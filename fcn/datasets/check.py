@@ -21,14 +21,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from fcn import cli
-from fcn.datasets import Sample, SegmentationDataset
-from fcn.datasets.reading import (
-    MismatchedSizeError,
-    UnknownLabelError,
-    check_disjoint,
-    missing_allowed,
-)
-from fcn.datasets.survey import Survey, balanced_weights, find_errors, images_and_range
+from fcn.datasets import Sample, SegmentationDataset, reading
+from fcn.datasets.survey import Survey, balanced_weights, find_errors
 from fcn.datasets.value_range import RangeError, clipping
 from fcn.errors import DataError
 from fcn.figures.legend import legend_entries, one_line
@@ -43,8 +37,8 @@ SHOWN = 40  # errors that are printed; of more, only the number
 PICTURED = 3  # samples of each split in data_check.png
 # The words for each kind of error in the summary of a split.
 KINDS: dict[type[DataError], str] = {
-    UnknownLabelError: "with unknown labels",
-    MismatchedSizeError: "of two sizes",
+    reading.UnknownLabelError: "with unknown labels",
+    reading.MismatchedSizeError: "of two sizes",
     RangeError: "outside of the range",
 }
 
@@ -54,8 +48,7 @@ def describe(survey: Survey) -> Iterator[str]:
     kinds = Counter(KINDS.get(type(error), "missing or broken") for error in survey.errors)
     bad = "".join(f", {number} {kind}" for kind, number in kinds.items())
     yield f"{survey.split}: {len(survey.data)} pairs, {len(survey.good)} good{bad}"
-    pairs = survey.pairs.values()
-    sizes = Counter(pair.size for pair in pairs if pair.size is not None)
+    sizes = Counter(pair.size for pair in survey.pairs.values() if pair.size is not None)
     if sizes:
         heights, widths = zip(*sizes, strict=True)
         common = ", ".join(f"{w}×{h} ({n})" for (h, w), n in sizes.most_common(3))
@@ -63,7 +56,7 @@ def describe(survey: Survey) -> Iterator[str]:
             f"  {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high; "
             f"most often {common}"
         )
-    facts = [fact for pair in pairs for fact in pair.facts.values() if fact.type != "8-bit"]
+    facts = [fact for fact in survey.facts.values() if fact.type != "8-bit"]
     if facts:
         low, high = min(f.lowest for f in facts), max(f.highest for f in facts)
         yield f"  images with {facts[0].type} values, {low:g} to {high:g}"
@@ -102,12 +95,10 @@ def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterato
 def images_in_both(train: Survey, val: Survey) -> Iterator[DataError]:
     """An error for the ids that training and validation share, and one for each equal image."""
     try:
-        check_disjoint(train.data.ids, val.data.ids)
+        reading.check_disjoint(train.data.ids, val.data.ids)
     except DataError as error:
         yield error
-    first = {}
-    for index, pair in reversed(train.pairs.items()):
-        first[pair.content] = train.data.ids[index]
+    first = {pair.content: train.data.ids[i] for i, pair in reversed(train.pairs.items())}
     for index, pair in val.pairs.items():
         name, other = first.get(pair.content), val.data.ids[index]
         if pair.content and name not in (None, other):  # an id in both is in the error above
@@ -139,6 +130,8 @@ def draw(samples: Sequence[Sample], data: SegmentationDataset, width: int = 300)
 def check(datamodule: "SegmentationDataModule", output: Path) -> int:
     """Read training and validation data, print what is found, and draw some samples.
 
+    Each error is printed once and in one line, but no more than `SHOWN` of them.
+
     Args:
         datamodule: opens the splits.
         output: the folder for data_check.png. A new one is not kept if there are no samples.
@@ -150,7 +143,15 @@ def check(datamodule: "SegmentationDataModule", output: Path) -> int:
         The number of errors.
     """
     with create_folder(output, "data_check.png"):
-        return _print_errors(_report(datamodule, output))
+        errors = _report(datamodule, output)
+    texts = (" ".join(map(str.strip, str(error).splitlines())) for error in errors)
+    lines = list(dict.fromkeys(one_line(text, 1000) for text in texts))  # each once
+    for line in lines[:SHOWN]:
+        print(f"error: {line}")
+    if len(lines) > SHOWN:
+        print(f"… and {len(lines) - SHOWN} more")
+    print(f"errors: {len(lines)}" if lines else "no errors")
+    return len(lines)
 
 
 def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataError]:
@@ -159,7 +160,8 @@ def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataErro
     errors: list[DataError] = []
     for split in (datamodule.train_split, datamodule.val_split):
         try:
-            with missing_allowed():  # a missing file is an error of its pair, not of the split
+            # A missing file is an error of its pair, and not of the split.
+            with reading.missing_allowed():
                 data = datamodule.open(split, download=datamodule.download)
         except DataError as error:
             errors.append(error)
@@ -167,9 +169,10 @@ def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataErro
         surveys.append(Survey(split, data, images=True))
         print(*describe(surveys[-1]), sep="\n")
     if len(surveys) == 2:
-        errors += find_errors(*surveys, limit=datamodule.limit)
-        errors += images_in_both(*surveys)
-        warning = clipping(*images_and_range(*surveys))
+        train, val = surveys
+        errors += find_errors(train, val, limit=datamodule.limit)
+        errors += images_in_both(train, val)
+        warning = clipping(train.facts | val.facts, train.value_range)
         if warning:
             print(warning)
     else:
@@ -190,18 +193,6 @@ def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataErro
     return errors
 
 
-def _print_errors(errors: Sequence[DataError]) -> int:
-    """Print each error once and in one line, but no more than `SHOWN`; return their number."""
-    texts = (" ".join(map(str.strip, str(error).splitlines())) for error in errors)
-    lines = list(dict.fromkeys(one_line(text, 1000) for text in texts))
-    for line in lines[:SHOWN]:
-        print(f"error: {line}")
-    if len(lines) > SHOWN:
-        print(f"… and {len(lines) - SHOWN} more")
-    print(f"errors: {len(lines)}" if lines else "no errors")
-    return len(lines)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Compose the settings as train.py does, and check the data that they name."""
     if {"-h", "--help"} & set(arguments):
@@ -213,7 +204,7 @@ def main(arguments: Sequence[str]) -> None:
         if argument.startswith("output="):
             output = Path(argument.removeprefix("output="))
         elif not argument.startswith("resume="):  # a command line of train.py may have it
-            overrides.append(cli.quoted(argument))
+            overrides.append(argument)
     with cli.short_messages():
         if check(cli.build(cli.compose(overrides), "data"), output):
             raise SystemExit(1)

@@ -22,7 +22,7 @@ from tqdm.contrib.concurrent import thread_map
 from fcn.datasets import SegmentationDataset
 from fcn.datasets.folder import Folder
 from fcn.datasets.palettes import Appearance, contradiction
-from fcn.datasets.pictures import image_facts, image_size, image_type
+from fcn.datasets.pictures import image_facts, image_size
 from fcn.datasets.reading import Pairs
 from fcn.datasets.value_range import Facts, Range, RangeError, clipping, range_problem
 from fcn.errors import DataError
@@ -58,10 +58,12 @@ class Survey:
         data: its data set.
         images: whether to read the images too, or only the masks and the heads of the images.
         seconds: after this time, no further pair is read. The order is random, so that those which
-            were read are a sample of all. None: all are read.
+            were read are a sample of all.
 
     Attributes:
+        value_range: the range that is set for the values of images.
         pairs: what was noted of each pair that was read, by its index.
+        facts, appearances: what was noted of the files of images, and of masks.
         errors: of the pairs that cannot be used.
         good: indices of the others.
         pixels, masks: (256,), how many pixels have each label, and how many masks.
@@ -73,19 +75,24 @@ class Survey:
         data: SegmentationDataset,
         *,
         images: bool = False,
-        seconds: float | None = None,
+        seconds: float = math.inf,
     ) -> None:
         self.split, self.data, self._with_images = split, data, images
-        self._deadline = time.monotonic() + (math.inf if seconds is None else seconds)
+        self.value_range: Range | None = getattr(data, "value_range", None)
+        self._deadline = time.monotonic() + seconds
         order = np.random.default_rng(0).permutation(len(data)).tolist()
         # Threads are enough, since Pillow releases Python's lock while it decodes.
         found = thread_map(self._read, order, desc=split, leave=False, disable=None)
-        noted = {index: pair for index, pair in zip(order, found, strict=True) if pair is not None}
-        self.pairs: dict[int, PairReport] = {index: noted[index] for index in sorted(noted)}
+        noted = dict(zip(order, found, strict=True))
+        self.pairs: dict[int, PairReport] = {i: noted[i] for i in sorted(noted) if noted[i]}
         self.errors = [pair.error for pair in self.pairs.values() if pair.error is not None]
         self.good = [index for index, pair in self.pairs.items() if pair.error is None]
+        self.facts: dict[Path, Facts] = {}
+        self.appearances: dict[Path, Appearance] = {}
         self.pixels, self.masks = np.zeros((2, 256), np.int64)
         for pair in self.pairs.values():
+            self.facts |= pair.facts
+            self.appearances |= pair.appearance
             if pair.pixels is not None:
                 self.pixels += pair.pixels
                 self.masks += pair.pixels > 0
@@ -106,12 +113,7 @@ class Survey:
             data.check_listed(index)
         if isinstance(data, Pairs):
             image, mask = data.pairs[data.ids[index]]
-            kind = image_type(image, max_pixels=data.max_pixels)
-            if kind == "8-bit" and data.value_range is None:
-                pair.facts[image] = Facts(kind, 0, 255)
-            else:
-                facts = image_facts(image, data.value_range, max_pixels=data.max_pixels)
-                pair.facts[image] = facts
+            pair.facts[image] = image_facts(image, data.value_range, max_pixels=data.max_pixels)
             (height, width), turn = image_size(image, max_pixels=data.max_pixels)
             if turn in (2, 3, 4) or (turn > 4 and height == width):
                 with suppress(DataError):  # a mask in a .mat is no picture
@@ -160,24 +162,13 @@ def find_errors(train: Survey, val: Survey, *, limit: int | None) -> list[DataEr
         train, val: what is in the two splits.
         limit: the setting data.limit.
     """
-    appearances: dict[Path, Appearance] = {}
-    for pair in (*train.pairs.values(), *val.pairs.values()):
-        appearances |= pair.appearance
-    problems = [range_problem(*images_and_range(train, val))]
-    problems += [contradiction(appearances)]
+    problems = [range_problem(train.facts | val.facts, train.value_range)]
+    problems += [contradiction(train.appearances | val.appearances)]
     if limit is None:
         problems += [void_problem(train) or mixed_with_void(train, val)]
     # The first problem is said once, and not for each image.
     single = [e for e in (*train.errors, *val.errors) if not isinstance(e, RangeError)]
     return [*(DataError(text) for text in problems if text), *single]
-
-
-def images_and_range(train: Survey, val: Survey) -> tuple[dict[Path, Facts], Range | None]:
-    """What was noted of the images of both splits, and the range that is set for their values."""
-    facts: dict[Path, Facts] = {}
-    for pair in (*train.pairs.values(), *val.pairs.values()):
-        facts |= pair.facts
-    return facts, getattr(train.data, "value_range", None)
 
 
 def void_problem(train: Survey) -> str | None:
@@ -187,17 +178,15 @@ def void_problem(train: Survey) -> str | None:
     published data sets, whose labels are known, all classes but one must be missing.
     """
     unseen, void = train.unseen_classes(), train.pixels[train.data.void]
-    own = isinstance(train.data, Folder)
-    if not (unseen and void and train.is_complete):
-        return None
-    if not own and len(unseen) < len(train.data.classes) - 1:
+    own, most = isinstance(train.data, Folder), len(unseen) >= len(train.data.classes) - 1
+    if not (unseen and void and train.is_complete and (own or most)):
         return None
     share = void / train.pixels.sum()
     message = (
         f"no pixel of {', '.join(unseen)} in the {len(train.data)} training masks, but {share:.1%} "
         "of their pixels are void, which is ignored. "
     )
-    if own and len(unseen) >= len(train.data.classes) - 1:
+    if own and most:
         message += (
             "If these pixels are the missing class, as in masks of the values 0 and 255, set "
             "data.dataset.void=null 'data.dataset.palette=[[0,0,0],[255,255,255]]', a colour for "
@@ -262,7 +251,7 @@ def before_training(datamodule: "SegmentationDataModule") -> None:
         if len(errors) > SHOWN:
             lines.append(f"and {len(errors) - SHOWN} more errors")
         raise DataError("\n".join(lines))
-    warning = clipping(*images_and_range(train, val))
+    warning = clipping(train.facts | val.facts, train.value_range)
     if warning:
         print(warning, flush=True)
     if train.is_complete and train.unseen_classes():
