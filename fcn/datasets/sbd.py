@@ -75,18 +75,18 @@ class SBD(reading.Pairs):
             voc2012.ARCHIVE.find(root, download)
         if download or split == "train":
             folder = ARCHIVE.find(root, download)
-        pairs: dict[str, reading.Pair] = {}
-        if split == "train":
-            for part in ("train", "val") if with_voc else ("train",):
-                for name in reading.read_ids(folder / f"{part}.txt"):
-                    image, mask = folder / "img" / f"{name}.jpg", folder / "cls" / f"{name}.mat"
-                    pairs[name] = image, mask
-        if split != "train" or with_voc:
-            pairs |= VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
-        if split == "train" and with_voc:
-            voc = voc2012.ARCHIVE.find(root, download)
-            for name in reading.read_ids(voc2012.list_path(voc, "val")):
-                pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
+        if split != "train":
+            pairs = VOC2012(split=split if with_voc else "seg11valid", root=root).pairs
+        else:
+            lists = ("train", "val") if with_voc else ("train",)
+            ids = [name for part in lists for name in reading.read_ids(folder / f"{part}.txt")]
+            images, masks = folder / "img", folder / "cls"
+            pairs = {name: (images / f"{name}.jpg", masks / f"{name}.mat") for name in ids}
+            if with_voc:
+                pairs |= VOC2012(split="train", root=root).pairs
+                voc = voc2012.ARCHIVE.find(root, download)
+                for name in reading.read_ids(voc2012.list_path(voc, "val")):
+                    pairs.pop(name, None)  # this removes seg11valid too, which is a part of val
         super().__init__(dict(sorted(pairs.items())))
 
     def read_mask(self, path: Path) -> np.ndarray:
