@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             dashboard(entity, project).save()
         except Exception as error:  # of many types: no key, no network, no such project
-            why = (reason(error).splitlines() or [""])[0]
+            why = reason(error).splitlines()[0]
             raise ConfigError(f"W&B has not saved the view in {options.project}: {why}") from error
 
 
