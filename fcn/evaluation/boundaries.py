@@ -12,7 +12,7 @@ two classes touch. The border of the picture is no boundary.
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
+from scipy import ndimage
 
 from fcn.metrics import segmentation_scores
 
@@ -38,13 +38,10 @@ def band_confusions(
         in no narrower one; the last one counts those beyond all bands. Together they are the
         confusion matrix of the image, with labels in rows and predictions in columns.
     """
-    edge = np.zeros(mask.shape, bool)  # (H, W)
-    down, across = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]  # (H - 1, W), (H, W - 1)
-    edge[1:] |= down
-    edge[:-1] |= down
-    edge[:, 1:] |= across
-    edge[:, :-1] |= across
-    distance = distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, np.inf)
+    # Where the labels of a pixel and of the four around it are not all the same.
+    cross = ndimage.generate_binary_structure(2, 1)
+    edge = ndimage.morphological_gradient(mask, footprint=cross) > 0  # (H, W)
+    distance = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, np.inf)
     # The index in WIDTHS of the narrowest band that reaches a pixel; one more beyond all bands.
     band = np.searchsorted(WIDTHS, distance + 1)  # (H, W)
     cell = (band * classes + mask) * classes + prediction  # (H, W), an index into the flat counts
