@@ -60,7 +60,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     from fcn.evaluation.folder import FILES, write_folder
     from fcn.evaluation.result import score
     from fcn.files import create_folder
-    from fcn.inference.onnx_session import open_onnx_checkpoint
+    from fcn.inference.onnx_session import open_onnx
     from fcn.inference.tta import TestTime
     from fcn.precision import keep_freed_memory
     from fcn.runs.folder import output_folder
@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)
     candidates = []
     for path in map(find_checkpoint, chosen):
-        exported = open_onnx_checkpoint(path) if path.suffix == ".onnx" else None
+        exported = open_onnx(path) if path.suffix == ".onnx" else None
         candidates.append(open_candidate(path, **options, exported=exported))
     if "_target_" in data:  # data=GROUP
         datamodule, settings = cli.build(cfg, "data"), without_targets(data)

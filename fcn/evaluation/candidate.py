@@ -63,7 +63,7 @@ def open_candidate(
             where the device cannot compute in that, the one it is fast at.
         wrap: a function that puts something around the network, such as
             `fcn.inference.tta.TestTime`. None leaves the network as it is.
-        exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx_checkpoint` gives.
+        exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx` gives.
 
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.

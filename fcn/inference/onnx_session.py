@@ -1,8 +1,7 @@
 """Running an ONNX file that export.py has written, as predict.py and evaluate.py do.
 
-    scores, class_names, palette, value_range, kind = open_onnx(Path("export/best.onnx"))
-    logits = scores(image)      # (N, 3, H, W) uint8 -> (N, K, H, W)
-    checkpoint, network = open_onnx_checkpoint(Path("export/int8.onnx"))
+    checkpoint, network = open_onnx(Path("export/best.onnx"))
+    logits = network(image)     # (N, 3, H, W) uint8 -> (N, K, H, W)
 
 A file that another program has made from one of export.py's, such as onnxruntime's quantiser, will
 do if it keeps the metadata.
@@ -19,36 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcn.checkpoint import image_type
 from fcn.errors import ConfigError, WeightsError
-from fcn.inference.tiles import ScoreFunction
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
 METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range", "config", "step")
 NEW = dict.fromkeys(("value_range", "config", "step"), "null")  # older files do not have these
 Program = Callable[[Tensor], Sequence[Tensor]]  # an image -> scores and, if it is there, the mask
-
-
-def open_onnx(path: Path) -> tuple[ScoreFunction, list[str], Any, Any, str | None]:
-    """The network of an ONNX file, and four facts that export.py has put beside it.
-
-    Returns:
-        The scores; the names of the classes; their colours, or None; and the values of an image's
-        file that are black and white, and the type of an image's values, each of them or None, as
-        `fcn.datasets.pictures.read_image` takes them.
-
-    Raises:
-        ConfigError: onnxruntime is not installed.
-        WeightsError: the file is missing or broken, or export.py did not write it.
-    """
-    program, about = _open(path)
-    return (
-        lambda image: program(image)[0],
-        about["class_names"],
-        about["palette"],
-        about["value_range"],
-        image_type(about),
-    )
 
 
 class OnnxNetwork(nn.Module):
@@ -73,35 +48,35 @@ class OnnxNetwork(nn.Module):
         return scores
 
 
-def open_onnx_checkpoint(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
-    """What a checkpoint holds besides weights, from an ONNX file, and the file's network.
+def open_onnx(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
+    """What a checkpoint holds besides weights, from a file of export.py, and the file's network.
+
+    The dict has one entry more than a checkpoint: `value_range`, the values of an image's file that
+    are black and white, as `fcn.datasets.pictures.read_image` takes them; or None.
 
     Raises:
-        ConfigError, WeightsError: as `open_onnx`.
+        ConfigError: onnxruntime is not installed.
+        WeightsError: the file is missing or broken, or export.py did not write it.
     """
-    program, about = _open(path)
-    names, void = about["class_names"], about["void"]
-    if not all(isinstance(name, str) for name in names) or type(void) is not int:
-        raise WeightsError(f"ckpt={path}: its classes are no names")
-    checkpoint = {
-        "hyper_parameters": {"class_names": names, "void": void},
-        "config": about["config"],
-        "precision": "32-true",
-        "global_step": about["step"],
-    }
-    return checkpoint, OnnxNetwork(program, path, len(names))
-
-
-def _open(path: Path) -> tuple[Program, dict[str, Any]]:
-    """The program in a file that export.py has written, and its metadata."""
     need_packages("onnxruntime")
     program, metadata = open_session(path)
     try:
-        return program, {name: json.loads((NEW | metadata)[name]) for name in METADATA}
+        about = {name: json.loads((NEW | metadata)[name]) for name in METADATA}
     except (KeyError, ValueError) as error:
         raise WeightsError(
             f"ckpt={path} was not written by export.py, or has lost its metadata: no {error}"
         ) from error
+    names, void = about["class_names"], about["void"]
+    if not all(isinstance(name, str) for name in names) or type(void) is not int:
+        raise WeightsError(f"ckpt={path}: its classes are no names")
+    checkpoint = {
+        "hyper_parameters": {"class_names": names, "palette": about["palette"], "void": void},
+        "config": about["config"],
+        "precision": "32-true",
+        "global_step": about["step"],
+        "value_range": about["value_range"],
+    }
+    return checkpoint, OnnxNetwork(program, path, len(names))
 
 
 def open_session(path: Path) -> tuple[Program, dict[str, str]]:

@@ -142,7 +142,10 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
-        return Predictor(*open_onnx(path))
+        checkpoint, onnx = open_onnx(path)
+        settings, kind = checkpoint["hyper_parameters"], checkpoint_image_type(checkpoint)
+        names, palette = settings["class_names"], settings["palette"]
+        return Predictor(onnx, names, palette, checkpoint["value_range"], kind)
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
     trained = str(checkpoint["precision"])
