@@ -3,7 +3,7 @@
     jobs, left_out = find_photos("photos", Path("predictions"))      # {photograph: target}
     jobs = voc_photos("/data", None, "comp5", Path("predictions"))   # for VOC's evaluation server
 
-A target is the path of a result without its ending: `mask_path` and `overlay_path` complete it.
+A target is the path of a result without its ending: `result_path` adds one of these endings.
 """
 
 import os
@@ -27,6 +27,8 @@ LeftOut = dict[Path, str]  # files, and why they are no photographs to segment
 # whatever name, makes FFmpeg open the files and addresses that are in it.
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 FORMATS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo"}
+# How the names of results end. A photograph has the first two, a video the others.
+MASK, OVERLAY, OVERLAY_VIDEO, LEGEND = ".png", "_overlay.jpg", "_overlay.mp4", "_legend.png"
 MARK = "fcn predict.py"  # in each result: PNG's text "Software", or a JPEG's or video's comment
 OWN_RESULT = "it is a result of an earlier run"
 
@@ -37,24 +39,9 @@ def results_folder(output: str | None, checkpoint: Path) -> Path:
     return Path(output).expanduser() if output else output_folder(checkpoint, "predictions")
 
 
-def mask_path(target: Path) -> Path:
-    """Where the mask of a photograph goes."""
-    return target.with_name(f"{target.name}.png")
-
-
-def overlay_path(target: Path) -> Path:
-    """Where the overlay of a photograph goes."""
-    return target.with_name(f"{target.name}_overlay.jpg")
-
-
-def video_path(target: Path) -> Path:
-    """Where the overlay of a video goes."""
-    return target.with_name(f"{target.name}_overlay.mp4")
-
-
-def legend_path(target: Path) -> Path:
-    """Where the legend of a video goes."""
-    return target.with_name(f"{target.name}_legend.png")
+def result_path(target: Path, ending: str) -> Path:
+    """Where a result goes. The target may have a dot in its name, which is part of it."""
+    return target.with_name(target.name + ending)
 
 
 def is_video(path: Path) -> bool:
@@ -147,12 +134,12 @@ def describe(left_out: LeftOut) -> list[str]:
 
 def is_result(path: Path) -> bool:
     """Whether predict.py has written this picture or video."""
-    if path.name.endswith("_overlay.mp4") and find_spec("av"):
+    if path.name.endswith(OVERLAY_VIDEO) and find_spec("av"):
         import av
 
         with suppress(av.FFmpegError), open_video(path) as video:
             return bool(video.metadata.get("comment") == MARK)
-    if not path.name.endswith((".png", "_overlay.jpg")):
+    if not path.name.endswith((MASK, LEGEND, OVERLAY)):
         return False  # without opening it
     with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
         marks = picture.info.get("Software"), picture.info.get("comment")  # of PNG and JPEG
@@ -174,9 +161,8 @@ def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
     for path in photos:
         unique = taken[path.parent, path.stem.casefold()] == 1
         target = output / path.relative_to(root).with_name(path.stem if unique else path.name)
-        video = is_video(path)
-        names = (video_path, legend_path) if video else (mask_path, overlay_path)
-        if inputs & {os.path.realpath(name(target)) for name in names}:
+        endings = (OVERLAY_VIDEO, LEGEND) if is_video(path) else (MASK, OVERLAY)
+        if inputs & {os.path.realpath(result_path(target, ending)) for ending in endings}:
             raise ConfigError(
                 f"output={output}: a result of {path.name} would overwrite a photograph or a video"
             )

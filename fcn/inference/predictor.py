@@ -44,7 +44,7 @@ from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import open_onnx
-from fcn.inference.photos import MARK, mask_path, overlay_path
+from fcn.inference.photos import MARK, MASK, OVERLAY, result_path
 from fcn.inference.tiles import ScoreFunction
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
@@ -90,7 +90,7 @@ class Predictor:
         Raises:
             WriteError: the file cannot be written.
         """
-        save_png(to_palette_image(mask, self.colours), mask_path(target))
+        save_png(to_palette_image(mask, self.colours), result_path(target, MASK))
 
     def write_results(self, image: Tensor, mask: Tensor, target: Path) -> None:
         """Write the mask (H, W) uint8, and its colours over the image (3, H, W) above a legend.
@@ -106,7 +106,7 @@ class Predictor:
         canvas = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
         canvas.paste(picture)
         canvas.paste(legend, (0, picture.height))
-        with atomic_write(overlay_path(target)) as part:
+        with atomic_write(result_path(target, OVERLAY)) as part:
             canvas.save(part, "JPEG", quality=90, subsampling=0, comment=MARK)
 
 

@@ -27,7 +27,7 @@ from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay
 from fcn.files import atomic_write
 from fcn.inference.onnx_session import need_packages
-from fcn.inference.photos import MARK, legend_path, open_video, video_path
+from fcn.inference.photos import LEGEND, MARK, OVERLAY_VIDEO, open_video, result_path
 from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
 
@@ -80,7 +80,8 @@ def _predict_video(
     import av
 
     started, number, labels = time.perf_counter(), 0, set[int]()
-    with open_video(path) as source, atomic_write(video_path(target)) as part:
+    result_file = result_path(target, OVERLAY_VIDEO)
+    with open_video(path) as source, atomic_write(result_file) as part:
         _check(source, predictor)
         stream = source.streams.video[0]
         frames = _upright(source, stream)
@@ -106,10 +107,10 @@ def _predict_video(
             result.mux(output.encode(None))
         # The legend comes first: if it cannot be written, no video is left either.
         entries = legend_entries(labels, predictor.class_names, predictor.colours)
-        save_png(draw_legend(entries, width=640), legend_path(target))
+        save_png(draw_legend(entries, width=640), result_path(target, LEGEND))
         sound = "; its sound was left out" if source.streams.audio else ""
     speed = number / (time.perf_counter() - started)
-    return f"{number} frames, {speed:.2f} a second{sound}; see {video_path(target)}"
+    return f"{number} frames, {speed:.2f} a second{sound}; see {result_file}"
 
 
 def _printable(text: str) -> str:
