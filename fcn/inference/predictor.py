@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fcn.cards import check_card, has_tensor_cores
 from fcn.checkpoint import data_settings, read_checkpoint
 from fcn.checkpoint import image_type as checkpoint_image_type
-from fcn.datasets.pictures import MAX_PIXELS, image_facts, image_type, read_image
+from fcn.datasets.pictures import MAX_PIXELS, image_facts, read_image
 from fcn.datasets.value_range import Range, check_range, range_problem
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import (
@@ -298,8 +298,6 @@ def read_ahead(
 
 def _warn_about_range(path: Path, max_pixels: int) -> bool:
     """Whether the values of an image fill little of the range of their type; if so, a warning."""
-    if image_type(path, max_pixels=max_pixels) == "8-bit":
-        return False
     problem = range_problem({path: image_facts(path, max_pixels=max_pixels)}, None)
     if problem:
         log.warning(
@@ -308,24 +306,18 @@ def _warn_about_range(path: Path, max_pixels: int) -> bool:
     return problem is not None
 
 
+@dataclass
 class _Batches:
-    """Predicts batches of photographs. A thread writes one batch while the next is predicted.
+    """Predicts batches of photographs. A thread writes one batch while the next is predicted."""
 
-    Attributes:
-        failed: the photographs that could not be segmented or written, and why, in the order in
-            which their turn came.
-    """
-
-    def __init__(
-        self,
-        jobs: Mapping[Path, Path],
-        network: TestTime,
-        write: Write,
-        writer: ThreadPoolExecutor,
-    ) -> None:
-        self.jobs, self.network, self.write, self.writer = jobs, network, write, writer
-        self.failed: dict[Path, str] = {}
-        self._written: dict[Path, Future[None]] = {}  # of the last batch
+    jobs: Mapping[Path, Path]
+    network: TestTime
+    write: Write
+    writer: ThreadPoolExecutor
+    # The photographs that could not be segmented or written, and why, in the order in which their
+    # turn came.
+    failed: dict[Path, str] = field(default_factory=dict)
+    written: dict[Path, Future[None]] = field(default_factory=dict)  # those of the last batch
 
     def predict(self, batch: Loaded) -> None:
         """Predict photographs of one size, and hand them over to be written."""
@@ -340,7 +332,7 @@ class _Batches:
             return
         self.finish()  # At most one batch waits to be written, or memory would grow on a slow disk.
         for (path, image), mask in zip(batch, masks, strict=True):
-            self._written[path] = self.writer.submit(self._write, image, mask, self.jobs[path])
+            self.written[path] = self.writer.submit(self._write, image, mask, self.jobs[path])
 
     def _write(self, image: Tensor, mask: Tensor, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -353,9 +345,9 @@ class _Batches:
 
     def finish(self) -> None:
         """Wait until the last batch is written, and note what could not be."""
-        for path, written in self._written.items():
+        for path, written in self.written.items():
             try:
                 written.result()
             except (OSError, WriteError) as error:  # only the cause, as the caller names the file
                 self.failed[path] = reason(error.__cause__ or error)
-        self._written = {}
+        self.written = {}
