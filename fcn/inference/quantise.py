@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,12 +158,7 @@ def _write_int8(exact: Path, part: Path, batches: Iterable[Tensor]) -> None:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    waiting = iter(batches)
-
-    def get_next() -> dict[str, Any] | None:
-        batch = next(waiting, None)
-        return None if batch is None else {"image": batch.numpy()}
-
+    inputs = ({"image": batch.numpy()} for batch in batches)
     with TemporaryDirectory() as folder:
         # It finds the shapes of all activations and replaces what is constant.
         ready = Path(folder) / "ready.onnx"
@@ -174,7 +169,7 @@ def _write_int8(exact: Path, part: Path, batches: Iterable[Tensor]) -> None:
         quantize_static(
             ready,
             part,
-            SimpleNamespace(get_next=get_next),
+            SimpleNamespace(get_next=lambda: next(inputs, None)),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
