@@ -67,14 +67,8 @@ def dashboard(entity: str, project: str) -> Any:
         entity: a user or a team of W&B.
         project: the setting logger.wandb.project.
     """
+    from wandb_workspaces import workspaces
     from wandb_workspaces.reports import v2 as panels
-    from wandb_workspaces.workspaces import (
-        RunsetSettings,
-        Section,
-        SectionLayoutSettings,
-        Workspace,
-        WorkspaceSettings,
-    )
 
     def lines(title: str, *metrics: str, **options: Any) -> Any:
         return panels.LinePlot(title=title, x=STEP, y=list(metrics), **options)
@@ -105,21 +99,21 @@ def dashboard(entity: str, project: str) -> Any:
             lines("Images per second", "train/images_per_second"),
         ],
     }
-    return Workspace(
+    return workspaces.Workspace(
         entity=entity,
         project=project,
         name=NAME,
         sections=[
-            Section(
+            workspaces.Section(
                 name=name,
                 panels=content,
                 is_open=True,
-                layout_settings=SectionLayoutSettings(columns=len(content), rows=1),
+                layout_settings=workspaces.SectionLayoutSettings(columns=len(content), rows=1),
             )
             for name, content in sections.items()
         ],
-        settings=WorkspaceSettings(x_axis=STEP),
-        runset_settings=RunsetSettings(pinned_columns=[f"summary:{BEST}"]),
+        settings=workspaces.WorkspaceSettings(x_axis=STEP),
+        runset_settings=workspaces.RunsetSettings(pinned_columns=[f"summary:{BEST}"]),
     )
 
 
