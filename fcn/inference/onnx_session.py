@@ -67,7 +67,8 @@ def open_onnx(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
             f"ckpt={path} was not written by export.py, or has lost its metadata: no {error}"
         ) from error
     names, void = about["class_names"], about["void"]
-    if not all(isinstance(name, str) for name in names) or type(void) is not int:
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or type(void) is not int:
         raise WeightsError(f"ckpt={path}: its classes are no names")
     checkpoint = {
         "hyper_parameters": {"class_names": names, "palette": about["palette"], "void": void},
