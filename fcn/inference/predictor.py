@@ -25,8 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fcn.cards import check_card, has_tensor_cores
-from fcn.checkpoint import data_settings, read_checkpoint
-from fcn.checkpoint import image_type as checkpoint_image_type
+from fcn.checkpoint import data_settings, image_type, read_checkpoint
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, read_image
 from fcn.datasets.value_range import Range, check_range, range_problem
 from fcn.datasets.voc2012 import voc_palette
@@ -143,7 +142,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
         checkpoint, onnx = open_onnx(path)
-        settings, kind = checkpoint["hyper_parameters"], checkpoint_image_type(checkpoint)
+        settings, kind = checkpoint["hyper_parameters"], image_type(checkpoint)
         names, palette = settings["class_names"], settings["palette"]
         return Predictor(onnx, names, palette, checkpoint["value_range"], kind)
     module = SegmentationModule.load_from_checkpoint(path)
@@ -166,7 +165,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
 
     value_range, root = image_settings(path, checkpoint)
     palette = module.hparams.get("palette")
-    kind = checkpoint_image_type(checkpoint)
+    kind = image_type(checkpoint)
     return Predictor(scores, module.class_names, palette, value_range, kind, root)
 
 
