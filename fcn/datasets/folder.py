@@ -107,8 +107,8 @@ class Folder(reading.Pairs):
             wanted = f"a colour [R, G, B] for each of {len(names)} classes"
             refuse("data.dataset.palette", palette, wanted)
         colours = tuple((r, g, b) for r, g, b in palette)
-        meanings = [*colours, *_void_colours(void)]
-        if len(set(meanings)) < len(meanings):
+        void_is_class = isinstance(void, Sequence) and tuple(void) in colours
+        if void_is_class or len(set(colours)) < len(colours):
             raise ConfigError(f"data.dataset.palette={palette}: a colour has two meanings")
         return Labels(names, colours)
 
@@ -143,11 +143,12 @@ class Folder(reading.Pairs):
         check_whole("data.dataset.seed", seed, 0, 2**63)
         reading.check_split("Folder", split, self.splits)
         self._void = void if isinstance(void, int) else None
-        self._void_colour = next(iter(_void_colours(void)), None)
-        class_colours = self.palette if palette is not None else ()
-        self._colours = {_number(*colour): k for k, colour in enumerate(class_colours)}
-        self._colours |= {_number(*colour): VOID for colour in _void_colours(void)}
-        self._grey = all(r == g == b for r, g, b in class_colours)
+        # The colour of each class, and of void, in coloured masks; empty if masks hold labels.
+        self._colour_of = dict(enumerate(self.palette)) if palette is not None else {}
+        self._grey = all(r == g == b for r, g, b in self._colour_of.values())
+        if isinstance(void, Sequence):
+            self._colour_of[VOID] = (void[0], void[1], void[2])
+        self._colours = {_number(*colour): k for k, colour in self._colour_of.items()}
 
         base = Path(root or ".").expanduser()
         of_images, of_masks = Files(base, images, image_suffix), Files(base, masks, mask_suffix)
@@ -252,9 +253,7 @@ class Folder(reading.Pairs):
         if self._holds_labels(picture):
             return appearance(picture, path)
         first = 1 if self._void == 0 else 0
-        colours = {first + k: colour for k, colour in enumerate(self.palette)}
-        if self._void_colour is not None:
-            colours[VOID] = self._void_colour
+        colours = {k if k == VOID else first + k: c for k, c in self._colour_of.items()}
         return Appearance(is_grey=False, colours=colours)
 
 
@@ -264,11 +263,6 @@ def _is_byte(value: object) -> bool:
 
 def _is_colour(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_byte, value))
-
-
-def _void_colours(void: Void) -> list[tuple[int, int, int]]:
-    """The colour of void pixels, if void has one and not a label."""
-    return [(void[0], void[1], void[2])] if isinstance(void, Sequence) else []
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:
