@@ -57,11 +57,9 @@ def tile_spans(length: int, tile: int) -> list[Span]:
     inside = torch.minimum(centre - first, last - centre)
     weights = ((inside - margin) / (overlap - 2 * margin)).clamp(0, 1)
     weights /= weights.sum(0)
-    spans = []
-    for start, weight in zip(starts, weights, strict=True):
-        stop = min(start + tile, length)
-        spans.append(Span(start, stop, weight[start:stop]))
-    return spans
+    stops = [min(start + tile, length) for start in starts]
+    tiles = zip(starts, stops, weights, strict=True)
+    return [Span(start, stop, weight[start:stop]) for start, stop, weight in tiles]
 
 
 def scores_in_bands(network: ScoreFunction, image: Tensor, tile: int) -> Iterator[Tensor]:
@@ -77,8 +75,9 @@ def scores_in_bands(network: ScoreFunction, image: Tensor, tile: int) -> Iterato
     """
     height, width = image.shape[-2:]
     rows, columns = tile_spans(height, tile), tile_spans(width, tile)
+    ends = [*(row.start for row in rows[1:]), height]  # where the next row of tiles begins
     band = None  # (N, K, h, W): sums of weighted scores from the top of this row of tiles down
-    for number, row in enumerate(rows):
+    for row, end in zip(rows, ends, strict=True):
         for column in columns:
             part = image[..., row.start : row.stop, column.start : column.stop]
             scores = network(part).float()  # (N, K, tile height, tile width)
@@ -89,7 +88,6 @@ def scores_in_bands(network: ScoreFunction, image: Tensor, tile: int) -> Iterato
             weights = torch.outer(row.weights, column.weights).to(scores)
             band[..., column.start : column.stop] += scores * weights
         assert band is not None
-        last = number == len(rows) - 1
-        finished = (height if last else rows[number + 1].start) - row.start
+        finished = end - row.start
         yield band[:, :, :finished]
         band = band[:, :, finished:]
