@@ -29,6 +29,7 @@ from fcn.runs.folder import output_folder
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ""}  # and their endings; "": a folder
 AXES = {0: "batch", 2: "height", 3: "width"}  # of the image, which may have any length
 SIZES = ((1, 97, 131), (2, 33, 64), (3, 50, 31), (1, 32, 224), (1, 1, 1))  # (N, H, W) to compare
+EXAMPLE = torch.zeros(2, 3, 70, 101, dtype=torch.uint8)  # an image to trace the network with
 # The allowed difference of two scores, as a share of the largest score. Rounding alone makes it
 # about 1e-6 for a VGG-19 in float32.
 TOLERANCE = 1e-4
@@ -173,7 +174,7 @@ def _write_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, str]) 
     with torch.no_grad(), _any_size():
         written = torch.onnx.export(
             network,
-            (_example(),),
+            (EXAMPLE,),
             dynamo=True,
             dynamic_shapes=(AXES,),
             input_names=["image"],
@@ -193,7 +194,7 @@ def _write_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, str]) 
 def _write_torch(network: ExportedNetwork, path: Path, metadata: dict[str, str]) -> None:
     dynamic = (dict.fromkeys(AXES, Dim.DYNAMIC),)
     with torch.no_grad(), _any_size():
-        program = torch.export.export(network, (_example(),), dynamic_shapes=dynamic)
+        program = torch.export.export(network, (EXAMPLE,), dynamic_shapes=dynamic)
     with path.open("wb") as file:  # torch refuses a path without the ending .pt2
         torch.export.save(program, file, extra_files=metadata)
 
@@ -206,11 +207,6 @@ def _read_torch(path: Path) -> Program:
     """
     with path.open("rb") as file:
         return torch.export.load(file).module()
-
-
-def _example() -> Tensor:
-    """An image to trace the network with."""
-    return torch.zeros(2, 3, 70, 101, dtype=torch.uint8)
 
 
 def _any_size() -> Any:
