@@ -24,9 +24,6 @@ from fcn.errors import ConfigError, check_choice, check_text, refuse
 from fcn.module import SegmentationModule
 from fcn.precision import PRECISIONS, best_layout, best_precision, cast_weights
 
-Exported = tuple[dict[str, Any], nn.Module]  # a checkpoint without weights, and a network
-Wrap = Callable[[nn.Module], nn.Module]  # gives a module that takes and returns what a network does
-
 
 @dataclass
 class Candidate:
@@ -51,8 +48,8 @@ def open_candidate(
     *,
     accelerator: str,
     precision: str | None = None,
-    wrap: Wrap | None = None,
-    exported: Exported | None = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    exported: tuple[dict[str, Any], nn.Module] | None = None,
 ) -> Candidate:
     """Read a checkpoint and make it ready to be scored.
 
@@ -62,8 +59,10 @@ def open_candidate(
         precision: one of `fcn.precision.PRECISIONS`. None: the one that the run was trained in, or,
             where the device cannot compute in that, the one it is fast at.
         wrap: a function that puts something around the network, such as
-            `fcn.inference.tta.TestTime`. None leaves the network as it is.
-        exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx` gives.
+            `fcn.inference.tta.TestTime`, which takes and returns what a network does. None leaves
+            the network as it is.
+        exported: for an ONNX file, what `fcn.inference.onnx_session.open_onnx` gives: what a
+            checkpoint holds besides weights, and a network.
 
     Raises:
         WeightsError: the checkpoint is missing, broken or not ours.
