@@ -101,6 +101,8 @@ def test_nothing_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "data.batch_size=0: must be" in errors[0]
     _, errors = run(capsys, tmp_path, "data.colour=1", status=1)
     assert "data.colour" in errors[0]
+    _, errors = run(capsys, tmp_path, "--data.limit=1", status=1)
+    assert "--data.limit=1: a setting has no hyphens in front" in errors[0]
 
 
 def test_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

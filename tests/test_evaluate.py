@@ -23,6 +23,7 @@ from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, DataError, FCNError, WeightsError
 from fcn.evaluation.boundaries import WIDTHS
 from fcn.evaluation.candidate import open_candidate
+from fcn.inference.onnx_session import METADATA
 from fcn.inference.tta import TestTime
 from fcn.metrics import segmentation_scores
 from fcn.module import SegmentationModule
@@ -302,11 +303,15 @@ def test_onnx_file_of_others(tmp_path: Path) -> None:
     info = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in ("image", "scores")]
     node = onnx.helper.make_node("Identity", ["image"], ["scores"])
     graph = onnx.helper.make_graph([node], "g", info[:1], info[1:])
-    onnx.save(onnx.helper.make_model(graph, ir_version=8), tmp_path / "x.onnx")
-    with pytest.raises(
-        WeightsError, match=r"x\.onnx was not written by export\.py, or has lost its"
+    model = onnx.helper.make_model(graph, ir_version=8)
+    for about, message in (
+        ({}, r"x\.onnx was not written by export\.py, or has lost its"),
+        (dict.fromkeys(METADATA, "null"), r"x\.onnx: its classes are no names"),
     ):
-        evaluate_checkpoint(tmp_path / "x.onnx")
+        onnx.helper.set_model_props(model, about)
+        onnx.save(model, tmp_path / "x.onnx")
+        with pytest.raises(WeightsError, match=message):
+            evaluate_checkpoint(tmp_path / "x.onnx")
 
 
 def test_output_is_refused_before_the_work(
