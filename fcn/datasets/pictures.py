@@ -372,7 +372,9 @@ def _read_values(path: Path, max_pixels: int) -> tuple[np.ndarray, str]:
     if mode in ("La", "RGBa"):  # colours that are multiplied by alpha
         picture = picture.convert(mode.upper())
     _warn_about_alpha(picture, path)
-    values = np.array(picture.convert("RGB"))  # without alpha
+    if mode != "RGB":  # convert() would copy it
+        picture = picture.convert("RGB")  # without alpha
+    values = np.array(picture)
     if found == "16-bit":  # so far these are the upper 8 bits
         low, _ = _decode(path, "image", max_pixels, low_bytes=True)
         values = values.astype(np.uint16) << 8 | np.array(low)[..., :3]
