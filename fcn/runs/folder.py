@@ -12,7 +12,7 @@ own folder. A sweep has one folder for its runs, with a sweep.csv and a sweep.pn
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
@@ -47,17 +47,15 @@ def create_run_folder(folder: Path) -> Path:
     Raises:
         WriteError: it cannot be created.
     """
-    with files.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for candidate in _numbered(folder):
-            with suppress(FileExistsError):
-                candidate.mkdir(exist_ok=True)  # for a job of a sweep, Hydra has created it
-                if any(candidate.iterdir()):
-                    continue
-                # Only one process can create this. So the folder belongs to the one that does.
-                (candidate / "checkpoints").mkdir()
-                break
-    return candidate
+
+    def create(candidate: Path) -> None:
+        candidate.mkdir(exist_ok=True)  # for a job of a sweep, Hydra has created it
+        if any(candidate.iterdir()):
+            raise FileExistsError(candidate)
+        # Only one process can create this. So the folder belongs to the one that does.
+        (candidate / "checkpoints").mkdir()
+
+    return _first_free(folder, create)
 
 
 def create_sweep_folder(folder: Path) -> Path:
@@ -66,18 +64,24 @@ def create_sweep_folder(folder: Path) -> Path:
     Raises:
         WriteError: it cannot be created.
     """
+    return _first_free(folder, Path.mkdir)
+
+
+def _first_free(folder: Path, create: Callable[[Path], None]) -> Path:
+    """Create the folder itself, or with _2, _3 and so on added where `create` finds it taken.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    candidate = folder
     with files.writing(folder):
-        for candidate in _numbered(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(2):
             with suppress(FileExistsError):
-                candidate.mkdir(parents=True)
+                create(candidate)
                 break
+            candidate = folder.with_name(f"{folder.name}_{number}")
     return candidate
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    """The path itself, then with _2, _3 and so on added."""
-    yield folder
-    yield from (folder.with_name(f"{folder.name}_{number}") for number in count(2))
 
 
 @contextmanager
