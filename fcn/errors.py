@@ -131,11 +131,8 @@ def refuse(name: str, value: Any, wanted: str) -> None:
     Raises:
         ConfigError: always.
     """
-    if (
-        isinstance(value, str)
-        and "number" in wanted
-        and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value)
-    ):
+    quoted_number = isinstance(value, str) and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value)
+    if quoted_number and "number" in wanted:
         wanted += ", but is a text; remove the quotes"
     raise ConfigError(f"{name}={_shown(value)}: must be {wanted}")
 
