@@ -1,9 +1,10 @@
 """Run folders: a new one for each run, the lock on them, their settings; versions of the code."""
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fcn.errors import ConfigError, WriteError
 from fcn.runs.folder import (
     RunLockedError,
     create_run_folder,
+    create_sweep_folder,
     is_training,
     lock_run,
     output_folder,
@@ -52,6 +54,16 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=r"run cannot be written: .*; there is no folder"):
         create_run_folder(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("create", [create_run_folder, create_sweep_folder])
+def test_folder_on_a_disk_that_is_not_mounted(
+    tmp_path: Path, create: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with pytest.raises(WriteError, match=r"now cannot be written: .*; there is no folder"):
+        create(tmp_path / "runs" / "fcn8s" / "now")
 
 
 @pytest.fixture
