@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -127,13 +128,11 @@ class LossStatistics(Callback):
             self.total = self.decay * self.total + (1 - self.decay) * loss
             self.weight = self.decay * self.weight + (1 - self.decay)
             self.window.append(loss)
-            mean = math.fsum(self.window) / len(self.window)
-            spread = math.sqrt(math.fsum((x - mean) ** 2 for x in self.window) / len(self.window))
             metrics = {
                 "train/loss": loss,
                 "train/loss_smooth": self.smooth,
-                "train/loss_mean": mean,
-                "train/loss_std": spread,
+                "train/loss_mean": float(np.mean(self.window)),
+                "train/loss_std": float(np.std(self.window)),
                 "train/grad_norm": norm,
                 "train/lr": lr,
                 "train/images_per_second": speed,
