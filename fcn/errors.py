@@ -57,7 +57,6 @@ class Stopped(Exception):
     def __init__(self, number: Signals, step: int) -> None:
         super().__init__(f"{number.name} at step {step}")
         self.exit_code = 128 + number
-        self.step = step
 
 
 def reason(error: BaseException) -> str:

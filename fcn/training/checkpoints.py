@@ -116,10 +116,10 @@ class BestCheckpoint(ModelCheckpoint):
         from somebody else could name any file as the best.
         """
         scores = list(state_dict["best_k_models"].values())  # one, or none before a validation
-        paths = [f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"] if scores else []
-        best = "".join(paths)
-        own = {"dirpath": self.dirpath, "best_k_models": dict(zip(paths, scores, strict=True))}
-        own |= {"best_model_path": best, "kth_best_model_path": best, "last_model_path": ""}
+        best = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}" if scores else ""
+        models = {best: scores[0]} if scores else {}
+        own = {"dirpath": self.dirpath, "best_k_models": models, "last_model_path": ""}
+        own |= {"best_model_path": best, "kth_best_model_path": best}
         super().load_state_dict(state_dict | own)
 
 

@@ -88,8 +88,7 @@ def _go_on(trainer: pl.Trainer, *changes: str) -> str:
     if not any(Path(trainer.default_root_dir).glob("checkpoints/*.ckpt")):
         return "this run has no checkpoint, so it cannot be resumed"
     words = ["python", "train.py", f"resume={trainer.default_root_dir}", *changes]
-    command = cli.command_line(words)
-    return f"go on with: {command}"
+    return f"go on with: {cli.command_line(words)}"
 
 
 def _explained(
