@@ -115,12 +115,11 @@ class BestCheckpoint(ModelCheckpoint):
         Lightning deletes the file that was the best so far when there is a better one. A checkpoint
         from somebody else could name any file as the best.
         """
-        scores = list(state_dict["best_k_models"].values())  # one, or none before a validation
-        best = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}" if scores else ""
-        models = {best: scores[0]} if scores else {}
-        own = {"dirpath": self.dirpath, "best_k_models": models, "last_model_path": ""}
-        own |= {"best_model_path": best, "kth_best_model_path": best}
-        super().load_state_dict(state_dict | own)
+        for score in state_dict["best_k_models"].values():  # one, or none before a validation
+            path = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
