@@ -16,13 +16,10 @@ class Clock(Timer):
     and then validates once more. `time_elapsed` includes the seconds before a resume.
 
     Args:
-        max_time: a text DD:HH:MM:SS, or a dict such as {"hours": 1, "minutes": 30}. None: no limit.
+        duration: a text DD:HH:MM:SS, or a dict such as {"hours": 1, "minutes": 30}. None: no limit.
     """
 
     state_key = "Timer"  # so that checkpoints from before this class, with Lightning's timer, work
-
-    def __init__(self, max_time: str | dict[str, int] | None) -> None:
-        super().__init__(duration=max_time)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]

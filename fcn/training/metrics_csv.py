@@ -45,16 +45,13 @@ class MetricsCSV(Logger):
         self.last = 0  # the last step that has a row in the file
         self.unwritten: dict[int, Row] = {}  # for a step, what could not be written yet
         self.held: dict[int, Row] = {}  # for a step, what waits for our own values
-        resumed = resume_step > 0 and self.path.exists()
-        for row in read_rows(self.path) if resumed else ():
-            self.columns = list(row)
-            if int(row["step"]) <= resume_step:
-                self.last = int(row["step"])
 
-        def kept() -> Iterable[Row]:
-            rows = read_rows(self.path) if resumed else ()
-            return (row for row in rows if int(row["step"]) <= resume_step)
+        def kept() -> Iterator[Row]:
+            if self.path.exists():
+                yield from (row for row in read_rows(self.path) if int(row["step"]) <= resume_step)
 
+        for row in kept():
+            self.columns, self.last = list(row), int(row["step"])
         self._write(kept)
         if self.file == self.path:  # the other one was of an earlier process, and was read above
             with writing(stand_in(self.path)):

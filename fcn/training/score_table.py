@@ -19,13 +19,13 @@ from fcn.figures.legend import one_line
 class ScoreTable(Callback):
     """Prints the scores of each validation, and at the end those of every class."""
 
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        loss, scores = pl_module.val_loss, pl_module.scores
         print(
-            f"step {trainer.global_step}: val loss {values['val/loss']:.4f}, "
-            f"mIoU {values['val/miou']:.4f}, pixel accuracy {values['val/pixel_acc']:.4f}",
+            f"step {trainer.global_step}: val loss {loss:.4f}, mIoU {scores['miou']:.4f}, "
+            f"pixel accuracy {scores['pixel_acc']:.4f}",
             flush=True,
         )
 
