@@ -54,9 +54,9 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
             refuse(key, cfg[key], "a group of settings")
     check_whole("report.images", cfg.report.images)
 
-    from fcn.checkpoint import find_checkpoint, image_type, without_targets
+    from fcn.checkpoint import find_checkpoint, image_type
     from fcn.datasets.reading import Pairs
-    from fcn.evaluation.candidate import check_classes, checkpoint_data, open_candidate
+    from fcn.evaluation.candidate import check_classes, chosen_data, open_candidate
     from fcn.evaluation.folder import FILES, write_folder
     from fcn.evaluation.result import score
     from fcn.files import create_folder
@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
     quiet_lightning()
     keep_freed_memory()
-    tta, data = cli.plain(cfg.tta), cli.plain(cfg.data)
+    tta = cli.plain(cfg.tta)
     plain = tta == {"flip": False, "scales": [1]} and cfg.tile is None
     options = {"accelerator": cfg.accelerator, "precision": cfg.precision}
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)
@@ -77,20 +77,17 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     for path in map(find_checkpoint, chosen):
         exported = open_onnx(path) if path.suffix == ".onnx" else None
         candidates.append(open_candidate(path, **options, exported=exported))
-    if "_target_" in data:  # data=GROUP
-        datamodule, settings = cli.build(cfg, "data"), without_targets(data)
-    else:
-        first = candidates[0]
-        datamodule, settings = checkpoint_data(first.path, first.checkpoint, data)
+    first = candidates[0]
+    datamodule, settings = chosen_data(cfg, first.path, first.checkpoint)
     check_classes(candidates, datamodule.classes)
     datamodule.prepare_data()
     split_name = cfg.split or datamodule.val_split
     split, images = datamodule.open(split_name), cfg.report.images
-    expected = image_type(candidates[0].checkpoint)
-    if expected and "_target_" not in data and isinstance(split, Pairs):
+    expected = image_type(first.checkpoint)
+    if expected and "_target_" not in cfg.data and isinstance(split, Pairs):
         split.image_type = expected  # and not that of the split's first image
     name = "comparison" if cfg.compare else "evaluation"
-    output = Path(cfg.output or output_folder(candidates[0].path, name)).expanduser()
+    output = Path(cfg.output or output_folder(first.path, name)).expanduser()
     with create_folder(output, *FILES):
         results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
         for m in [result.metrics for result in results]:

@@ -105,20 +105,18 @@ def find_images(cfg: DictConfig, ckpt: Path, checkpoint: Mapping[str, Any]) -> "
         fcn.errors.FCNError: they cannot be found.
     """
     from fcn.checkpoint import image_type
-    from fcn.evaluation.candidate import checkpoint_data
+    from fcn.evaluation.candidate import chosen_data
     from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import data_images, folder_images
 
-    given, data = cfg.calibrate, cli.plain(cfg.data)
+    given = cfg.calibrate
     if isinstance(given, str) and not given.isdecimal():
         value_range, _ = image_settings(ckpt, checkpoint)
         return folder_images(Path(given).expanduser(), value_range, image_type(checkpoint))
     count = int(given) if isinstance(given, str) else given
     check_whole("calibrate", count, 1)
     try:
-        if "_target_" in data:  # data=GROUP
-            return data_images(cli.build(cfg, "data"), count)
-        return data_images(checkpoint_data(ckpt, checkpoint, data)[0], count)
+        return data_images(chosen_data(cfg, ckpt, checkpoint)[0], count)
     except FCNError as error:
         raise ConfigError(
             f"{error}. int8=true calibrates with training images: choose a folder of images with "

@@ -1,7 +1,7 @@
 """What an evaluation reads: checkpoints, made ready to be scored, and the data of their runs.
 
     candidate = open_candidate(Path("best.ckpt"), accelerator="auto")
-    datamodule, settings = checkpoint_data(path, candidate.checkpoint, {"root": "/data"})
+    datamodule, settings = chosen_data(cfg, candidate.path, candidate.checkpoint)
     check_classes([candidate], datamodule.classes)
 
 evaluate.py calls these before anything is downloaded or computed.
@@ -18,7 +18,7 @@ from torch import nn
 
 from fcn import cli
 from fcn.cards import check_card
-from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint
+from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint, without_targets
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError, check_choice, check_text, refuse
 from fcn.module import SegmentationModule
@@ -113,14 +113,15 @@ def open_candidate(
     return Candidate(path, {name: checkpoint[name] for name in SETTINGS}, module, trainer)
 
 
-def checkpoint_data(
-    path: Path, checkpoint: Mapping[str, Any], changes: Mapping[str, Any]
+def chosen_data(
+    cfg: Any, path: Path, checkpoint: Mapping[str, Any]
 ) -> tuple[SegmentationDataModule, dict[str, Any]]:
-    """The data of the run that made a checkpoint.
+    """The data of the run that made a checkpoint, or those of data=GROUP.
 
     Args:
+        cfg: composed from conf/evaluate.yaml or conf/export.yaml. Without a group, what is in
+            `cfg.data` replaces some settings, such as {"root": "/data", "dataset": {"other": True}}.
         path, checkpoint: the file, and what is in it: among others, the data settings of its run.
-        changes: replace some of them, such as {"root": "/data", "dataset": {"other": True}}.
 
     Returns:
         The data module and all of its settings.
@@ -128,6 +129,9 @@ def checkpoint_data(
     Raises:
         FCNError: the checkpoint has no data settings, or they cannot work.
     """
+    changes = cli.plain(cfg.data)
+    if "_target_" in changes:  # data=GROUP
+        return cli.build(cfg, "data"), without_targets(changes)
     settings = _merged(data_settings(path, checkpoint), changes)
     try:
         return SegmentationDataModule.from_settings(settings), settings
