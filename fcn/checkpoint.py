@@ -122,6 +122,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
         )
+    settings = checkpoint["hyper_parameters"]
+    if not is_state_dict(checkpoint["state_dict"]) or not isinstance(settings, dict):
+        raise WeightsError(f"{path} is no checkpoint of this codebase")
     return checkpoint | {"config": without_targets(checkpoint["config"])}
 
 
@@ -200,8 +203,6 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
             or its length allow.
     """
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
-    if not is_state_dict(state) or not isinstance(settings, dict):
-        raise WeightsError(f"{path} is no checkpoint of this codebase")
     claimed = tensor_bytes(state)
     conv6, score = (state.get(f"network.{name}.weight") for name in ("conv6", "score"))
     if conv6 is None or score is None or conv6.ndim != 4 or score.ndim != 4:

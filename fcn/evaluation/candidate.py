@@ -119,8 +119,8 @@ def chosen_data(
     """The data of the run that made a checkpoint, or those of data=GROUP.
 
     Args:
-        cfg: composed from conf/evaluate.yaml or conf/export.yaml. Without a group, what is in
-            `cfg.data` replaces some settings, such as {"root": "/data", "dataset": {"other": True}}.
+        cfg: composed from conf/evaluate.yaml or conf/export.yaml. Without a group, `cfg.data` holds
+            changes of the run's settings, such as {"root": "/data", "dataset": {"other": True}}.
         path, checkpoint: the file, and what is in it: among others, the data settings of its run.
 
     Returns:
