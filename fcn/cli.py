@@ -334,8 +334,8 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
             class. The user can mend these, so that the message is short.
         BaseException: any other error, as it is: with its traceback.
     """
-    known: tuple[type, ...] = (ConfigError, ValueError, ImportError, InstantiationException)
-    mendable = isinstance(error, known)
+    # A ConfigError of our own is a ValueError, too.
+    mendable = isinstance(error, ValueError | ImportError | InstantiationException)
     mendable |= type(error).__name__ == "MisconfigurationException"  # Lightning's: slow to import
     mendable |= isinstance(error, TypeError) and "argument" in str(error)
     if not mendable:

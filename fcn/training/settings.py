@@ -94,15 +94,14 @@ def check_monitors(callbacks: Mapping[str, Callback], class_names: Sequence[str]
     scores = [f"val/{name}" for name in ("loss", "miou", "pixel_acc", "mean_acc", "fwiou")]
     known = {*scores, *(f"val/iou/{name}" for name in class_names)}
     ours = ("fcn.", "pytorch_lightning.")
+    complete = all(type(callback).__module__.startswith(ours) for callback in callbacks.values())
     for name, callback in callbacks.items():
         if isinstance(callback, EarlyStopping):
             check_whole(f"callbacks.{name}.patience", callback.patience)
-    if all(type(callback).__module__.startswith(ours) for callback in callbacks.values()):
-        for name, callback in callbacks.items():
-            monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor not in known:
-                wanted = f"{', '.join(scores)} or val/iou/ and the name of a class"
-                refuse(f"callbacks.{name}.monitor", monitor, wanted)
+        monitor = getattr(callback, "monitor", None)
+        if complete and monitor is not None and monitor not in known:
+            wanted = f"{', '.join(scores)} or val/iou/ and the name of a class"
+            refuse(f"callbacks.{name}.monitor", monitor, wanted)
 
 
 def dummy_parameters() -> list[nn.Parameter]:
