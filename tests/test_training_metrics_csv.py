@@ -36,10 +36,10 @@ def test_values_of_a_step_share_a_row(tmp_path: Path) -> None:
 def test_values_of_other_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come before or after ours of the same steps, which are read in groups of five."""
     csv, rewrite = MetricsCSV(tmp_path / "metrics.csv"), MetricsCSV._rewrite
-    rewritten: list[str] = []  # the steps at which the whole file was written
+    rewritten: list[int] = []  # the steps at which the whole file was written
 
     def noted(self: MetricsCSV, *arguments: Any) -> None:
-        rewritten.append(",".join(map(str, self.unwritten)))
+        rewritten.append(min(self.pending, default=0))
         rewrite(self, *arguments)
 
     monkeypatch.setattr(MetricsCSV, "_rewrite", noted)
@@ -50,7 +50,7 @@ def test_values_of_other_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         csv.log_metrics({"mine": last}, step=last)
         csv.log_metrics({"val/miou": last / 10}, step=last)
     # For a new column, and for what came late. The first column came before the first row.
-    assert rewritten == ["1", "5", "10"]
+    assert rewritten == [1, 5, 10]
     csv.log_metrics({"no step": 2})
     csv.log_metrics({"late": 1}, step=3)
     csv.finalize("success")

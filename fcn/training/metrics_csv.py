@@ -43,8 +43,7 @@ class MetricsCSV(Logger):
         self.path = self.file = Path(path)  # `file` is where the rows are at the moment
         self.columns, self.header = ["step"], 0  # all columns, and how many of them the file has
         self.last = 0  # the last step that has a row in the file
-        self.unwritten: dict[int, Row] = {}  # for a step, what could not be written yet
-        self.held: dict[int, Row] = {}  # for a step, what waits for our own values
+        self.pending: dict[int, Row] = {}  # for a step, what is in no file yet
 
         def kept() -> Iterator[Row]:
             if self.path.exists():
@@ -52,7 +51,7 @@ class MetricsCSV(Logger):
 
         for row in kept():
             self.columns, self.last = list(row), int(row["step"])
-        self._write(kept)
+        self._write(resume_step, kept)
         if self.file == self.path:  # the other one was of an earlier process, and was read above
             with writing(stand_in(self.path)):
                 stand_in(self.path).unlink(missing_ok=True)
@@ -73,18 +72,13 @@ class MetricsCSV(Logger):
         """Add to the row of `step`, or to the last row without one."""
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         self.columns += [name for name in values if name not in self.columns]
-        step = max([self.last, *self.unwritten, *self.held]) if step is None else step
-        self.held.setdefault(step, {"step": str(step)}).update(values)
+        step = max([self.last, *self.pending]) if step is None else step
+        self.pending.setdefault(step, {"step": str(step)}).update(values)
         own = any(name == "train/loss" or name.startswith("val/") for name in values)
-        if not own and len(self.held) < MOST_HELD:
-            return
-        self._release(step)
-        append = self.header == len(self.columns) and min(self.unwritten) > self.last
-        if self.file != self.path:
-            append = append and self.file.exists()  # else metrics.csv may lack columns
+        if own or len(self.pending) >= MOST_HELD:
             with suppress(PermissionError):
                 self._take_its_place()
-        self._write(self._all_rows, append=append)
+            self._write(step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -92,49 +86,45 @@ class MetricsCSV(Logger):
         try:
             retry(self._settle)
         except PermissionError:
-            lost = f", but for the last {len(self.unwritten)}" if self.unwritten else ""
+            lost = f", but for the last {len(self.pending)}" if self.pending else ""
             message = f"{self.path} is still open in another program: its rows are in {self.file}"
             warnings.warn(message + lost, stacklevel=2)
 
     def _settle(self) -> None:
         """Have all rows in the file itself; otherwise raise a PermissionError."""
-        self._release(max(self.held, default=0))
-        if self.file != self.path:
-            self._take_its_place()
-        if self.unwritten:
-            self._write(self._all_rows)
-        if self.unwritten or self.file != self.path:
+        self._take_its_place()
+        if self.pending:
+            self._write(max(self.pending))
+        if self.pending or self.file != self.path:
             raise PermissionError
 
-    def _release(self, last: int) -> None:
-        """Let what is held be written, up to a step. Later rows would have to be written twice."""
-        for step in sorted(step for step in self.held if step <= last):
-            self.unwritten.setdefault(step, Row()).update(self.held.pop(step))
-
     def _take_its_place(self) -> None:
-        if self.file.exists():  # the user may have removed it
+        """Have the second file take the place of the first, if the rows are there."""
+        if self.file == self.path:
+            return
+        if self.file.exists():
             os.replace(self.file, self.path)
+        else:  # the user has removed it, and the first one may lack columns: write it anew
+            self.header = 0
         self.file = self.path
 
-    def _all_rows(self) -> Iterator[Row]:
-        """The rows of the file, with what is in no file yet, in the order of their steps."""
-        new = dict(sorted(self.unwritten.items()))
-        for row in read_rows(self.path):
-            while new and min(new) < int(row["step"]):
-                yield new.pop(min(new))
-            yield row | new.pop(int(row["step"]), Row())
-        yield from new.values()
+    def _write(self, last: int, old: Callable[[], Iterable[Row]] | None = None) -> None:
+        """Write what is pending up to a step. Later rows would have to be written twice.
 
-    def _write(self, rows: Callable[[], Iterable[Row]], *, append: bool = False) -> None:
-        """Write what is in no file yet: at the end, or with all other `rows` anew."""
+        Args:
+            last: the step.
+            old: gives the rows that the file is to keep; None: all.
+        """
         refused = None
+        new = {step: row for step, row in sorted(self.pending.items()) if step <= last}
+        append = self.header == len(self.columns) and min(new) > self.last
         for file in dict.fromkeys((self.file, stand_in(self.path))):
             try:
                 if append and file == self.file:
-                    self._append()
+                    self._append(new.values())
                 else:
                     # All rows are written in one go: a kill must not take an old one and a new one.
-                    self._rewrite(rows(), file)
+                    self._rewrite(merged(old() if old else read_rows(self.path), new), file)
             except WriteError as error:
                 if not isinstance(error.__cause__, PermissionError):
                     raise
@@ -143,17 +133,17 @@ class MetricsCSV(Logger):
                 warnings.warn(f"{self.path} is open in another program; {until}", stacklevel=3)
             else:
                 self.file = file
-                self.last = max(self.last, *self.unwritten, 0)
-                self.unwritten.clear()
+                self.last = max([self.last, *new])
+                for step in new:
+                    del self.pending[step]
                 return
-        if refused and not self.unwritten:  # nothing is lost yet
+        if refused and not new:  # nothing is lost yet
             raise refused
 
-    def _append(self) -> None:
+    def _append(self, rows: Iterable[Row]) -> None:
         # The mode r+ does not create a file: if the run folder was deleted, that is an error.
         with writing(self.file), self.file.open("r+", newline="", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
-            rows = (row for _, row in sorted(self.unwritten.items()))
             csv.DictWriter(file, self.columns, restval="").writerows(rows)
 
     def _rewrite(self, rows: Iterable[Row], path: Path) -> None:
@@ -165,3 +155,18 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         self.header = len(self.columns)
+
+
+def merged(old: Iterable[Row], new: Mapping[int, Row]) -> Iterator[Row]:
+    """Rows in the order of their steps: the old ones, with new values and new rows among them.
+
+    Args:
+        old: in the order of their steps.
+        new: by their steps, in the same order.
+    """
+    left = dict(new)
+    for row in old:
+        while left and min(left) < int(row["step"]):
+            yield left.pop(min(left))
+        yield row | left.pop(int(row["step"]), Row())
+    yield from left.values()
