@@ -271,13 +271,12 @@ def plain(cfg: DictConfig) -> Any:
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-def build(cfg: DictConfig, key: str, *, without: Sequence[str] = (), **more: Any) -> Any:
+def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     """Call the `_target_` of one part of the configuration.
 
     Args:
         cfg: the configuration.
         key: the part, such as "data" or "callbacks.panels".
-        without: names in that part which are no arguments of the call.
         more: further arguments of the call.
 
     Raises:
@@ -290,8 +289,6 @@ def build(cfg: DictConfig, key: str, *, without: Sequence[str] = (), **more: Any
             raise ConfigError(f"{key} has a new name: {RENAMED[key]}")
         raise ConfigError(f"{key}: this needs a _target_, the class or function to call")
     try:
-        if without:
-            node = OmegaConf.masked_copy(node, [str(name) for name in node if name not in without])
         if "${" in str(plain(node)):  # within a text, such as a path; Hydra evaluates texts twice
             node = OmegaConf.create(_literals(_literals(plain(node))))
         return instantiate(node, _convert_="all", **more)

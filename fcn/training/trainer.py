@@ -53,11 +53,12 @@ def build_trainer(
         DeviceError: torch has no code for the device.
     """
     trainer, progress = cfg.trainer, cfg.trainer.enable_progress_bar
+    arguments = cli.resolved(cfg)  # a copy
+    arguments.trainer.pop("compile", None)  # train.py applies it; Lightning does not know it
     try:
         built: pl.Trainer = cli.build(
-            cfg,
+            arguments,
             "trainer",
-            without=("compile",),  # train.py applies it; Lightning does not know it
             max_epochs=-1,
             min_epochs=0,  # else Lightning would wait for an epoch, where trainer.min_steps is set
             max_time=None,  # the callback Clock ends the run in Lightning's place
