@@ -113,18 +113,21 @@ class Interruption(Callback):
         self.pending = self.agreed is not None or (alone and self.error is not None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.between_steps = False
-        self._stop_if_agreed(trainer)
-        if self.error is not None:
-            raise self.error
+        self._end_if_due(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.on_train_batch_start(trainer)
+        self._end_if_due(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.world_size == 1:
             self.agreed = self.received
         self._stop_if_agreed(trainer)
+
+    def _end_if_due(self, trainer: pl.Trainer) -> None:
+        self.between_steps = False
+        self._stop_if_agreed(trainer)
+        if self.error is not None:
+            raise self.error
 
     def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
         if self.agreed is not None:
