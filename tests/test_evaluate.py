@@ -307,6 +307,11 @@ def test_onnx_file_of_others(tmp_path: Path) -> None:
     for about, message in (
         ({}, r"x\.onnx was not written by export\.py, or has lost its"),
         (dict.fromkeys(METADATA, "null"), r"x\.onnx: its classes are no names"),
+        (
+            dict.fromkeys(METADATA, "null")
+            | {"class_names": '["a", "b"]', "void": "255", "value_range": '"x"'},
+            r"x\.onnx: data\.dataset\.value_range=x: must be null or two numbers",
+        ),
     ):
         onnx.helper.set_model_props(model, about)
         onnx.save(model, tmp_path / "x.onnx")

@@ -194,6 +194,9 @@ def test_which_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found(["a=1"]) == stopped
     shutil.rmtree(stopped)
     assert found(["a=1"]) == finished
+    make("own", ["b=1"])
+    tenth = [make(f"own_{number}", ["b=1"]) for number in range(2, 11)][-1]
+    assert found(["b=1"], named="own") == tenth  # and not own_9
 
 
 CALL = {"_target_": "os.mkdir", "_args_": ["hacked"]}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fcn.datasets.value_range import check_range
 from fcn.errors import ConfigError, WeightsError
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
@@ -70,6 +71,10 @@ def open_onnx(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not are_names or type(void) is not int:
         raise WeightsError(f"ckpt={path}: its classes are no names")
+    try:
+        check_range(about["value_range"])
+    except ConfigError as error:
+        raise WeightsError(f"ckpt={path}: {error}") from error
     checkpoint = {
         "hyper_parameters": {"class_names": names, "palette": about["palette"], "void": void},
         "config": about["config"],

@@ -10,6 +10,7 @@ own folder. A sweep has one folder for its runs, with a sweep.csv and a sweep.pn
 """
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,16 @@ def _first_free(folder: Path, create: Callable[[Path], None]) -> Path:
                 break
             candidate = folder.with_name(f"{folder.name}_{number}")
     return candidate
+
+
+def newest_first(root: Path) -> list[Path]:
+    """What is in a folder, by name, the last one first. Of numbered names, _10 is after _9."""
+
+    def parts(path: Path) -> list[str | int]:
+        """The name as text, number, text and so on, such as ["run_", 10, ""]."""
+        return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)]
+
+    return sorted(root.glob("*"), key=parts, reverse=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from omegaconf.errors import ConfigAttributeError
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import CONF, PATHS, RENAMED, literal, plain, quoted, resolved
 from fcn.errors import ConfigError
-from fcn.runs.folder import is_training, read_overrides, started_with
+from fcn.runs.folder import is_training, newest_first, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
@@ -60,7 +60,7 @@ def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) ->
     """
     name = re.escape(new.name) + r"(_\d+)?" if named else ".*"
     finished = None
-    for run in sorted(new.parent.glob("*"), reverse=True):  # the newest first
+    for run in newest_first(new.parent):
         if not re.fullmatch(name, run.name) or not started_with(run, overrides):
             continue
         if status(run) == "finished":

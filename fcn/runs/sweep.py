@@ -27,6 +27,7 @@ from fcn.runs.folder import (
     create_run_folder,
     create_sweep_folder,
     lock_run,
+    newest_first,
     read_changes,
     started_with,
     write_overrides,
@@ -95,11 +96,11 @@ def find_sweep(config: DictConfig) -> Path | None:
         Its folder; None if there is no such sweep.
     """
     root = Path(config.hydra.sweep.dir).parent
-    for path in sorted(root.glob("*/multirun.yaml"), reverse=True):
+    for sweep in newest_first(root):
         # Hydra may have been killed while it wrote this file, or another program has written it.
         with suppress(Exception):
-            if _identity(OmegaConf.load(path)) == _identity(config):
-                return path.parent
+            if _identity(OmegaConf.load(sweep / "multirun.yaml")) == _identity(config):
+                return sweep
     return None
 
 
