@@ -32,6 +32,7 @@ class Batch(TypedDict):
 
     image: Tensor  # (N, 3, H, W) uint8, RGB
     mask: Tensor  # (N, H, W) uint8
+    size: list[tuple[int, int]]  # height and width of each sample without the padding
     id: list[str]
 
 
@@ -183,6 +184,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return {
         "image": torch.stack([_pad(s["image"].as_subclass(Tensor), size) for s in samples]),
         "mask": torch.stack([_pad(s["mask"].as_subclass(Tensor), size) for s in samples]),
+        "size": [tuple(s["mask"].shape) for s in samples],
         "id": [s["id"] for s in samples],
     }
 

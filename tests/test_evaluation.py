@@ -74,21 +74,22 @@ def test_padding_is_no_boundary(finished_run: Path) -> None:
     module = SegmentationModule.load_from_checkpoint(last_checkpoint(finished_run))
     rng = np.random.default_rng(0)
     masks = [torch.from_numpy(rng.integers(0, 3, shape) // 2) for shape in ((9, 14), (12, 8))]
+    masks[0][6:] = 255  # a bar that belongs to the image
     alone, together = (ImageScores(keep=True) for _ in range(2))
     padded = torch.full((2, 12, 14), 255, dtype=torch.uint8)
     for name, slot, mask in zip("ab", padded, masks, strict=True):
         slot[: mask.shape[0], : mask.shape[1]] = mask
         one = {"prediction": torch.zeros(1, *mask.shape, dtype=torch.uint8)}
-        batch = {"mask": mask[None].byte(), "id": [name]}
+        batch = {"mask": mask[None].byte(), "size": [mask.shape], "id": [name]}
         alone.on_validation_batch_end(None, module, one, batch, 0)  # type: ignore[arg-type]
     zeros = {"prediction": torch.zeros(2, 12, 14, dtype=torch.uint8)}
-    batch = {"mask": padded, "id": ["a", "b"]}
+    batch = {"mask": padded, "size": [mask.shape for mask in masks], "id": ["a", "b"]}
     together.on_validation_batch_end(None, module, zeros, batch, 0)  # type: ignore[arg-type]
     for scores in (alone, together):
         scores.on_validation_end(None, module)  # type: ignore[arg-type]
     assert np.array_equal(alone.bands, together.bands)
     assert alone.rows == together.rows
-    assert together.prediction(0, (9, 14)).shape == (9, 14)
+    assert together.prediction(0).shape == (9, 14)
 
 
 def test_image_without_any_label() -> None:
@@ -97,7 +98,7 @@ def test_image_without_any_label() -> None:
     assert scores.rows[0][0] == "a"
     assert all(map(math.isnan, scores.rows[0][1:]))
     assert all(map(math.isnan, boundary_miou(scores.bands).values()))
-    assert scores.prediction(0, (4, 5)).sum() == 20
+    assert scores.prediction(0).sum() == 20
 
 
 def test_tables_hold_no_formula(tmp_path: Path) -> None:

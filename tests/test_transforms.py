@@ -218,6 +218,7 @@ def test_collate() -> None:
     assert batch["mask"].shape == (2, 40, 50)
     assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["id"] == ["small", "large"]
+    assert batch["size"] == [(20, 50), (40, 30)]
     for n, sample in enumerate((small, large)):
         h, w = sample["mask"].shape
         assert torch.equal(batch["image"][n, :, :h, :w], sample["image"])

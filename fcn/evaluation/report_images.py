@@ -82,7 +82,7 @@ def describe_image(
     pictures = {"photo": (f"photograph {name}", photo), "label": picture("label", mask)}
     predictions, scores = [], []
     for letter, result in results.items():
-        prediction = result.images.prediction(index, mask.shape)  # (H, W)
+        prediction = result.images.prediction(index)  # (H, W)
         pictures[f"prediction{letter}"] = picture(f"prediction {letter}".strip(), prediction)
         predictions.append(prediction)
         scores.append((letter, *result.images.rows[index][1:]))

@@ -49,10 +49,9 @@ class ImageScores(Callback):
         masks = batch["mask"].cpu().numpy()  # (N, H, W) uint8
         predictions = outputs["prediction"].cpu().numpy()  # (N, H, W) uint8
         classes, void = len(pl_module.class_names), pl_module.void
-        for name, mask, prediction in zip(batch["id"], masks, predictions, strict=True):
-            if len(masks) > 1:  # the batch was padded with void, which would make a boundary
-                part = without_padding(mask, void)
-                mask, prediction = mask[part], prediction[part]
+        for i, (name, (height, width)) in enumerate(zip(batch["id"], batch["size"], strict=True)):
+            # Without the padding of the batch: it is void, and its edge would be a boundary.
+            mask, prediction = masks[i, :height, :width], predictions[i, :height, :width]
             self._pending.append(self._pool.submit(self.add, name, mask, prediction, classes, void))
 
     def on_validation_end(self, *_: Any) -> None:
@@ -84,29 +83,7 @@ class ImageScores(Callback):
             self._predictions.append((prediction.shape, zlib.compress(prediction.tobytes(), 1)))
         self.rows.append((name, scores["pixel_acc"], scores["miou"]))
 
-    def prediction(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
-        """The prediction of an image, if `keep` is set.
-
-        Args:
-            index: of the image.
-            shape: (H, W) of the image. Void rows and columns at its end may have been cut off by
-                `without_padding`. They are filled with class 0.
-
-        Returns:
-            (H, W) uint8.
-        """
-        kept, packed = self._predictions[index]
-        full = np.zeros(shape, np.uint8)
-        full[: kept[0], : kept[1]] = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(kept)
-        return full
-
-
-def without_padding(mask: np.ndarray, void: int) -> tuple[slice, slice]:
-    """The part of a mask (H, W) without the rows and columns at its end that are all void.
-
-    A mask that is void everywhere is kept as it is.
-    """
-    rows, columns = np.nonzero(mask != void)
-    if len(rows) == 0:
-        return slice(None), slice(None)
-    return slice(rows.max() + 1), slice(columns.max() + 1)
+    def prediction(self, index: int) -> np.ndarray:
+        """The prediction (H, W) uint8 of an image by its index, if `keep` is set."""
+        shape, packed = self._predictions[index]
+        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
