@@ -212,6 +212,18 @@ def test_save_pretrained(folder: Path, tmp_path: Path) -> None:
     assert "| data | not known |" in card
 
 
+@pytest.mark.slow
+def test_the_card_of_changed_weights(folder: Path, tmp_path: Path) -> None:
+    """Scores and steps of the weights from before are not said to be theirs."""
+    network = FCN.from_pretrained(folder)
+    torch.nn.init.ones_(network.conv7.bias)
+    network.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| optimizer steps | not known |" in card
+    assert "mean IoU |" not in card
+    assert "mean IoU |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 class Hub:
     """Stands in for the hub: a folder for each of its repositories. It takes the place of HfApi."""
 

@@ -15,9 +15,13 @@ those of export.py's folder, and none of them can hold code. Changes to the netw
 This needs huggingface_hub: pip install -r requirements/hub.txt
 """
 
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from fcn.checkpoint import (
     MODEL_FOLDER,
@@ -44,11 +48,11 @@ class FCN(Network, PyTorchModelHubMixin):
     Attributes:
         settings: what a checkpoint holds beside weights, see fcn/checkpoint.py. None for a network
             that was not loaded.
-        card: the text of its model card; None as above.
+        source: the file that it was loaded from; None as above.
     """
 
     settings: dict[str, Any] | None = None
-    card: str | None = None
+    source: Path | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -67,8 +71,12 @@ class FCN(Network, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write export.py's three files. The mixin then finds nothing left to write."""
         state = {f"network.{name}": value for name, value in self.state_dict().items()}
-        card = self.card or model_card(self._settings(), save_directory / MODEL_FOLDER[0])
-        write_model_folder(self._settings(), state, save_directory, card)
+        settings = self._settings()
+        if self.source is not None and _are_in(state, self.source):
+            card = model_card(settings, self.source)
+        else:  # it was trained on by somebody's own code: data, steps and scores are not known
+            card = model_card(settings | {"config": {}, "global_step": 0}, None)
+        write_model_folder(settings, state, save_directory, card)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -112,5 +120,15 @@ class FCN(Network, PyTorchModelHubMixin):
             network.set_layout(True)  # the fastest here, on the CPU, wherever it was trained
         checkpoint = read_checkpoint(path)
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
-        network.card = model_card(checkpoint, path)
+        network.source = path
         return network.to(map_location).eval()
+
+
+def _are_in(state: Mapping[str, Tensor], path: Path) -> bool:
+    """Whether a checkpoint is still there and holds just these weights."""
+    if not path.is_file():
+        return False
+    kept = read_checkpoint(path)["state_dict"]
+    return all(
+        torch.equal(value.cpu(), kept[name].to(value.dtype)) for name, value in state.items()
+    )

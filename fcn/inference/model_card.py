@@ -31,18 +31,18 @@ SCORES = {
 Scores = dict[str, float | None]
 
 
-def model_card(checkpoint: Mapping[str, Any], path: Path) -> str:
+def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
     """The card in Markdown. A folder that was handed on already keeps its own.
 
     Args:
         checkpoint: as `fcn.checkpoint.read_checkpoint` gives it; no weights are needed.
-        path: its file. Next to it are the files of its run, which hold recipe and scores.
+        path: its file. Next to it are the files of its run, which hold recipe and scores. None:
+            there is no such file, so that they are not known.
     """
-    own = path.with_name("README.md")
-    if path.name == MODEL_FOLDER[0] and own.is_file():
-        return own.read_text(encoding="utf-8")
+    if path is not None and path.name == MODEL_FOLDER[0] and path.with_name("README.md").is_file():
+        return path.with_name("README.md").read_text(encoding="utf-8")
     network, config = checkpoint["hyper_parameters"], checkpoint["config"] or {}
-    scored_on, scores = find_scores(checkpoint, path)
+    scored_on, scores = find_scores(checkpoint, path) if path is not None else ("", {})
     environment = Environment(
         loader=PackageLoader("fcn.inference"), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -56,7 +56,7 @@ def model_card(checkpoint: Mapping[str, Any], path: Path) -> str:
     )
 
 
-def _facts(checkpoint: Mapping[str, Any], config: Any, path: Path) -> dict[str, str]:
+def _facts(checkpoint: Mapping[str, Any], config: Any, path: Path | None) -> dict[str, str]:
     """What the card's first table says: data and recipe."""
     data = config.get("data") or {}
     dataset = (data.get("dataset") or {}).get("class")
@@ -66,7 +66,7 @@ def _facts(checkpoint: Mapping[str, Any], config: Any, path: Path) -> dict[str, 
     return {
         "data": f"{dataset}{splits}" if dataset else UNKNOWN,
         "licence of the data": data_licence(dataset) if dataset else UNKNOWN,
-        "recipe": _recipe(path, config),
+        "recipe": _recipe(path, config) if path is not None else UNKNOWN,
         "optimizer steps": f"{steps:,}" if steps else UNKNOWN,
         "precision in training": checkpoint["precision"],
         "card written": date.today().isoformat(),
@@ -96,7 +96,8 @@ def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]
         if m.get("step") == step and Path(m["checkpoint"]).name == path.name:
             tta = "" if m["tta"] == {"flip": False, "scales": [1]} else f", tta {m['tta']}"
             data = f"split `{m['split']}` of {m['data']['dataset']['class']}"
-            about = f"Evaluated on {data}, {m['images']:,} images{tta}, {m['date']}."
+            tile = f", tile {m['tile']}" if m.get("tile") else ""
+            about = f"Evaluated on {data}, {m['images']:,} images{tta}{tile}, {m['date']}."
             ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
             return about, {SCORES[key]: m[key] for key in SCORES} | ious
     metrics = output_folder(path, "metrics.csv")
