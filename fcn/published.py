@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or options.file.with_suffix(".ckpt")
     with short_messages():
         state = read_tensors(options.file)
+        if output.exists() and output.samefile(options.file):
+            raise ConfigError(f"--output={output}: is the file to convert; choose another name")
         if not is_published(state):
             raise ConfigError(f"{options.file} is none of the Caffe nets: it has no conv1_1.weight")
         checkpoint = published_checkpoint(state, AT_ONCE if options.at_once else (1.0, 1.0, 1.0))

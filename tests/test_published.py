@@ -446,3 +446,16 @@ def test_conversions_that_cannot_be(
     if state is not None:
         with pytest.raises(WeightsError, match=r"x\.pth"):
             SegmentationModule.load_from_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_conversion_keeps_its_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(random_state(8), "net.ckpt")
+    before = Path("net.ckpt").read_bytes()
+    for more in ([], ["--output", str(tmp_path / "net.ckpt")]):
+        with pytest.raises(SystemExit):
+            main(["net.ckpt", *more])
+        assert "net.ckpt: is the file to convert" in capsys.readouterr().err
+    assert Path("net.ckpt").read_bytes() == before
