@@ -7,8 +7,8 @@
     write_checkpoint(checkpoint, Path("last.ckpt"))              # complete, or as it was before
 
 Such files may come from anybody. So nothing in them is run: only tensors and plain values are read,
-every byte of a .ckpt is compared with the checksums that it holds, and a file cannot ask for more
-memory than it has bytes.
+every byte of a .ckpt is compared with the checksums that it holds, and neither its tensors nor its
+settings nor a bytearray in it can ask for much more memory than it has bytes.
 
 A checkpoint is a dict with at least these entries:
     state_dict        tensors, under `network.…`
@@ -28,10 +28,9 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,11 +41,17 @@ from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write, create_folder
+from fcn.pickles import check_pickles
 from fcn.vgg import STD
 
 StateDict = dict[str, Tensor]
 SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
 MODEL_FOLDER = ("model.safetensors", "config.json", "README.md")  # names that other programs know
+# Settings have at most so many levels, and values on each. What is in two places counts twice: in a
+# file, 30 lists, each of which is twice in the next one, are few bytes, and a billion values.
+DEEPEST, MOST_VALUES = 50, 100_000
+NESTED = dict | list | tuple
+HEAD = {"head_width": 4096, "head_kernel": 7}  # of an `FCN` whose settings do not say it
 # Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which are not in its file.
 AT_ONCE = (1.0, 0.01, 0.0001)
 # Names of layers in torchfcn's files, and ours. A ReLU follows each convolution of a stage, so that
@@ -125,6 +130,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     settings = checkpoint["hyper_parameters"]
     if not is_state_dict(checkpoint["state_dict"]) or not isinstance(settings, dict):
         raise WeightsError(f"{path} is no checkpoint of this codebase")
+    if not _are_plain([checkpoint[name] for name in SETTINGS]):
+        limit = f"plain values, in at most {DEEPEST} levels of at most {MOST_VALUES:,}"
+        raise WeightsError(
+            f"{path} is no checkpoint of this codebase: its settings are not {limit}"
+        )
     return checkpoint | {"config": without_targets(checkpoint["config"])}
 
 
@@ -145,10 +155,22 @@ def read_tensors(path: Path) -> StateDict:
 
 
 def is_state_dict(content: Any) -> bool:
-    """Whether this is a table of tensors by name."""
+    """Whether this is a table of tensors by name, none of them sparse or nested."""
     if not isinstance(content, dict):
         return False
-    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    named = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    return named and all(v.layout == torch.strided and not v.is_nested for v in content.values())
+
+
+def _are_plain(settings: Any) -> bool:
+    """Whether settings hold no tensors, and no more levels and values than those of any run."""
+    level = [settings]
+    for _ in range(DEEPEST):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, NESTED))
+        level = list(islice(chain.from_iterable(inner), MOST_VALUES + 1))
+        if len(level) > MOST_VALUES or any(isinstance(v, Tensor) for v in level):
+            return False
+    return not level
 
 
 def newest_checkpoint(run: Path, weights: Mapping[str, Tensor]) -> tuple[Path, int, list[str]]:
@@ -209,7 +231,8 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path} holds no weights of an FCN")
     held = {"head_width": conv6.shape[0], "head_kernel": conv6.shape[2]}
     held["num_classes"] = score.shape[0]
-    wrong = [f"{k}={settings[k]}" for k, size in held.items() if settings.get(k, size) != size]
+    given = {**HEAD, "num_classes": score.shape[0], **settings}
+    wrong = [f"{k}={given[k]}" for k, size in held.items() if given[k] != size]
     if wrong or claimed > path.stat().st_size:
         what = ", ".join(wrong) or f"of {claimed:,} bytes in a smaller file"
         raise WeightsError(f"{path}: its weights are not what its settings say: {what}")
@@ -347,7 +370,7 @@ def write_model_folder(
 
 def is_published(content: Any) -> bool:
     """Whether this is a table of tensors with the names of the authors' Caffe nets."""
-    return isinstance(content, dict) and isinstance(content.get("conv1_1.weight"), Tensor)
+    return is_state_dict(content) and "conv1_1.weight" in content
 
 
 def published_checkpoint(
@@ -368,7 +391,7 @@ def published_checkpoint(
             "class_names": list(VOC2012.classes),
             "stride": next((s for s in (8, 16) if f"upscore{s}.weight" in state), 32),
             "backbone": "vgg16",
-            "head_width": state["fc6.bias"].numel() if "fc6.bias" in state else 4096,
+            "head_width": state["fc6.bias"].numel() if "fc6.bias" in state else HEAD["head_width"],
             "pool_scales": list(pool_scales),
             "alignment": "caffe",
         },
@@ -409,28 +432,10 @@ def _load(path: Path) -> Any:
                 about = json.loads((file.metadata() or {}).get("fcn", "{}"))
             tensors = load_file(path)
             return {**about, "state_dict": tensors} if about else tensors
-        zipped = is_zipfile(path)  # files of torch before 1.6, such as the authors' nets, are not
-        if zipped:
-            stat = path.stat()
-            _check_checksums(path, stat.st_mtime_ns, stat.st_size)
+        zipped = check_pickles(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # bytes of any kind raise errors of any kind
         raise WeightsError(f"{path} cannot be read: {brief(error)}") from error
-
-
-@lru_cache
-def _check_checksums(path: Path, time: int, size: int) -> None:
-    """Compare every byte of a file, at this time and size, with the checksums that it holds.
-
-    torch.save writes a ZIP, with a CRC-32 of each tensor, but torch.load does not look at it.
-
-    Raises:
-        ValueError: a bit has changed, or a part is missing.
-    """
-    with ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"it is damaged, {damaged} in it is not what was written")
 
 
 def brief(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import fcn.checkpoint
+import fcn.pickles
 from fcn.checkpoint import (
+    HEAD,
     SETTINGS,
     best_checkpoint,
     check_sizes,
@@ -214,7 +217,7 @@ def test_a_file_that_has_not_changed_is_summed_once(
 ) -> None:
     """Evaluation opens a checkpoint of 500 MB more than once."""
     path, opened = save(), []
-    monkeypatch.setattr(fcn.checkpoint, "ZipFile", lambda p: opened.append(p) or zipfile.ZipFile(p))
+    monkeypatch.setattr(fcn.pickles, "ZipFile", lambda p: opened.append(p) or zipfile.ZipFile(p))
     for _ in range(3):
         read_checkpoint(path)
     assert opened == [path]
@@ -245,6 +248,82 @@ def test_a_checkpoint_without_data_settings(save: Callable[..., Path]) -> None:
         path = save(config=config)
         with pytest.raises(WeightsError, match=r"best\.ckpt has no data settings; choose the data"):
             data_settings(path, read_checkpoint(path))
+
+
+def write_pickle(path: Path, pickled: bytes, **options: Any) -> Path:
+    """A file as torch.save writes it, with this in place of its own pickle."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as file:
+        for name, content in parts.items():
+            file.writestr(name, pickled if name.endswith("data.pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("module", [b"builtins", b"__builtin__"])  # torch takes them for the same
+def test_a_bytearray_is_refused_before_it_is_made(tmp_path: Path, module: bytes) -> None:
+    pickled = b"\x80\x02c" + module + b"\nbytearray\nJ\x00\x00\x00\x01\x85R."  # of 16 MB
+    old = tmp_path / "old.pth"
+    magic, version, system = torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True}
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, version, system))
+    old.write_bytes(head + pickled + pickle.dumps([], protocol=2))  # no tensors
+    for path in (write_pickle(tmp_path / "x.ckpt", pickled), old):
+        assert path.stat().st_size < 1000
+        assert len(torch.load(path, weights_only=True)) == 2**24  # which torch makes
+        for read in (read_checkpoint, read_tensors):
+            with pytest.raises(WeightsError, match=rf"{path.name} cannot be read: .* a bytearray"):
+                read(path)
+
+
+def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    text = b"\x80\x02X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"."
+    path = write_pickle(tmp_path / "x.ckpt", text, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 5000
+    with pytest.raises(WeightsError, match=r"x\.ckpt cannot be read: it is compressed"):
+        read_checkpoint(path)
+
+
+def test_settings_that_do_not_end(save: Callable[..., Path]) -> None:
+    """As `test_sizes`: few bytes that ask for much, here time. Without a limit this takes hours."""
+    itself: list[Any] = []
+    itself.append(itself)
+    doubled: list[Any] = [1]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    hyper = old_checkpoint()["hyper_parameters"]
+    for change in (
+        {"config": {"a": itself}},
+        {"config": {"a": doubled}},
+        {"config": {"a": [0] * 100_001}},
+        {"hyper_parameters": hyper | {"stride": doubled}},
+        {"hyper_parameters": hyper | {"head_width": torch.zeros(2)}},
+        {"precision": doubled},
+    ):
+        with pytest.raises(WeightsError, match=r"best\.ckpt .* its settings are not plain"):
+            read_checkpoint(save(**change))
+
+
+def test_sparse_tensors_and_tables_of_other_things(save: Callable[..., Path]) -> None:
+    sparse = {"network.x.weight": torch.zeros(2, 2).to_sparse()}
+    path = save(state_dict=old_checkpoint()["state_dict"] | sparse)
+    with pytest.raises(WeightsError, match=r"best\.ckpt is no checkpoint of this codebase$"):
+        SegmentationModule.load_from_checkpoint(path)
+    with pytest.raises(WeightsError, match=r"best\.ckpt holds no state dict"):
+        read_tensors(path)
+    torch.save({"conv1_1.weight": torch.zeros(2, 2), "fc6.bias": 1}, path)
+    with pytest.raises(WeightsError, match=r"best\.ckpt is no checkpoint of this codebase"):
+        read_checkpoint(path)
+
+
+def test_settings_that_say_nothing_of_the_head_mean_the_widest(save: Callable[..., Path]) -> None:
+    defaults = signature(FCN).parameters
+    assert {name: defaults[name].default for name in HEAD} == HEAD
+    for name, size in HEAD.items():
+        settings = {k: v for k, v in old_checkpoint()["hyper_parameters"].items() if k != name}
+        path = save(hyper_parameters=settings)
+        with pytest.raises(WeightsError, match=rf"not what its settings say: {name}={size}$"):
+            SegmentationModule.load_from_checkpoint(path)
 
 
 # ---- the newest of a run

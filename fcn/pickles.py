@@ -1,0 +1,67 @@
+"""What is checked in a .ckpt or .pth before torch.load reads it.
+
+    zipped = check_pickles(Path("last.ckpt"))     # raises an error if the file is no good
+
+torch's reader for weights only runs no code, but it compares no checksums, and it makes a bytearray
+of any size that a pickle names.
+"""
+
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from pickletools import genops
+from typing import IO
+from zipfile import ZipFile, is_zipfile
+
+
+def check_pickles(path: Path) -> bool:
+    """Refuse a file that is damaged or asks for memory; whether it is a ZIP, as of torch from 1.6.
+
+    Raises:
+        OSError, ValueError, TypeError and others: why it is no good.
+    """
+    if is_zipfile(path):
+        stat = path.stat()
+        _check_zip(path, stat.st_mtime_ns, stat.st_size)
+        return True
+    with path.open("rb") as file:  # of torch before 1.6, such as the authors' nets
+        for _ in range(5):  # there are five pickles before the tensors
+            _check_pickle(file)
+    return False
+
+
+@lru_cache
+def _check_zip(path: Path, time: int, size: int) -> None:
+    """Compare every byte of a file, at this time and size, with the checksums that it holds.
+
+    torch.save writes a CRC-32 of each tensor, but torch.load does not look at it.
+
+    Raises:
+        ValueError: a bit has changed, or a part is missing or compressed.
+        TypeError: as for `_check_pickle`.
+    """
+    with ZipFile(path) as file:
+        parts = file.infolist()
+        if any(part.file_size > part.compress_size for part in parts):
+            raise ValueError(
+                "it is compressed, as torch.save never does it; save it with torch.save"
+            )
+        damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"it is damaged, {damaged} in it is not what was written")
+        for part in parts:
+            if part.filename.lower().endswith(".pkl"):  # torch takes capitals for the same name
+                with file.open(part) as content:
+                    _check_pickle(content)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Refuse the one call that torch allows and that fills any amount of memory.
+
+    Raises:
+        TypeError: the pickle makes a bytearray.
+    """
+    with suppress(ValueError):  # what this cannot read, torch's reader refuses
+        for code, value, _ in genops(file):
+            if code.name == "GLOBAL" and str(value).endswith(" bytearray"):
+                raise TypeError("it holds a bytearray, for which a few bytes may ask for gigabytes")
