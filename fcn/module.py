@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric
 
 from fcn.checkpoint import check_sizes, read_checkpoint
+from fcn.datasets import check_labels
 from fcn.errors import WeightsError, check_number, check_text, check_whole, is_number, refuse
 from fcn.metrics import ConfusionMatrix, Scores, segmentation_scores
 from fcn.network import FCN, head_layers
@@ -37,7 +38,7 @@ class SegmentationModule(pl.LightningModule):
         num_classes: K, background included. None takes the number of `class_names`, or 21.
         class_names: names of the K classes. None names them "0", "1" and so on.
         palette: K colours (R, G, B), 0 to 255, for pictures made from a checkpoint.
-        void: the label of pixels that are ignored in the loss and in every score.
+        void: the label of pixels that are ignored in the loss and in every score; no class has it.
         weights: pretrained weights to begin with, as `fcn.weights.load_weights` takes them.
         optimizer: a `functools.partial` that makes the optimizer from parameter groups. Its
             keyword `lr` is the base rate. It is needed for training only.
@@ -79,10 +80,11 @@ class SegmentationModule(pl.LightningModule):
         check_number("head_lr_multiplier", head_lr_multiplier, above=0)
         check_number("bias_lr_multiplier", bias_lr_multiplier, above=0)
         super().__init__()
-        if num_classes is None:
-            num_classes = len(class_names) if class_names is not None else 21
         if class_names is None:
-            class_names = [str(k) for k in range(num_classes)]
+            class_names = [str(k) for k in range(num_classes or 21)]
+        check_labels(class_names, palette, void)
+        if num_classes is None:
+            num_classes = len(class_names)
         if len(class_names) != num_classes:
             wanted = f"null or {len(class_names)}, the number of class names"
             refuse("num_classes", num_classes, f"{wanted} (background is a class, void is not)")

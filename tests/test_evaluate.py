@@ -306,7 +306,7 @@ def test_onnx_file_of_others(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, ir_version=8)
     for about, message in (
         ({}, r"x\.onnx was not written by export\.py, or has lost its"),
-        (dict.fromkeys(METADATA, "null"), r"x\.onnx: its classes are no names"),
+        (dict.fromkeys(METADATA, "null"), r"x\.onnx: class_names=null: must be a list of"),
         (
             dict.fromkeys(METADATA, "null")
             | {"class_names": '["a", "b"]', "void": "255", "value_range": '"x"'},
@@ -317,6 +317,14 @@ def test_onnx_file_of_others(tmp_path: Path) -> None:
         onnx.save(model, tmp_path / "x.onnx")
         with pytest.raises(WeightsError, match=message):
             evaluate_checkpoint(tmp_path / "x.onnx")
+
+
+def test_a_void_label_that_is_not_the_datas(finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(best_checkpoint(finished_run), weights_only=True)
+    checkpoint["hyper_parameters"]["void"] = 254
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=r"x\.ckpt has void=254, but the data 255"):
+        evaluate_checkpoint(tmp_path / "x.ckpt", f"output={tmp_path / 'out'}")
 
 
 def test_output_is_refused_before_the_work(

@@ -104,6 +104,11 @@ def claiming(content: dict[str, Any]) -> dict[str, Any]:
         (of_settings(head_width=40000), "evaluate"),  # 10 GB of weights
         (of_settings(dropout="half"), "export"),
         (claiming, "predict"),
+        (of_settings(class_names=list(range(8))), "predict"),
+        (of_settings(palette=[1, 2, 3]), "predict"),
+        (of_settings(palette=[[999, 0, 0]] * 8), "evaluate"),
+        (of_settings(void="a"), "evaluate"),
+        (of_settings(void=0), "export"),
         (lambda content: content | {"state_dict": {"network.score.weight": [1]}}, "export"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 from torchvision import tv_tensors
 
-from fcn.errors import DataError
+from fcn.errors import DataError, check_text, check_whole, refuse
 
 NO_LICENCE = "not stated"
 VOID = 255  # the label of pixels that are ignored in every loss and every score
@@ -64,6 +64,34 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def check_labels(class_names: Any, palette: Any, void: Any) -> None:
+    """Refuse what cannot be the names of classes, their colours and the label of void pixels.
+
+    Raises:
+        ConfigError: one of them cannot. The message begins with "name=value".
+    """
+    if not isinstance(class_names, list | tuple) or not 2 <= len(class_names) <= VOID:
+        refuse("class_names", class_names, f"a list of 2 to {VOID} names")
+    for name in class_names:
+        check_text("class_names", name, wanted="a list of names, each of them a text")
+    if palette is not None:
+        colours = palette if isinstance(palette, list | tuple) else ()
+        if not len(class_names) <= len(colours) <= 256 or not all(map(is_colour, colours)):
+            wanted = f"null or a colour [R, G, B] for each of {len(class_names)} classes"
+            refuse("palette", palette, wanted)
+    check_whole("void", void, len(class_names), 255)
+
+
+def is_byte(value: object) -> bool:
+    """Whether this is a whole number from 0 to 255."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def is_colour(value: object) -> bool:
+    """Whether this is a colour (R, G, B)."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_byte, value))
 
 
 def data_licence(name: object) -> str:

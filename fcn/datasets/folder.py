@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fcn.datasets import VOID, Labels, pictures, reading
+from fcn.datasets import VOID, Labels, is_byte, is_colour, pictures, reading
 from fcn.datasets.layout import Files, all_ids, draw, read_list, split_ids
 from fcn.datasets.palettes import Appearance, appearance
 from fcn.datasets.voc2012 import voc_palette
@@ -95,7 +95,7 @@ class Folder(reading.Pairs):
                 f"a list of 2 to {VOID} names, each once, in the order of their labels; the "
                 "background is a class, void is not",
             )
-        if void is not None and not _is_byte(void) and not (_is_colour(void) and palette):
+        if void is not None and not is_byte(void) and not (is_colour(void) and palette):
             wanted = "null, a label up to 255, or, with a palette, a colour [R, G, B]"
             refuse("data.dataset.void", void, wanted)
         if void in range(1, len(names)):
@@ -103,7 +103,7 @@ class Folder(reading.Pairs):
         if palette is None:
             return Labels(names, voc_palette(len(names)))
         given = palette if isinstance(palette, list | tuple) else ()
-        if len(given) != len(names) or not all(map(_is_colour, given)):
+        if len(given) != len(names) or not all(map(is_colour, given)):
             wanted = f"a colour [R, G, B] for each of {len(names)} classes"
             refuse("data.dataset.palette", palette, wanted)
         colours = tuple((r, g, b) for r, g, b in palette)
@@ -255,14 +255,6 @@ class Folder(reading.Pairs):
         first = 1 if self._void == 0 else 0
         colours = {k if k == VOID else first + k: c for k, c in self._colour_of.items()}
         return Appearance(is_grey=False, colours=colours)
-
-
-def _is_byte(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-
-
-def _is_colour(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_byte, value))
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:

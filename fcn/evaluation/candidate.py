@@ -20,6 +20,7 @@ from fcn import cli
 from fcn.cards import check_card
 from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint, without_targets
 from fcn.datamodule import SegmentationDataModule
+from fcn.datasets import VOID
 from fcn.errors import ConfigError, check_choice, check_text, refuse
 from fcn.module import SegmentationModule
 from fcn.precision import PRECISIONS, best_layout, best_precision, cast_weights
@@ -160,8 +161,13 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
         classes: those of the data.
 
     Raises:
-        ConfigError: the names of the classes, or their order, are not the same everywhere.
+        ConfigError: the names of the classes, or their order, are not the same everywhere, or a
+            checkpoint's label of void pixels is not that of the data.
     """
+    for candidate in candidates:
+        if candidate.module.void != VOID:
+            what = f"{candidate.path} has void={candidate.module.void}, but the data"
+            raise ConfigError(f"{what} {VOID}: it cannot be scored on this data")
     known = [candidate.module.class_names for candidate in candidates]
     first = "the checkpoint" if len(known) == 1 else "A"
     for other, names in (("B", known[-1]), ("the data", list(classes))):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fcn.datasets import check_labels
 from fcn.datasets.value_range import check_range
 from fcn.errors import ConfigError, WeightsError
 
@@ -67,22 +68,19 @@ def open_onnx(path: Path) -> tuple[dict[str, Any], OnnxNetwork]:
         raise WeightsError(
             f"ckpt={path} was not written by export.py, or has lost its metadata: no {error}"
         ) from error
-    names, void = about["class_names"], about["void"]
-    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not are_names or type(void) is not int:
-        raise WeightsError(f"ckpt={path}: its classes are no names")
     try:
+        check_labels(about["class_names"], about["palette"], about["void"])
         check_range(about["value_range"])
     except ConfigError as error:
         raise WeightsError(f"ckpt={path}: {error}") from error
     checkpoint = {
-        "hyper_parameters": {"class_names": names, "palette": about["palette"], "void": void},
+        "hyper_parameters": {name: about[name] for name in ("class_names", "palette", "void")},
         "config": about["config"],
         "precision": "32-true",
         "global_step": about["step"],
         "value_range": about["value_range"],
     }
-    return checkpoint, OnnxNetwork(program, path, len(names))
+    return checkpoint, OnnxNetwork(program, path, len(about["class_names"]))
 
 
 def open_session(path: Path) -> tuple[Program, dict[str, str]]:
