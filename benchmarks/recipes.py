@@ -8,7 +8,8 @@ Each row is a training run of train.py with the settings of its recipe's BUDGET,
 by evaluate.py at native resolution. In voc_mini, the first four VGG stages are the same in all rows
 and learn nothing, so their output for a batch is computed once and kept in memory. This changes no
 number: they are those of the plain commands, which are printed. A row that is in the output folder
-already is not run again, and one that was interrupted is resumed.
+already is not run again, and one that was interrupted is resumed; where it was begun by another
+command, it is refused.
 """
 
 import argparse
@@ -245,11 +246,15 @@ def main() -> None:
     rows, output = ROWS[args.recipe], args.output or Path("runs", "recipes", args.recipe)
     if unknown := set(args.only or ()) - set(rows):
         parser.error(f"--only: {args.recipe} has no rows {unknown}, but {', '.join(rows)}")
+    chosen = args.only or list(rows)
+    if set(chosen) & set(EVALUATION):
+        chosen = list(dict.fromkeys(["base", *chosen]))  # whose run they evaluate
+    output.mkdir(parents=True, exist_ok=True)
     if args.recipe == "voc_mini":
         keep_frozen_stages()
     for seed in args.seeds:
         KeptStage.kept.clear()  # another seed has other crops
-        for name in args.only or rows:
+        for name in chosen:
             given = [*BUDGET[args.recipe], *args.all, f"data.root={args.data}"]
             given += [f"model.weights={args.weights}"] if args.weights else []
             for setting in rows[name]:
@@ -262,11 +267,7 @@ def main() -> None:
             if options:
                 command += f" && {shlex.join(['python', 'evaluate.py', 'ckpt=RUN', *options])}"
             file = output / f"{name}_{seed}.json"
-            if (
-                file.is_file()
-                and json.loads(file.read_text(encoding="utf-8"))["command"] != command
-            ):
-                raise SystemExit(f"{file} was made with other settings: give another --output")
+            begin(file, folder_of(name, output, seed), {"row": name, "seed": seed}, command)
             metrics = run_row(name, given, output, seed, options)
             boundary = list(metrics["boundary_miou"].values())
             row = {
@@ -282,13 +283,27 @@ def main() -> None:
     (output / "table.md").write_text(table(output, rows), encoding="utf-8")
 
 
+def begin(file: Path, folder: Path, row: Mapping[str, Any], command: str) -> None:
+    """Write a row without scores, so that an interrupted one is known by the command that began it.
+
+    Raises:
+        SystemExit: what is there was made with another command, or nothing says with which one.
+    """
+    known = json.loads(file.read_text(encoding="utf-8"))["command"] if file.is_file() else None
+    if known is None and not folder.exists():
+        write_json(file, {**row, "command": command})
+    elif known != command:
+        made = f"{file} was" if known else f"{folder} may have been"
+        raise SystemExit(f"{made} made with other settings: give another --output")
+
+
 def table(output: Path, rows: Mapping[str, Sequence[str]]) -> str:
     """All rows that have been run, means over their seeds, in Markdown."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*_[0-9].json")]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*.json")]
     lines = ["| row | settings | seeds | mean IoU | near boundaries | pixel acc. |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, own in rows.items():
-        runs = [row for row in found if row["row"] == name]
+        runs = [row for row in found if row["row"] == name and "miou" in row]  # not only begun
         if not runs:
             continue
         names = ("miou", "boundary_miou", "pixel_acc")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import PROJECT
@@ -283,6 +284,44 @@ def test_rows_of_other_settings_are_not_taken_for_these(
     monkeypatch.setattr(sys, "argv", [*command, "--all", "trainer.max_steps=400"])
     with pytest.raises(SystemExit, match=r"base_0\.json was made with other settings"):
         recipes.main()
+
+
+def test_interrupted_rows_and_other_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun with other settings is refused; the base comes before its like."""
+    import recipes
+
+    scores = dict.fromkeys(("miou", "pixel_acc", "mean_acc", "fwiou"), 0.5)
+    metrics = {**scores, "boundary_miou": {"1": 0.5}, "iou": {}}
+    ran: list[str] = []
+
+    def run_row(name: str, overrides: list[str], output: Path, seed: int, *_: Any) -> Any:
+        recipes.folder_of(name, output, seed).mkdir(parents=True, exist_ok=True)
+        ran.append(name)
+        if "trainer.max_steps=1" in overrides:
+            raise KeyboardInterrupt
+        return metrics
+
+    def start(*options: str) -> None:
+        command = ["recipes.py", "--recipe", "camvid_fcn8s", "--data", "d", "--output"]
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path), *options])
+        recipes.main()
+
+    monkeypatch.setattr(recipes, "run_row", run_row)
+    with pytest.raises(KeyboardInterrupt):
+        start("--only", "base", "--all", "trainer.max_steps=1")
+    with pytest.raises(SystemExit, match=r"base_0\.json was made with other settings"):
+        start("--only", "base")
+    with pytest.raises(KeyboardInterrupt):  # the same command goes on
+        start("--only", "base", "--all", "trainer.max_steps=1")
+    (tmp_path / "base_0.json").unlink()
+    with pytest.raises(SystemExit, match=r"base.seed0 may have been made with other settings"):
+        start("--only", "base")
+    assert recipes.table(tmp_path, recipes.CAMVID_ROWS).count("\n") == 2
+
+    ran.clear()
+    start("--only", "flips at test time", "--seeds", "10")
+    assert ran == ["base", "flips at test time"]
+    assert "| base |  | 1 | 50.0 |" in (tmp_path / "table.md").read_text()
 
 
 def test_pairs_alternate_and_ratios_are_of_pairs(
