@@ -220,7 +220,11 @@ def _smp(network: Any, device: str) -> Contestant:
 
 def _smp_our_recipe(network: Any, device: str, cfg: Any) -> Contestant:
     """As our recipe says: stages frozen, the decoder many times as fast as the rest of the VGG."""
-    network.to(memory_format=torch.channels_last)
+    from fcn.precision import best_layout, best_precision
+
+    place = torch.device(device)
+    if best_layout(place, best_precision(place)):  # as for ours, by model.channels_last=auto
+        network.to(memory_format=torch.channels_last)
     pools = [i for i, m in enumerate(network.encoder.features) if isinstance(m, nn.MaxPool2d)]
     frozen = [0, *pools][cfg.model.freeze_stages]
     network.encoder.features[:frozen].requires_grad_(False)

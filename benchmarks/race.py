@@ -4,7 +4,7 @@
     python benchmarks/race.py --recipe voc_mini --data DIR --weights vgg19.pth --first 40
 
 Each network trains for that long on the same cores, as its authors do. Ours trains as the recipe,
-the others as benchmarks/peers.py says: torchfcn on one whole image at a time, those of
+the others as benchmarks/peers.py says: torchfcn on one whole image at a time, as it is, those of
 segmentation-models-pytorch (smp) on our crops, and once more with the recipe's loss, optimizer and
 frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The features of smp's are
 evened out (peers.even_out), as ours are by model.pool_scales. All compute in the precision that
@@ -12,7 +12,8 @@ ours does, which is bfloat16 where the CPU has it, although their authors use fl
 
 Only training steps count as time: reading images and scoring do not. Scores are those of
 evaluate.py, at the images' own resolution: during the race on `--first` so many images, which the
-figure shows, and at the end on all of them, which table.md has.
+figure shows, and at the end on all of them, which table.md has. Both show all seeds that are in the
+output folder, which is refused where it holds runs under other conditions.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def opened(name: str, args: argparse.Namespace) -> SegmentationDataModule:
     given = [f"experiment={args.recipe}", *args.settings, f"data.root={args.data}", "name=race"]
     given += [f"seed={args.seed}"]
     if name in TORCHFCN:
-        given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null"]
+        given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null", "data.flip=0"]
+        given += ["data.jitter=null", "data.rotate=null", "data.blur=null"]
     cfg = composed("train", *given)
     datamodule = instantiate(cfg.data, _convert_="all", num_workers=0)
     datamodule.setup("fit")
@@ -139,8 +141,28 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
 
 
+def named(run: dict[str, Any]) -> str:
+    return f"{run['name']}, {run['seed']}"
+
+
+def runs_of(output: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a race that are in its folder.
+
+    Raises:
+        SystemExit: one of them had other conditions, so that it cannot be compared with this race.
+    """
+    files = sorted(output.glob("*.json"))
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for file, run in zip(files, runs, strict=True):
+        other = [f"{k}={run.get(k)}" for k, value in conditions.items() if run.get(k) != value]
+        if other:
+            had = ", ".join(other)
+            raise SystemExit(f"{file} is of another race, with {had}: give another --output")
+    return runs
+
+
 def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
-    """Mean IoU of the first so many images over minutes of training, a line for each network."""
+    """Mean IoU of the first so many images over minutes of training, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,7 +171,7 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         minutes, mious = zip(*run["points"], strict=True)
-        axes.plot(minutes, [100 * miou for miou in mious], marker="o", label=run["name"])
+        axes.plot(minutes, [100 * miou for miou in mious], marker="o", label=named(run))
     axes.set(xlabel="minutes of training", ylabel=f"mean IoU in %, {images} images")
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -159,10 +181,10 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """What each had reached in the end, on all images, in Markdown."""
-    lines = ["| network | minutes | steps | mean IoU |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| network, seed | minutes | steps | mean IoU |", "| --- | ---: | ---: | ---: |"]
     for run in sorted(runs, key=lambda run: -run["miou"]):
         minutes, miou = run["points"][-1][0], 100 * run["miou"]
-        lines.append(f"| {run['name']} | {minutes:.1f} | {run['steps']:,} | {miou:.1f} |")
+        lines.append(f"| {named(run)} | {minutes:.1f} | {run['steps']:,} | {miou:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -184,19 +206,21 @@ def main() -> None:
         default=[],
         help="after the recipe's; those of data for all but torchfcn",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/race"))
+    parser.add_argument("--output", type=Path, help="without it, runs/race/RECIPE")
     args = parser.parse_args()
+    args.output = args.output or Path("runs", "race", args.recipe)
+    conditions = {n: getattr(args, n) for n in ("recipe", "minutes", "settings", "rate", "first")}
+    conditions["weights"] = args.weights.name
+    runs_of(args.output, conditions)  # before the work
     args.output.mkdir(parents=True, exist_ok=True)
     names = contestants(args.recipe)
     if unknown := set(args.only or ()) - set(names):
         parser.error(f"--only: there is no {unknown}, but {', '.join(names)}")
     for name in args.only or names:
-        run = race(name, args)
-        file = re.sub(r"[ /]", "_", run["name"]) + ".json"
+        run = {**race(name, args), "seed": args.seed, **conditions}
+        file = re.sub(r"[ /]", "_", f"{name}_{args.seed}") + ".json"
         (args.output / file).write_text(json.dumps(run), encoding="utf-8")
-    runs = [
-        json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.output.glob("*.json"))
-    ]
+    runs = runs_of(args.output, conditions)
     draw(runs, args.output / "race.png", args.first)
     (args.output / "table.md").write_text(table(runs), encoding="utf-8")
 

@@ -203,13 +203,76 @@ def test_race_is_won_by_mean_iou() -> None:
     from race import table
 
     runs = [
-        {"name": "slow", "steps": 1200, "points": [(2, 0.1), (4, 0.2)], "miou": 0.25},
-        {"name": "fast", "steps": 300, "points": [(2, 0.3), (4.04, 0.3)], "miou": 0.3},
+        {"name": "slow", "seed": 0, "steps": 1200, "points": [(2, 0.1), (4, 0.2)], "miou": 0.25},
+        {"name": "fast", "seed": 1, "steps": 300, "points": [(2, 0.3), (4.04, 0.3)], "miou": 0.3},
     ]
     assert table(runs).splitlines()[2:] == [
-        "| fast | 4.0 | 300 | 30.0 |",
-        "| slow | 4.0 | 1,200 | 25.0 |",
+        "| fast, 1 | 4.0 | 300 | 30.0 |",
+        "| slow, 0 | 4.0 | 1,200 | 25.0 |",
     ]
+
+
+def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import race
+
+    run = {"name": "ours", "steps": 9, "points": [(1, 0.5)], "images": 1, "miou": 0.5}
+    monkeypatch.setattr(race, "race", lambda *_: run)
+    monkeypatch.setattr(race, "contestants", lambda recipe: ["ours"])
+    monkeypatch.setattr(race, "draw", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+    def start(recipe: str, *options: str) -> list[str]:
+        command = ["race.py", "--recipe", recipe, "--data", "d", "--weights", "w.pth", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        race.main()
+        return (tmp_path / "runs" / "race" / recipe / "table.md").read_text().splitlines()[2:]
+
+    assert start("voc_mini") == ["| ours, 0 | 1.0 | 9 | 50.0 |"]
+    assert len(start("voc_mini", "--seed", "1")) == 2
+    assert len(start("camvid_fcn8s")) == 1
+    row = json.loads((tmp_path / "runs" / "race" / "voc_mini" / "ours_1.json").read_text())
+    assert (row["recipe"], row["seed"], row["minutes"], row["settings"]) == ("voc_mini", 1, 10, [])
+    for change, had in (
+        (["--minutes", "5"], "minutes=10"),
+        (["--settings", "data.crop_size=9"], r"settings=\[\]"),
+        (["--rate", "1e-3"], "rate=None"),
+    ):
+        with pytest.raises(SystemExit, match=rf"ours_0\.json is of another race, with {had}: give"):
+            start("voc_mini", *change)
+
+
+def test_torchfcn_sees_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from race import TORCHFCN, opened
+
+    asked = []
+    data = SimpleNamespace(setup=lambda stage: None)
+    monkeypatch.setattr("hydra.utils.instantiate", lambda cfg, **_: asked.append(cfg) or data)
+    args = SimpleNamespace(recipe="camvid_fcn8s", settings=["data.rotate=10"], data="d", seed=0)
+    for name in ("ours", next(iter(TORCHFCN))):
+        opened(name, args)
+    names = ("batch_size", "crop_size", "scale", "flip", "jitter", "rotate", "blur")
+    ours, theirs = ([cfg[name] for name in names] for cfg in asked)
+    assert ours[3:] == [0.5, 0.2, 10, None]
+    assert theirs == [1, None, None, 0, None, None, None]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_peers_have_the_layout_that_ours_has(
+    channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peers import _smp_our_recipe, composed
+    from torch import nn
+
+    monkeypatch.setattr("fcn.precision.best_layout", lambda *_: channels_last)
+    network = nn.Module()
+    network.encoder = nn.Module()
+    stage = (nn.Conv2d(3, 4, 3), nn.MaxPool2d(2))
+    network.encoder.features = nn.Sequential(*stage, *(nn.MaxPool2d(2) for _ in range(4)))
+    network.head = nn.Conv2d(4, 8, 3)
+    _smp_our_recipe(network, "cpu", composed("train", "experiment=camvid_fcn8s"))
+    weight = network.head.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 def test_peers_learn_in_mixed_precision() -> None:
