@@ -45,7 +45,7 @@ BUDGET = {
     ),
     "camvid_fcn8s": (
         "experiment=camvid_fcn8s",
-        "trainer.max_steps=800",
+        "trainer.max_steps=600",
         "trainer.val_check_interval=100000",  # only at the end
     ),
 }
@@ -82,6 +82,7 @@ VOC_ROWS: dict[str, tuple[str, ...]] = {
     "random VGG": ("model.freeze_stages=0", "model.weights=null", "model.pool_scales=[1,1,1]"),
 }
 # Weights of sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist.
+POLE_AND_SIGN = "model.class_weights=[1,1,3,1,1,1,1.5,1,1,1,1]"
 THIN_CLASSES = "model.class_weights=[1,1,3,1,1,1,3,2,1,3,3]"
 CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -102,16 +103,22 @@ CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "head 40 times as fast": ("model.head_lr_multiplier=40",),
     "slower skips": ("model.pool_scales=[0.4,0.00125,0.00025]",),
     "faster skips": ("model.pool_scales=[0.4,0.04,0.01]",),
+    "feature fusion": ("model.fusion=feature",),
+    "pole and sign": (POLE_AND_SIGN,),
     "thin classes": (THIN_CLASSES,),
     "balanced classes": ("model.class_weights=balanced",),
     "averaged weights": ("callbacks=ema", "callbacks.ema.decay=0.99"),
     "narrower head": ("model.head_width=256",),
     "wider head": ("model.head_width=1024",),
     "flips at test time": (),
+    "two sizes at test time": (),
 }
 ROWS = {"voc_mini": VOC_ROWS, "camvid_fcn8s": CAMVID_ROWS}
 # Rows that are the base, evaluated in another way.
-EVALUATION = {"flips at test time": ("tta.flip=true",)}
+EVALUATION = {
+    "flips at test time": ("tta.flip=true",),
+    "two sizes at test time": ("tta.scales=[1,1.5]",),
+}
 
 
 def smoothed(logits: Tensor, mask: Tensor) -> Tensor:
