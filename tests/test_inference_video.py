@@ -16,9 +16,10 @@ from test_predict import noise, write_checkpoint
 from fcn.cli import quoted
 from fcn.errors import ConfigError, DataError
 from fcn.figures.masks import overlay
-from fcn.inference.photos import find_photos
+from fcn.inference.photos import find_photos, open_video
 from fcn.inference.predictor import load_predictor
 from fcn.inference.tta import TestTime
+from fcn.inference.video import _upright
 from predict import predict
 
 av = pytest.importorskip("av")
@@ -146,6 +147,81 @@ def test_a_folder_with_photographs_and_videos(
     assert left_out[folder / "a.mp4"] == "a video needs pip install -r requirements/video.txt"
     with pytest.raises(ConfigError, match=r"^av is not installed: pip install -r requirements/vid"):
         run(ckpt, folder / "a.mp4", tmp_path / "out")
+
+
+def write_damaged(path: Path, codec: str, share: float = 1, **options: str) -> Path:
+    """30 frames at 25 a second, of which only a share of the bytes is left."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(noise(48, 64, number).copy(), format="rgb24")
+            file.mux(stream.encode(frame.reformat(format="yuv420p")))
+        file.mux(stream.encode(None))
+    content = path.read_bytes()
+    path.write_bytes(content[: round(share * len(content))])
+    return path
+
+
+def decoded(path: Path) -> list[int]:
+    """The times of all frames, as predict.py reads them."""
+    with open_video(path) as source:
+        return [moment for _, moment in _upright(source, source.streams.video[0])]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mkv", "libx264"),
+        ("a.webm", "libvpx"),
+        ("a.avi", "mpeg4"),
+        ("a.mpg", "mpeg2video"),
+        ("a.mp4", "libx264"),
+    ],
+)
+def test_a_cut_video_is_damaged(tmp_path: Path, name: str, codec: str) -> None:
+    """FFmpeg shows what is left of it, and says nothing."""
+    assert len(decoded(write_damaged(tmp_path / name, codec))) == 30
+    if name != "a.mp4":
+        with pytest.raises(DataError, match="it is damaged or cut"):
+            decoded(write_damaged(tmp_path / name, codec, 0.5))
+        return
+    path = write_damaged(tmp_path / name, codec, movflags="faststart", g="10")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(av.FFmpegError, match="Invalid data"):
+        decoded(path)
+
+
+def test_sound_may_be_longer_than_the_picture(tmp_path: Path) -> None:
+    """The length of a Matroska is that of the longest stream, from 0 on."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream, sound = file.add_stream("ffv1", rate=25), file.add_stream("aac", rate=8000)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        frame = av.VideoFrame.from_ndarray(noise(48, 64).copy(), format="rgb24")
+        frame.pts, frame.time_base = 50, Fraction(1, 25)
+        file.mux(stream.encode(frame.reformat(format="bgr0")))
+        file.mux(stream.encode(None))
+        for number in range(40):
+            silence = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+            silence.rate, silence.pts = 8000, 1024 * number
+            for plane in silence.planes:
+                plane.update(bytes(plane.buffer_size))
+            file.mux(sound.encode(silence))
+        file.mux(sound.encode(None))
+    assert len(decoded(tmp_path / "a.mkv")) == 1
+
+
+def test_times_of_b_frames_in_avi(tmp_path: Path, ckpt: Path) -> None:
+    """AVI does not have them, and FFmpeg's guesses do not grow."""
+    path = write_damaged(tmp_path / "a.avi", "libx264", bf="3", b_strategy="0")
+    with av.open(str(path)) as file:
+        guesses = [frame.pts for frame in file.decode(video=0)]
+    times = decoded(path)
+    assert sorted(guesses) != guesses
+    assert times == sorted(set(times))
+    assert times[-1] - times[0] < 33
+    run(ckpt, path, tmp_path / "out")
+    assert len(read_video(tmp_path / "out" / "a_overlay.mp4")[0]) == 30
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
 
 BT709 = 1  # the number of this colour space in every video format
+SHORT = (
+    0.5  # seconds that may be missing at the end: some files do not say how long a frame is shown
+)
 
 
 def predict_videos(
@@ -130,20 +133,53 @@ def _check(source: Any, predictor: Predictor) -> None:
         )
 
 
-def _upright(source: Any, stream: Any) -> Iterator[tuple[Tensor, int | None]]:
+def _decode(source: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream.
+
+    Raises:
+        DataError: the file is damaged, or is cut. FFmpeg would go on, or end without a word.
+    """
+    end = 0.0  # of the last frame, sound or subtitle: the length of a file is that of the longest
+    for packet in source.demux():
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is stream:
+            for frame in packet.decode():
+                if packet.is_corrupt or frame.is_corrupt:
+                    when = f"{frame.time or 0:.2f} seconds"
+                    raise DataError(f"it is damaged or cut at {when}; copy or save it again")
+                yield frame
+    # Other formats do not say how long they are, or FFmpeg has met a frame that is not complete.
+    frames = stream.frames / (stream.average_rate or 25)
+    lengths = {"matroska,webm": (source.duration or 0) / 1e6, "avi": float(frames)}
+    length = lengths.get(source.format.name, 0.0)
+    if end < length - SHORT:
+        raise DataError(
+            f"it is damaged or cut, and ends after {end:.2f} of {length:.2f} seconds; copy it again"
+            " or save it as MP4"
+        )
+
+
+def _upright(source: Any, stream: Any) -> Iterator[tuple[Tensor, int]]:
     """The frames (3, H, W) uint8, turned as the file asks for, and the time of each.
 
-    Times are in units of the stream's `time_base`.
+    Times are in units of the stream's `time_base`, and grow, as the result needs. Where they do not
+    (an AVI has no times for B-frames), a frame comes at the usual distance from the one before.
     """
-    first = None
-    for frame in source.decode(stream):
+    first, moment = None, None
+    step = max(1, round(1 / ((stream.average_rate or 25) * stream.time_base)))
+    for frame in _decode(source, stream):
         pixels = frame.to_ndarray(format="rgb24")  # (H, W, 3)
         first = first or pixels.shape
         if pixels.shape != first:
             sizes = " and ".join(f"{width}×{height}" for height, width, _ in (first, pixels.shape))
             raise DataError(f"its frames are of several sizes, {sizes}")
         turned = np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
-        yield torch.from_numpy(turned).permute(2, 0, 1), frame.pts
+        if moment is None:
+            moment = frame.pts or 0
+        else:
+            moment = moment + step if frame.pts is None or frame.pts <= moment else frame.pts
+        yield torch.from_numpy(turned).permute(2, 0, 1), moment
 
 
 def _add_output(result: Any, stream: Any, height: int, width: int) -> Any:
