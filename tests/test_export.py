@@ -21,7 +21,9 @@ from export import export
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, WeightsError
 from fcn.inference.export import ExportedNetwork, ExportError, compare, export_program
-from fcn.inference.predictor import load_predictor
+from fcn.inference.onnx_session import open_session
+from fcn.inference.predictor import OUT_OF_MEMORY, load_predictor, predict_files
+from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
 from predict import predict
 
@@ -186,6 +188,29 @@ def test_settings_that_cannot_work(ckpt: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output=.*file: "):
         run(ckpt, tmp_path / "file" / "x.pt2", "format=torch")
+
+
+def test_an_onnx_file_that_needs_too_much_memory(tmp_path: Path) -> None:
+    """onnxruntime's own error becomes torch's, so that predict.py names the image and goes on."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    make, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        make.make_node("Shape", ["image"], ["shape"]),
+        make.make_node("Mul", ["shape", "factor"], ["larger"]),
+        make.make_node("ConstantOfShape", ["larger"], ["scores"]),
+    ]
+    given = make.make_tensor_value_info("image", kinds.UINT8, ["n", 3, "h", "w"])
+    made = make.make_tensor_value_info("scores", kinds.FLOAT, None)
+    factor = make.make_tensor("factor", kinds.INT64, [4], [2**45, 1, 1, 1])
+    graph = make.make_graph(nodes, "large", [given], [made], [factor])
+    opset = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "x.onnx")
+    program, _ = open_session(tmp_path / "x.onnx")
+    Image.fromarray(noise(2, 2)).save(tmp_path / "x.png")
+    network = TestTime(lambda image: program(image)[0])
+    photo = tmp_path / "x.png"
+    assert predict_files({photo: tmp_path / "x"}, network, print) == {photo: OUT_OF_MEMORY}
 
 
 def test_files_that_are_not_ours(tmp_path: Path) -> None:

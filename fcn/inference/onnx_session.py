@@ -101,7 +101,12 @@ def open_session(path: Path) -> tuple[Program, dict[str, str]]:
         raise WeightsError(f"ckpt={path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def run(image: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
+        try:
+            outputs = session.run(None, {"image": image.numpy()})
+        except Exception as error:  # as above; torch's is a RuntimeError that names memory, too
+            lines = str(error).replace("std::bad_alloc", "no memory").strip()
+            raise RuntimeError(lines) from error
+        return [torch.from_numpy(output) for output in outputs]
 
     return run, session.get_modelmeta().custom_metadata_map
 
