@@ -7,6 +7,7 @@ Whatever is wrong with a file, the error is a DataError that begins with the fil
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,6 +106,8 @@ def open_picture(
     Raises:
         DataError: the file is missing or damaged, is no picture, or is too large.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # at a pipe, Pillow would wait for ever
+        raise DataError(f"{path}: cannot read this {what}: it is a folder, a pipe or a device")
     try:
         picture = Image.open(path, formats=FORMATS)
     except Exception as e:  # a damaged file makes Pillow raise errors of nearly any type

@@ -65,7 +65,7 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
     Sub-folders are kept: photos/a/x.jpg becomes output/a/x.png and output/a/x_overlay.jpg. Where a
     folder holds x.jpg and x.tif, the results of both would have these names. Then they keep their
-    endings: x.jpg.png and x.jpg_overlay.jpg.
+    endings: x.jpg.png and x.jpg_overlay.jpg. So do x.mp4 and x_legend.jpg.
 
     Args:
         pattern: a file; or a folder, which stands for all pictures and videos in it and in all
@@ -74,12 +74,13 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
-        left out: files that are no pictures, hidden pictures, results of earlier runs, and videos
-        if PyAV is not installed. Hidden files that are no pictures are not mentioned. A single file
-        is never left out.
+        left out: files that are no pictures, hidden pictures, results of earlier runs, pipes, and
+        videos if PyAV is not installed. Hidden files that are no pictures are not mentioned. A
+        single file is never left out.
 
     Raises:
-        ConfigError: there are no photographs, or a result would overwrite one.
+        ConfigError: there are no photographs, or a result would overwrite one, or what predict.py
+            has not written.
     """
     check_text("input", pattern, wanted="a file, a folder or a glob")
     given, output = Path(pattern).expanduser(), Path(os.path.abspath(output))
@@ -90,7 +91,13 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     else:
         root = Path(*takewhile(lambda part: not has_magic(part), given.parts))
         found = glob(str(given), recursive=True)
-    paths = sorted({Path(os.path.abspath(path)) for path in found if not os.path.isdir(path)})
+    # A link to a folder above it would show every picture 40 times. Each is taken once, where its
+    # path is the shortest. Two links to one file are two pictures.
+    once: dict[tuple[str, str], Path] = {}
+    for path in sorted(map(Path, found), key=lambda path: (len(path.parts), path)):
+        key = os.path.realpath(path.parent), path.name
+        once.setdefault(key, Path(os.path.abspath(path)))
+    paths = sorted(path for path in once.values() if not os.path.isdir(path))
     # A glob may lead out of its own root again: a/*/../../b/*.png
     root = Path(os.path.commonpath([os.path.abspath(root), *(path.parent for path in paths)]))
     photos, left_out = [], {}
@@ -116,9 +123,11 @@ def _why_left_out(path: Path, root: Path, output: Path) -> str | None:
         why = None if find_spec("av") else "a video needs pip install -r requirements/video.txt"
     if any(part.startswith(".") for part in path.relative_to(root).parts):
         return "" if why else "it is hidden"
+    if os.path.exists(path) and not os.path.isfile(path):  # a link to nothing is tried, and fails
+        return why or "it is a pipe or a device, not a file"
     if why is None and is_result(path):
         return OWN_RESULT
-    if output != root and output in path.parents:
+    if root in output.parents and output in path.parents:
         return why or "it is in the folder for results"
     return why
 
@@ -134,6 +143,8 @@ def describe(left_out: LeftOut) -> list[str]:
 
 def is_result(path: Path) -> bool:
     """Whether predict.py has written this picture or video."""
+    if not os.path.isfile(path):
+        return False  # to open a pipe would be to wait for it
     if path.name.endswith(OVERLAY_VIDEO) and find_spec("av"):
         import av
 
@@ -151,23 +162,35 @@ def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
     """The target of each photograph, in the same sub-folder of `output` as it has in `root`.
 
     Raises:
-        ConfigError: a result would overwrite a photograph.
+        ConfigError: a result would overwrite a photograph, or what predict.py has not written.
     """
-    # How often each name would be taken, by a photograph without its ending or with it. Some file
-    # systems do not tell x.png from X.PNG.
-    taken = Counter((p.parent, name.casefold()) for p in photos for name in {p.stem, p.name})
+    # How often each name would be taken, by a photograph without its ending or with it.
+    taken = Counter((p.parent, x) for p in photos for x in _names(p, p.stem) | _names(p, p.name))
     inputs = set(map(os.path.realpath, photos))
     jobs = {}
     for path in photos:
-        unique = taken[path.parent, path.stem.casefold()] == 1
+        unique = all(taken[path.parent, name] == 1 for name in _names(path, path.stem))
         target = output / path.relative_to(root).with_name(path.stem if unique else path.name)
-        endings = (OVERLAY_VIDEO, LEGEND) if is_video(path) else (MASK, OVERLAY)
-        if inputs & {os.path.realpath(result_path(target, ending)) for ending in endings}:
-            raise ConfigError(
-                f"output={output}: a result of {path.name} would overwrite a photograph or a video"
-            )
+        for ending in (OVERLAY_VIDEO, LEGEND) if is_video(path) else (MASK, OVERLAY):
+            result = result_path(target, ending)
+            is_input = os.path.realpath(result) in inputs
+            if is_input or (os.path.lexists(result) and not is_result(result)):
+                what = "a photograph or a video" if is_input else "no result of predict.py"
+                raise ConfigError(
+                    f"output={output}: a result of {path.name} would overwrite {result}, which is "
+                    f"{what}; choose another folder for the results"
+                )
         jobs[path] = target
     return jobs
+
+
+def _names(path: Path, stem: str) -> set[str]:
+    """The stems that results take. A video's legend is named as the mask of x_legend.jpg would be.
+
+    Some file systems do not tell x.png from X.PNG.
+    """
+    names = {stem, stem + LEGEND.removesuffix(MASK)} if is_video(path) else {stem}
+    return set(map(str.casefold, names))
 
 
 def voc_photos(root: str | Path | None, split: str | None, comp: str, output: Path) -> Jobs:

@@ -51,6 +51,7 @@ from fcn.precision import AUTOCAST, PRECISIONS, best_layout, best_precision, cas
 
 log = logging.getLogger(__name__)
 
+JPEG_SIDE = 65_500  # pixels; libjpeg writes no longer side
 OUT_OF_MEMORY = "memory ran out; try tile=768 batch_size=1"
 
 Write = Callable[[Tensor, Tensor, Path], None]  # image (3, H, W), mask (H, W), target
@@ -105,6 +106,7 @@ class Predictor:
         canvas = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
         canvas.paste(picture)
         canvas.paste(legend, (0, picture.height))
+        canvas.thumbnail((JPEG_SIDE, JPEG_SIDE))  # which leaves a smaller one as it is
         with atomic_write(result_path(target, OVERLAY)) as part:
             canvas.save(part, "JPEG", quality=90, subsampling=0, comment=MARK)
 
