@@ -32,9 +32,8 @@ from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
 
 BT709 = 1  # the number of this colour space in every video format
-SHORT = (
-    0.5  # seconds that may be missing at the end: some files do not say how long a frame is shown
-)
+# Seconds that may be missing at the end: some files do not say how long their last frame is shown.
+SHORT = 0.5
 
 
 def predict_videos(
