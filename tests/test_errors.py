@@ -130,4 +130,4 @@ def test_error_of_a_worker_process_is_its_message() -> None:
 
 def test_exit_code_of_a_signal_is_the_shells() -> None:
     stopped = Stopped(SIGTERM, 7)
-    assert (stopped.exit_code, stopped.step, str(stopped)) == (143, 7, "SIGTERM at step 7")
+    assert (stopped.exit_code, str(stopped)) == (143, "SIGTERM at step 7")
