@@ -130,7 +130,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     settings = checkpoint["hyper_parameters"]
     if not is_state_dict(checkpoint["state_dict"]) or not isinstance(settings, dict):
         raise WeightsError(f"{path} is no checkpoint of this codebase")
-    if not _are_plain([checkpoint[name] for name in SETTINGS]):
+    if not _are_plain([*map(checkpoint.get, SETTINGS), checkpoint.get("fresh_layers")]):
         limit = f"plain values, in at most {DEEPEST} levels of at most {MOST_VALUES:,}"
         raise WeightsError(
             f"{path} is no checkpoint of this codebase: its settings are not {limit}"

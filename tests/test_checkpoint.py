@@ -296,6 +296,7 @@ def test_settings_that_do_not_end(save: Callable[..., Path]) -> None:
         {"config": {"a": itself}},
         {"config": {"a": doubled}},
         {"config": {"a": [0] * 100_001}},
+        {"fresh_layers": doubled},
         {"hyper_parameters": hyper | {"stride": doubled}},
         {"hyper_parameters": hyper | {"head_width": torch.zeros(2)}},
         {"precision": doubled},

@@ -26,7 +26,7 @@ from predict import predict
 
 pytest.importorskip("huggingface_hub")
 
-from fcn.inference.hub import FCN
+from fcn.inference.hub import FCN, _are_in
 
 
 def run(ckpt: Path, *overrides: str) -> Path:
@@ -222,6 +222,8 @@ def test_the_card_of_changed_weights(folder: Path, tmp_path: Path) -> None:
     assert "| optimizer steps | not known |" in card
     assert "mean IoU |" not in card
     assert "mean IoU |" in (folder / "README.md").read_text(encoding="utf-8")
+    network.register_parameter("own", torch.nn.Parameter(torch.zeros(1)))
+    assert not _are_in(network.state_dict(), folder / MODEL_FOLDER[0])
 
 
 class Hub:

@@ -43,9 +43,7 @@ def test_files_of_the_user_are_not_overwritten(tmp_path: Path) -> None:
     for photo, taken in (("x.jpg", "x.png"), ("x.jpg", "x_overlay.jpg"), ("y.mp4", "y_legend.png")):
         find_photos(str(tmp_path / photo), tmp_path)
         Image.new("L", (3, 2)).save(tmp_path / taken)
-        with pytest.raises(
-            ConfigError, match=rf"^output=.*{photo} would .*{taken}, which is no re"
-        ):
+        with pytest.raises(ConfigError, match=rf"^output=.*{photo} would .*{taken}, which has not"):
             find_photos(str(tmp_path / photo), tmp_path)
         (tmp_path / taken).unlink()
     assert find_photos(str(tmp_path / "z.jpg"), tmp_path)[0] == {tmp_path / "z.jpg": tmp_path / "z"}
@@ -87,7 +85,7 @@ def test_links_and_pipes(tmp_path: Path) -> None:
     assert left_out == {photos / "pipe.png": "it is a pipe or a device, not a file"}
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / "x.png")
-    with pytest.raises(ConfigError, match=r"x\.png, which is no result"):
+    with pytest.raises(ConfigError, match=r"x\.png, which has not the mark"):
         find_photos(str(photos / "x.jpg"), tmp_path / "out")
     with pytest.raises(
         DataError, match=r"pipe\.png: cannot read this image: it is a folder, a pipe"

@@ -150,8 +150,12 @@ def test_a_folder_with_photographs_and_videos(
 
 
 def write_damaged(path: Path, codec: str, share: float = 1, **options: str) -> Path:
-    """30 frames at 25 a second, of which only a share of the bytes is left."""
-    with av.open(str(path), "w") as file:
+    """30 frames at 25 a second, of which only a share of the bytes is left.
+
+    An MP4 has its index in front, as in downloads: without its index, nothing can be read of one.
+    """
+    index = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=index) as file:
         stream = file.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(30):
@@ -186,9 +190,20 @@ def test_a_cut_video_is_damaged(tmp_path: Path, name: str, codec: str) -> None:
         with pytest.raises(DataError, match="it is damaged or cut"):
             decoded(write_damaged(tmp_path / name, codec, 0.5))
         return
-    path = write_damaged(tmp_path / name, codec, movflags="faststart", g="10")
+    path = write_damaged(tmp_path / name, codec, g="10")
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(av.FFmpegError, match="Invalid data"):
+        decoded(path)
+
+
+def test_a_cut_between_two_frames(tmp_path: Path) -> None:
+    """FFmpeg meets no frame that is not complete."""
+    path = write_damaged(tmp_path / "a.mp4", "libx264", g="10", bf="0")
+    assert len(decoded(path)) == 30
+    with av.open(str(path)) as file:
+        ends = [packet.pos for packet in file.demux(video=0) if packet.pos]
+    path.write_bytes(path.read_bytes()[: ends[12]])
+    with pytest.raises(DataError, match=r"ends after 0\.4\d of 1\.20 seconds"):
         decoded(path)
 
 

@@ -185,6 +185,10 @@ def test_voc_folder(tmp_path: Path, voc_ckpt: Path, tiny_voc: Path) -> None:
     assert [path.name for path in found] == ["2007_000032.png"]
     with pytest.raises(DataError, match=r"none\.txt"):
         run(voc_ckpt, "format=voc", f"output={tmp_path}", "split=none")
+    run(voc_ckpt, "format=voc", f"output={tmp_path}")  # results of an earlier run are replaced
+    Image.new("L", (3, 2)).save(folder / f"{data.ids[0]}.png")  # another program's
+    with pytest.raises(ConfigError, match=r"would overwrite .*val_cls.*, which has not the mark"):
+        run(voc_ckpt, "format=voc", f"output={tmp_path}")
 
 
 @pytest.mark.slow

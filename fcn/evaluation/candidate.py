@@ -162,7 +162,7 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
 
     Raises:
         ConfigError: the names of the classes, or their order, are not the same everywhere, or a
-            checkpoint's label of void pixels is not that of the data.
+            checkpoint's label of void pixels is not 255, which all data sets and padding have.
     """
     for candidate in candidates:
         if candidate.module.void != VOID:

@@ -30,7 +30,7 @@ from fcn.checkpoint import (
     settings_of,
     write_model_folder,
 )
-from fcn.errors import ConfigError
+from fcn.errors import ConfigError, WeightsError
 from fcn.inference.model_card import model_card
 from fcn.module import SegmentationModule
 from fcn.network import FCN as Network
@@ -126,9 +126,10 @@ class FCN(Network, PyTorchModelHubMixin):
 
 def _are_in(state: Mapping[str, Tensor], path: Path) -> bool:
     """Whether a checkpoint is still there and holds just these weights."""
-    if not path.is_file():
+    try:
+        kept = read_checkpoint(path)["state_dict"]
+    except WeightsError:  # it is gone, or another one is being written
         return False
-    kept = read_checkpoint(path)["state_dict"]
-    return all(
+    return kept.keys() == state.keys() and all(
         torch.equal(value.cpu(), kept[name].to(value.dtype)) for name, value in state.items()
     )

@@ -13,12 +13,13 @@ from glob import escape, glob, has_magic
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fcn.datasets.pictures import open_picture, why_no_picture
 from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
 from fcn.errors import ConfigError, DataError, check_choice, check_text, refuse
+from fcn.inference.onnx_session import need_packages
 from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs or videos, and the target of each
@@ -110,6 +111,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     if not photos:
         lines = [f"input={pattern}: no image there; it takes a file, a folder or a glob"]
         raise ConfigError("\n".join([*lines, *describe(left_out)]))
+    if any(map(is_video, photos)):
+        need_packages("av", extra="video")  # also to know the results of earlier runs
     return _targets(photos, root, output), left_out
 
 
@@ -173,15 +176,24 @@ def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
         target = output / path.relative_to(root).with_name(path.stem if unique else path.name)
         for ending in (OVERLAY_VIDEO, LEGEND) if is_video(path) else (MASK, OVERLAY):
             result = result_path(target, ending)
-            is_input = os.path.realpath(result) in inputs
-            if is_input or (os.path.lexists(result) and not is_result(result)):
-                what = "a photograph or a video" if is_input else "no result of predict.py"
-                raise ConfigError(
-                    f"output={output}: a result of {path.name} would overwrite {result}, which is "
-                    f"{what}; choose another folder for the results"
-                )
+            if os.path.realpath(result) in inputs:
+                _refuse(path, result, output, "is a photograph or a video")
+            _check_own(path, result, output)
         jobs[path] = target
     return jobs
+
+
+def _check_own(path: Path, result: Path, output: Path) -> None:
+    """Refuse to overwrite a file that predict.py has not written."""
+    if os.path.lexists(result) and not is_result(result):
+        _refuse(path, result, output, "has not the mark of predict.py's results")
+
+
+def _refuse(path: Path, result: Path, output: Path, why: str) -> NoReturn:
+    raise ConfigError(
+        f"output={output}: a result of {path.name} would overwrite {result}, which {why}; choose "
+        "another folder for the results"
+    )
 
 
 def _names(path: Path, stem: str) -> set[str]:
@@ -203,7 +215,8 @@ def voc_photos(root: str | Path | None, split: str | None, comp: str, output: Pa
         output: the folder for results. The server takes the folder results/ in it.
 
     Raises:
-        ConfigError: `split` is no name, or `comp` is neither comp5 nor comp6.
+        ConfigError: `split` is no name, `comp` is neither comp5 nor comp6, or a result would
+            overwrite what predict.py has not written.
         DataError: the tree, its list or an image is missing.
     """
     check_text("split", split, wanted="the name of a list", optional=True)
@@ -217,4 +230,6 @@ def voc_photos(root: str | Path | None, split: str | None, comp: str, output: Pa
     results = output / "results" / "VOC2012" / "Segmentation" / f"{comp}_{split}_cls"
     jobs = {folder / "JPEGImages" / f"{name}.jpg": results / name for name in ids}
     check_exist(jobs, what="images")
+    for path, target in jobs.items():
+        _check_own(path, result_path(target, MASK), output)
     return jobs

@@ -26,7 +26,6 @@ from fcn.errors import DataError, WriteError, reason
 from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay
 from fcn.files import atomic_write
-from fcn.inference.onnx_session import need_packages
 from fcn.inference.photos import LEGEND, MARK, OVERLAY_VIDEO, open_video, result_path
 from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
@@ -55,7 +54,6 @@ def predict_videos(
     """
     if not jobs:
         return {}
-    need_packages("av", extra="video")
     from av import FFmpegError
 
     failed: dict[Path, str] = {}
@@ -148,10 +146,13 @@ def _decode(source: Any, stream: Any) -> Iterator[Any]:
                     when = f"{frame.time or 0:.2f} seconds"
                     raise DataError(f"it is damaged or cut at {when}; copy or save it again")
                 yield frame
-    # Other formats do not say how long they are, or FFmpeg has met a frame that is not complete.
-    frames = stream.frames / (stream.average_rate or 25)
-    lengths = {"matroska,webm": (source.duration or 0) / 1e6, "avi": float(frames)}
-    length = lengths.get(source.format.name, 0.0)
+    # Other formats do not say how long they are.
+    if source.format.name == "avi":
+        length = float(stream.frames / (stream.average_rate or 25))
+    elif source.format.name.startswith(("matroska", "mov")):  # "matroska,webm", "mov,mp4,..."
+        length = (source.duration or 0) / 1e6
+    else:
+        length = 0.0
     if end < length - SHORT:
         raise DataError(
             f"it is damaged or cut, and ends after {end:.2f} of {length:.2f} seconds; copy it again"
