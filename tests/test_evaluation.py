@@ -89,6 +89,7 @@ def test_padding_is_no_boundary(finished_run: Path) -> None:
         scores.on_validation_end(None, module)  # type: ignore[arg-type]
     assert np.array_equal(alone.bands, together.bands)
     assert alone.rows == together.rows
+    assert together.prediction(0).flags.writeable  # else torch warns of it in every report
     assert together.prediction(0).shape == (9, 14)
 
 

@@ -86,4 +86,5 @@ class ImageScores(Callback):
     def prediction(self, index: int) -> np.ndarray:
         """The prediction (H, W) uint8 of an image by its index, if `keep` is set."""
         shape, packed = self._predictions[index]
-        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
+        # A copy, because what frombuffer gives cannot be written to, of which torch warns.
+        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape).copy()

@@ -120,7 +120,7 @@ class FCN(Network, PyTorchModelHubMixin):
             network.set_layout(True)  # the fastest here, on the CPU, wherever it was trained
         checkpoint = read_checkpoint(path)
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
-        network.source = path
+        network.source = path.absolute()  # the working directory may change
         return network.to(map_location).eval()
 
 

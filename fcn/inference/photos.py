@@ -153,8 +153,8 @@ def is_result(path: Path) -> bool:
 
         with suppress(av.FFmpegError), open_video(path) as video:
             return bool(video.metadata.get("comment") == MARK)
-    if not path.name.endswith((MASK, LEGEND, OVERLAY)):
-        return False  # without opening it
+    if not path.name.endswith((MASK, OVERLAY)):  # a legend is a .png, too
+        return False
     with suppress(DataError), open_picture(path, max_pixels=2**63) as picture:
         marks = picture.info.get("Software"), picture.info.get("comment")  # of PNG and JPEG
         return bool({MARK, MARK.encode()} & set(marks))
