@@ -24,7 +24,7 @@ from torch import Tensor
 from fcn.checkpoint import last_checkpoint
 from fcn.datasets.check import SHOWN, draw, main
 from fcn.datasets.folder import Folder
-from fcn.datasets.pictures import read_image
+from fcn.datasets.reading import read_image
 from fcn.errors import DataError
 from fcn.inference.photos import find_photos
 from fcn.inference.tta import TestTime

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fcn.datasets import VOID, Labels, is_byte, is_colour, pictures, reading
+from fcn.datasets import VOID, Labels, is_byte, is_colour, reading
 from fcn.datasets.layout import Files, all_ids, draw, read_list, split_ids
 from fcn.datasets.palettes import Appearance, appearance
 from fcn.datasets.voc2012 import voc_palette
@@ -130,7 +130,7 @@ class Folder(reading.Pairs):
         val_share: float = 0.2,
         seed: int = 0,
         value_range: reading.Range | None = None,
-        max_pixels: int = pictures.MAX_PIXELS,
+        max_pixels: int = reading.MAX_PIXELS,
     ) -> None:
         self.classes, self.palette = self.labels(classes=classes, palette=palette, void=void)
         check_text("data.dataset.images", images, wanted="the folder of the images")
@@ -214,7 +214,7 @@ class Folder(reading.Pairs):
             raise DataError(f"{self._list}: no file of '{self.ids[index]}'")
 
     def _read_picture(self, path: Path) -> Image.Image:
-        return pictures.read_picture(path, "mask", max_pixels=self.max_pixels)
+        return reading.read_picture(path, "mask", max_pixels=self.max_pixels)
 
     def _holds_labels(self, picture: Image.Image) -> bool:
         """Whether the values in a mask are labels, and not colours of data.dataset.palette."""

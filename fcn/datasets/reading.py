@@ -23,8 +23,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fcn.datasets import VOID, Sample, pictures
+from fcn.datasets import VOID, Sample
 from fcn.datasets.misread import STRETCHED
+from fcn.datasets.pictures import (
+    MAX_PIXELS,
+    image_size,
+    image_type,
+    others_of_stem,
+    palette_of,
+    read_image,
+    read_picture,
+)
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
 
@@ -124,7 +133,7 @@ def check_exist(paths: Iterable[Path], *, what: str) -> None:
     missing = [path for path in wanted if path.name not in found[path.parent]]
     if missing:
         message = f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}"
-        refuse_missing(message + pictures.others_of_stem(missing[0]))
+        refuse_missing(message + others_of_stem(missing[0]))
 
 
 def refuse_missing(message: str) -> None:
@@ -172,7 +181,7 @@ def read_mask(path: Path, num_classes: int, *, void: int | None = VOID) -> np.nd
     Raises:
         DataError: the file is damaged, is no picture of labels, or holds unknown labels.
     """
-    labels = labels_of(pictures.read_picture(path, "mask"), path)
+    labels = labels_of(read_picture(path, "mask"), path)
     return to_mask(labels, num_classes, void=void, path=path)
 
 
@@ -183,7 +192,7 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     in it is transparent, and its values are whole numbers.
 
     Args:
-        picture: the mask, as `pictures.read_picture` has read it.
+        picture: the mask, as `read_picture` has read it.
         path: its file, for the message.
 
     Raises:
@@ -197,7 +206,7 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     labels = np.array(picture)  # (H, W) or (H, W, bands)
     if picture.format == "GIF" and picture.mode == "P":
         values = np.unique(labels).tolist()
-        colours = pictures.palette_of(picture)[values]  # (values, 3)
+        colours = palette_of(picture)[values]  # (values, 3)
         grey, is_grey = colours[:, 0].tolist(), (colours == colours[:, :1]).all()
         if is_grey and grey != values and len(set(grey)) == len(values) > 2:
             raise DataError(
@@ -278,8 +287,7 @@ class Pairs(Dataset[Sample]):
 
     Args:
         pairs: the files of image and mask for each id, in the order of the data set.
-        value_range, max_pixels: as for `pictures.read_image`. All images must have the type of the
-            first.
+        value_range, max_pixels: as for `read_image`. All images must have the type of the first.
 
     Raises:
         ConfigError: `value_range` or `max_pixels` cannot work.
@@ -294,7 +302,7 @@ class Pairs(Dataset[Sample]):
         pairs: dict[str, tuple[Path, Path]],
         *,
         value_range: Range | None = None,
-        max_pixels: int = pictures.MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_range(value_range)
         check_whole("data.dataset.max_pixels", max_pixels, 1, 2**40)
@@ -309,7 +317,7 @@ class Pairs(Dataset[Sample]):
         """The type of the values in the first image that can be read."""
         for image, _ in self.pairs.values():
             with suppress(DataError):
-                return pictures.image_type(image, max_pixels=self.max_pixels)
+                return image_type(image, max_pixels=self.max_pixels)
         return None
 
     def __len__(self) -> int:
@@ -319,7 +327,7 @@ class Pairs(Dataset[Sample]):
         name = self.ids[index]
         image, mask = self.pairs[name]
         labels = self.read_labels(index)  # (H, W)
-        pixels = pictures.read_image(
+        pixels = read_image(
             image, self.value_range, expected=self.image_type, max_pixels=self.max_pixels
         )
         if labels.shape != pixels.shape[:2]:
@@ -347,7 +355,7 @@ def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -
     turned = []
     for path in (image, mask):
         with suppress(DataError):  # a .mat is no picture
-            turned += [path.name] if pictures.image_size(path, max_pixels=2**63)[1] >= 5 else []
+            turned += [path.name] if image_size(path, max_pixels=2**63)[1] >= 5 else []
     if turned and (mh, mw) == (w, h):
         message += (
             f"; by its EXIF orientation {turned[0]} is turned by 90 degrees, and the other fits "
