@@ -169,14 +169,21 @@ def pytest_collectstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with work in other processes come first, and `--dist loadgroup` gives one worker all.
-
-    They share a server process (forks.py), which takes ten seconds to start.
+    """Tests with work in other processes come first, and `--dist loadgroup` gives one worker all:
+    they share a server process (forks.py), which takes ten seconds to start. Then come other
+    groups, then slow tests; the fast ones are last, so that the workers end at the same time.
     """
     for item in items:
         if hasattr(getattr(item, "module", None), "fork"):
             item.add_marker(pytest.mark.xdist_group("forks"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+    def rank(item: pytest.Item) -> int:
+        group = item.get_closest_marker("xdist_group")
+        if group is not None:
+            return 0 if group.args == ("forks",) else 1
+        return 2 if item.get_closest_marker("slow") else 3
+
+    items.sort(key=rank)
 
 
 REPORTED, TOO_LONG = 2.0, 5.0  # seconds of CPU time of a test that is not marked as slow

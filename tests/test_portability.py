@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.xdist_group("windows")
 def test_all_commands_without_posix(windows: tuple[Path, str]) -> None:
     folder, output = windows
     assert read_summary(folder / "run")["steps"] == 6
@@ -106,6 +108,7 @@ def test_all_commands_without_posix(windows: tuple[Path, str]) -> None:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.xdist_group("windows")
 def test_files_that_another_program_has_open(windows: tuple[Path, str]) -> None:
     """Rows of metrics.csv go to a second file, from which they are read; sweep.csv is left."""
     folder, output = windows
@@ -132,7 +135,8 @@ def test_no_checkpoint_stays_mapped(
     opener: str, kind: str, tmp_path: Path, finished_run: Path
 ) -> None:
     """A run that still trains could not write its last.ckpt anew, on Windows."""
-    path = best_checkpoint(finished_run)
+    path = tmp_path / "best.ckpt"  # a file of its own: other tests may have the run's mapped
+    shutil.copy(best_checkpoint(finished_run), path)
     if kind == "safetensors":
         checkpoint = read_checkpoint(path)
         path = tmp_path / "best.safetensors"

@@ -38,6 +38,7 @@ def test_notebook_is_small_and_without_outputs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("notebook")  # long: it begins early
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a copy of the project, so that it is seen what is written where."""
     project = tmp_path / "project"

@@ -82,8 +82,9 @@ class TolerantWandbLogger(WandbLogger):
 
     def _start(self, options: dict[str, Any]) -> Any:
         """Start a W&B run, offline if it cannot be online."""
-        mode = None  # W&B then reads WANDB_MODE
-        if not os.environ.get("WANDB_MODE"):
+        # W&B itself reads WANDB_MODE once in a process, and not after a first run in a notebook.
+        mode = os.environ.get("WANDB_MODE") or None
+        if mode is None:
             try:
                 if not wandb.login(prompt=False):
                     mode = "offline"
