@@ -4,33 +4,19 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Timer
 from typing import Any
 
 import pytest
 
 from fcn import files
 from fcn.errors import WriteError
-from fcn.files import (
-    SUFFIX,
-    LockedError,
-    atomic_write,
-    create_folder,
-    is_locked,
-    lock,
-    remove_parts,
-    write_json,
-    write_text,
-    writing,
-)
-
-Child = tuple[multiprocessing.Process, Connection]
+from fcn.files import SUFFIX, LockedError, atomic_write, is_locked, lock, write_text
 
 
 def content(folder: Path) -> list[str]:
@@ -40,67 +26,64 @@ def content(folder: Path) -> list[str]:
 # ---- writing
 
 
-def test_the_file_appears_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A file that is to be written anew, alone in its folder."""
+    path = tmp_path / "folder" / "a.json"
+    path.parent.mkdir()
+    path.write_text("old")
+    return path
+
+
+def test_the_file_appears_at_the_end(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with atomic_write(path) as part:
+    with atomic_write(old) as part:
         part.write_text("new")
-        assert path.read_text() == "old"
-        assert part.parent == tmp_path
+        assert old.read_bytes() == b"old"
+        assert part.parent == old.parent
         assert part.name.startswith(".a.json.")
         assert part.suffix == SUFFIX
         assert synced == []
-    assert path.read_text() == "new"
-    assert content(tmp_path) == ["a.json"]
+    assert old.read_bytes() == b"new"
+    assert content(old.parent) == ["a.json"]
     assert len(synced) == 1
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
+def test_an_error_leaves_the_old_file_and_is_raised_as_it_is(old: Path) -> None:
     def interrupted() -> None:
-        with atomic_write(path) as part:
+        with atomic_write(old) as part:
             part.write_text("half of the ne")
-            raise error
+            raise KeyError
 
-    with pytest.raises(error):
+    with pytest.raises(KeyError):
         interrupted()
-    assert path.read_text() == "old"
-    assert content(tmp_path) == ["a.json"]
+    assert old.read_bytes() == b"old"
+    assert content(old.parent) == ["a.json"]
 
 
-def test_a_kill_leaves_the_old_file_and_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_the_old_file_and_a_part(old: Path, tmp_path: Path) -> None:
     """A process that is killed before `os.replace` runs no more of its code."""
-    path = tmp_path / "deep" / "a.json"
-    path.parent.mkdir()
-    path.write_text("old")
-    writer = atomic_write(path)
+    writer = atomic_write(old)
     writer.__enter__().write_text("half of the ne")
-    assert path.read_text() == "old"
-    assert len(content(path.parent)) == 2
+    assert old.read_bytes() == b"old"
+    assert len(content(old.parent)) == 2
     (tmp_path / "a.part").touch()  # a user's own file, as it is not hidden
     (tmp_path / f".folder{SUFFIX}").mkdir()  # cannot be unlinked
-    remove_parts(tmp_path)
-    assert content(path.parent) == ["a.json"]
-    assert content(tmp_path) == [f".folder{SUFFIX}", "a.part", "deep"]
-    remove_parts(tmp_path / "nowhere")
+    files.remove_parts(tmp_path)
+    assert content(old.parent) == ["a.json"]
+    assert content(tmp_path) == [f".folder{SUFFIX}", "a.part", "folder"]
+    files.remove_parts(tmp_path / "nowhere")
     with pytest.raises(RuntimeError, match="was not written"):  # closes what is open in this test
         writer.__exit__(None, None, None)
 
 
-def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    with atomic_write(path) as first, atomic_write(path) as second:
+def test_two_writers_do_not_disturb_each_other(old: Path) -> None:
+    with atomic_write(old) as first, atomic_write(old) as second:
         first.write_text("1")
         second.write_text("2")
-    assert path.read_text() == "1"  # the block of the second ended before
-    assert content(tmp_path) == ["a"]
+    assert old.read_bytes() == b"1"  # the block of the second ended before
+    assert content(old.parent) == ["a.json"]
 
 
 def test_nothing_written_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
@@ -115,70 +98,54 @@ def test_nothing_written_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="its paths are shorter")
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     for name in ("x" * 255, "東" * 85):
-        with atomic_write(tmp_path / name) as part:
-            part.write_text("a")
+        write_text(tmp_path / name, "a")
         assert (tmp_path / name).read_text() == "a"
 
 
-def refusing(code: int) -> Any:
+def refusing(code: int) -> Callable[..., None]:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
     return refuse
 
 
-def test_message_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", refusing(errno.ENOSPC))
-    path = tmp_path / "last.ckpt"
-    with pytest.raises(WriteError) as caught, atomic_write(path, size=123_456_789) as part:
-        part.write_text("half")
-    message = str(caught.value)
-    assert message.startswith(f"{path} cannot be written: No space left on device; it needs 123.5 ")
-    assert message.endswith(" MB are free there")
-    assert content(tmp_path) == []  # what was written makes room for others
+FREE = r"it needs 123\.5 MB, [\d,.]+ MB are free there"
 
 
-def test_message_of_a_missing_folder(tmp_path: Path) -> None:
-    path = tmp_path / "none" / "a.txt"
-    with pytest.raises(WriteError) as caught:
-        write_text(path, "a")
-    wanted = f"{path} cannot be written: No such file or directory; there is no folder "
-    assert str(caught.value) == wanted + str(path.parent)
-
-
-def test_message_of_a_file_that_is_open_on_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "fails", "code", "message"),
+    [
+        ("a.json", "fsync", errno.ENOSPC, f"No space left on device; {FREE}"),
+        ("a.json", "replace", errno.EACCES, r"Permission denied; close other programs .*\)"),
+        ("new", "replace", errno.EACCES, f"Permission denied; {FREE}"),
+        ("none/a", "access", 0, "No such file or directory; there is no folder .*folder.none"),
+    ],
+)
+def test_message_of_a_file_that_cannot_be_written(
+    old: Path, name: str, fails: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "metrics.csv"
-    path.write_text("old")
-    monkeypatch.setattr(os, "replace", refusing(errno.EACCES))
+    """What was written is removed, which makes room for others."""
     monkeypatch.setattr(files, "PATIENCE", 0)
-    with pytest.raises(WriteError, match=r"metrics\.csv .* close other programs that have it open"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert content(tmp_path) == ["metrics.csv"]
-    path.unlink()
-    with pytest.raises(WriteError, match=r"Permission denied; [\d,.]+ MB are free there$"):
-        write_text(path, "new")
+    monkeypatch.setattr(os, fails, refusing(code))
+    path, message = old.parent / name, f"{name} cannot be written: {message}$"
+    with pytest.raises(WriteError, match=message), atomic_write(path, size=123_456_789) as part:
+        part.write_text("half")
+    assert old.read_bytes() == b"old"
+    assert content(old.parent) == ["a.json"]
 
 
-def test_a_file_that_is_open_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, results = tmp_path / "last.ckpt", iter([refusing(errno.EACCES), os.replace])
+def test_a_file_that_is_open_for_a_moment(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([refusing(errno.EACCES), os.replace])
     monkeypatch.setattr(os, "replace", lambda *paths: next(results)(*paths))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    write_text(path, "new")
-    assert path.read_text() == "new"
-
-
-def test_writing_leaves_other_errors_alone(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), writing(tmp_path / "a"):
-        raise KeyError("a")
+    write_text(old, "new")
+    assert old.read_bytes() == b"new"
 
 
 def test_a_folder_for_results(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     for folder, kept in (("old", True), ("old/new", False), ("new/a", False), ("full", True)):
-        with create_folder(tmp_path / folder):
+        with files.create_folder(tmp_path / folder):
             assert (tmp_path / folder).is_dir()
             if folder == "full":
                 (tmp_path / folder / "x").touch()
@@ -190,7 +157,7 @@ def test_text_and_json(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "Straße 東京\r\nx\n\udcff")  # at its end, a byte that is not UTF-8
     assert path.read_bytes() == "Straße 東京\r\nx\n\\udcff".encode()
-    write_json(path, {"a": float("nan"), "b": [1, {"c": (float("inf"), 0.5)}], "d": None})
+    files.write_json(path, {"a": float("nan"), "b": [1, {"c": (float("inf"), 0.5)}], "d": None})
     assert json.loads(path.read_text()) == {"a": None, "b": [1, {"c": [None, 0.5]}], "d": None}
     assert path.read_text().endswith("}\n")
 
@@ -198,14 +165,12 @@ def test_text_and_json(tmp_path: Path) -> None:
 # ---- the lock
 
 
-def hold(path: Path, connection: Connection, children: int) -> None:
-    """What a run does: it holds the lock while its loaders, forked from it, live."""
-    for _ in range(children):
-        fork = multiprocessing.get_context("fork").Process(target=wait_for_parent, daemon=False)
+def hold(path: Path, connection: Connection, loader: bool) -> None:
+    """What a run does: it holds the lock while its loader, forked from it, lives."""
     with lock(path):
-        if children:
-            fork.start()
-        connection.send(fork.pid if children else None)
+        if loader:
+            multiprocessing.get_context("fork").Process(target=wait_for_parent).start()
+        connection.send("locked")
         connection.recv()
     connection.send("released")
     connection.recv()
@@ -219,20 +184,22 @@ def wait_for_parent() -> None:
     time.sleep(0.5)
 
 
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Any]:
-    """Starts a process that holds the lock `tmp_path/.lock` until it hears something."""
-    started: list[multiprocessing.Process] = []
+Start = Callable[..., tuple[Any, Connection]]
 
-    def start(children: int = 0) -> Child:
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Start]:
+    """Starts a process that holds the lock `tmp_path/.lock` until it hears something."""
+    started: list[Any] = []
+
+    def start(loader: bool = False) -> tuple[Any, Connection]:
         context = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=hold, args=(tmp_path / ".lock", theirs, children))
-        process.start()
-        started.append(process)  # type: ignore[arg-type]
+        started.append(context.Process(target=hold, args=(tmp_path / ".lock", theirs, loader)))
+        started[-1].start()
         assert ours.poll(60)
-        ours.recv()
-        return process, ours  # type: ignore[return-value]
+        assert ours.recv() == "locked"
+        return started[-1], ours
 
     yield start
     for process in started:
@@ -240,7 +207,7 @@ def holder(tmp_path: Path) -> Iterator[Any]:
         process.join()
 
 
-def test_one_process_at_a_time(tmp_path: Path, holder: Any) -> None:
+def test_one_process_at_a_time(tmp_path: Path, holder: Start) -> None:
     path = tmp_path / ".lock"
     assert not is_locked(path)
     process, connection = holder()
@@ -253,38 +220,28 @@ def test_one_process_at_a_time(tmp_path: Path, holder: Any) -> None:
     assert content(tmp_path) == []  # its file is gone while the process is not
     assert process.is_alive()
     assert not is_locked(path)
-    with lock(path, timeout=0):
-        assert content(tmp_path) == [".lock"]
-    assert content(tmp_path) == []
 
 
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: Any) -> None:
-    process, _ = holder()
+FORKS = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
+
+
+@pytest.mark.parametrize("loader", [False, pytest.param(True, marks=FORKS)])
+def test_the_lock_of_a_killed_run(tmp_path: Path, holder: Start, loader: bool) -> None:
+    """Its file stays. The loaders, which hold the lock for a moment, are waited for."""
+    process, _ = holder(loader)
     process.kill()
     process.join()
-    assert content(tmp_path) == [".lock"]  # the file stays, but nobody holds it
-    assert not is_locked(tmp_path / ".lock")
-    with lock(tmp_path / ".lock", timeout=0):
-        pass
+    assert content(tmp_path) == [".lock"]
+    with lock(tmp_path / ".lock"):
+        assert content(tmp_path) == [".lock"]
     assert content(tmp_path) == []
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
-def test_the_loaders_of_a_killed_run_are_waited_for(tmp_path: Path, holder: Any) -> None:
-    process, _ = holder(children=1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    with lock(tmp_path / ".lock"):
-        assert content(tmp_path) == [".lock"]
-
-
-def test_waiting_for_another(tmp_path: Path, holder: Any) -> None:
+def test_waiting_for_another(tmp_path: Path, holder: Start) -> None:
     """The one that waits gets a new file, as the other removes its own while it holds the lock."""
     _, connection = holder()
-    release = Thread(target=lambda: (time.sleep(0.2), connection.send("release it")))
-    release.start()
+    Timer(0.2, connection.send, ["release it"]).start()
     with lock(tmp_path / ".lock", timeout=-1):
-        release.join()
         assert connection.recv() == "released"
         assert (tmp_path / ".lock").exists()
         with pytest.raises(LockedError), lock(tmp_path / ".lock", timeout=0):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, train_tiny
+from conftest import PROJECT, TINY, train_tiny
 from test_runs_resume import assert_same, stopped
 
 from fcn.checkpoint import best_checkpoint
@@ -86,12 +86,11 @@ def test_confusion_matrix_is_that_of_numpy(deterministic: bool) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_step_does_not_wait_for_the_gpu(precision: str, optimizer: str, tmp_path: Path) -> None:
-    from conftest import TINY
     from gpu_rows import BARE, Bench, places_that_wait
 
     given = [*TINY, *BARE, ON_DEVICE, f"trainer.precision={precision}", f"optimizer={optimizer}"]
-    given += ["trainer.enable_progress_bar=true"]
-    given += ["trainer.gradient_clip_val=1", "model.class_weights=balanced"]
+    given += ["trainer.enable_progress_bar=true", "trainer.gradient_clip_val=1"]
+    given += ["model.class_weights=balanced"]
     places = places_that_wait(Bench(DEVICE, tmp_path, 0), *given)
     assert all("grad_scaler.py" in place for place in places), places
     assert bool(places) == (precision == "16-mixed")
@@ -128,12 +127,14 @@ def test_clipping_is_of_gradients_without_the_loss_scale(precision: str, tmp_pat
     given += ["model.bias_lr_multiplier=1", f"trainer.max_steps={steps}"]
     given += ["trainer.val_check_interval=1"]
     states: list[dict[str, torch.Tensor]] = []
+    validation_starts = SegmentationModule.on_validation_epoch_start
 
     def keep(module: SegmentationModule) -> None:
         states.append({n: p.detach().cpu().clone() for n, p in module.named_parameters()})
+        validation_starts(module)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SegmentationModule, "on_validation_epoch_start", keep_and(keep))
+        patch.setattr(SegmentationModule, "on_validation_epoch_start", keep)
         train_tiny(tmp_path / "run", *given)
     moves = [
         torch.stack([(after[n] - before[n]).norm() for n in after]).norm().item()
@@ -142,16 +143,6 @@ def test_clipping_is_of_gradients_without_the_loss_scale(precision: str, tmp_pat
     taken = [move for move in moves if move > 0]  # GradScaler may leave out the first steps
     assert taken
     assert taken == pytest.approx([rate * norm] * len(taken), rel=0.02)
-
-
-def keep_and(keep: Any) -> Any:
-    original = SegmentationModule.on_validation_epoch_start
-
-    def start(self: SegmentationModule) -> None:
-        keep(self)
-        original(self)
-
-    return start
 
 
 def test_a_checkpoint_of_the_gpu_gives_the_same_logits_on_the_cpu(tmp_path: Path) -> None:

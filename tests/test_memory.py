@@ -11,21 +11,7 @@ from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
 
 from fcn.cli import short_messages
-from fcn.errors import ConfigError
-from fcn.memory import (
-    GB,
-    RESERVE,
-    Need,
-    Plan,
-    advice,
-    build,
-    compose,
-    main,
-    peak,
-    plan,
-    trace,
-)
-from fcn.training.settle import image_size
+from fcn.memory import GB, RESERVE, Need, Plan, advice, build, compose, main, peak, plan, trace
 
 NARROW = (
     "data=shapes",
@@ -37,6 +23,7 @@ NARROW = (
     "trainer.precision=32-true",
 )
 WIDE = ("data.crop_size=512", "data.batch_size=4")  # activations are most of it
+HEAD = ("model.head_kernel=7", "model.head_width=512")  # weights are most of it
 
 
 def settings(*overrides: str) -> DictConfig:
@@ -48,21 +35,31 @@ def planned(*overrides: str) -> Plan:
     return plan(settings(*overrides))
 
 
-def weights(config: DictConfig) -> int:
-    """Bytes of all parameters."""
-    return sum(p.nbytes for p in build(config).parameters())
+@pytest.mark.slow
+def test_weights_and_optimizer_state_are_exact() -> None:
+    exact = sum(p.nbytes for p in build(settings()).parameters())
+    sgd, adamw = planned(*WIDE), planned(*WIDE, "optimizer=adamw")
+    assert (sgd.weights, adamw.weights) == (exact, exact)
+    # Those of the last step exist during the forward pass.
+    assert (sgd.gradients, adamw.gradients) == (exact, exact)
+    assert 0 <= sgd.optimizer - exact < 1000
+    assert 0 <= adamw.optimizer - 2 * exact < 1000  # it counts its steps, 4 bytes for each tensor
+    config = settings(*WIDE)
+    config.callbacks = {"ema": {"decay": 0.99}}
+    averaged = plan(config)
+    assert averaged.weights == 2 * exact
+    assert averaged.total == sgd.total + exact
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "copies"), [("sgd", 1), pytest.param("adamw", 2, marks=pytest.mark.slow)]
-)
-def test_weights_and_optimizer_state_are_exact(optimizer: str, copies: int) -> None:
-    of = planned(*WIDE, *([] if optimizer == "sgd" else [f"optimizer={optimizer}"]))
-    exact = weights(settings())
-    assert of.weights == exact
-    # AdamW also counts its steps, 4 bytes for each of the parameters
-    assert 0 <= of.optimizer - copies * exact < 1000
-    assert of.gradients == exact  # those of the last step exist during the forward pass
+@pytest.mark.slow
+def test_gradients_that_are_kept_longer_or_not_at_all() -> None:
+    plain = planned(*HEAD)
+    accumulated = planned(*HEAD, "trainer.accumulate_grad_batches=4")
+    assert accumulated.total - plain.total > 0.3 * plain.weights
+    # Of those that are applied in the backward pass, at most one is left, and its 16-bit copy.
+    at_once = planned(*HEAD, "optimizer=sgd_in_backward")
+    assert (at_once.weights, at_once.optimizer) == (plain.weights, plain.optimizer)
+    assert at_once.total < plain.total - plain.gradients / 4
 
 
 @pytest.mark.slow
@@ -103,28 +100,20 @@ def test_activations_grow_with_the_batch_exactly_until_it_does_not_fit() -> None
     assert need.largest_batch(1_000_000) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lever", "precision"),
+    ("lever", "low", "high"),
     [
-        pytest.param("model.freeze_stages=2", "bf16-mixed", marks=pytest.mark.slow),
-        ("model.checkpoint_stages=2", "32-true"),
+        ("model.freeze_stages=2", 0, 0.7),
+        ("model.checkpoint_stages=2", 0, 0.7),
+        ("trainer.precision=auto", 0.45, 0.7),  # that is, bfloat16
     ],
 )
-def test_levers_lower_activations(lever: str, precision: str) -> None:
-    base = WIDE if precision == "32-true" else (*WIDE, f"trainer.precision={precision}")
-    before, after = planned(*base), planned(*base, lever)
-    assert after.activations < 0.7 * before.activations
+def test_levers_lower_activations(lever: str, low: float, high: float) -> None:
+    before, after = planned(*WIDE), planned(*WIDE, lever)
+    assert low < after.activations / before.activations < high
     assert after.total < before.total  # a checkpointed stage needs all of its own once more
     assert after.weights == before.weights
-
-
-@pytest.mark.slow
-def test_bf16_shrinks_activations_and_accumulation_keeps_gradients() -> None:
-    full, half = planned(*WIDE), planned(*WIDE, "trainer.precision=auto")
-    assert 0.45 * full.activations < half.activations < 0.7 * full.activations
-    head = "model.head_kernel=7", "model.head_width=512"  # gradients are most of it
-    accumulated = planned(*head, "trainer.accumulate_grad_batches=4")
-    assert accumulated.total - planned(*head).total > 0.3 * accumulated.weights
 
 
 @pytest.mark.slow
@@ -158,7 +147,7 @@ def test_forward_and_backward_agree_with_the_profiler() -> None:
 def test_advice_names_what_helps_and_nothing_else() -> None:
     config = settings(*WIDE, "model.freeze_stages=3", "trainer.precision=bf16-mixed")
     text = advice(config, 2 * GB)
-    assert f"{plan(config).total / GB:.1f} GB" in text
+    assert text.startswith(f"a step needs about {plan(config).total / GB:.1f} GB, ")
     assert "data.batch_size=1 trainer.accumulate_grad_batches=4" in text
     assert "data.crop_size=320" in text
     for useless in ("precision", "freeze_stages", "head_width"):
@@ -174,34 +163,14 @@ def test_advice_on_gradients_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) 
         )
         return advice(config, GB)
 
-    in_backward, accumulated = "optimizer=sgd_in_backward", "trainer.accumulate_grad_batches=2"
-    assert f"\n  {in_backward}    0.5 GB" in advised()
-    for impossible in (
-        accumulated,
-        "trainer.gradient_clip_val=5",
-        "trainer.precision=16-mixed",
-        "trainer.devices=2",
-        "trainer=ddp",
-        "optimizer=adamw",
-        in_backward,
-    ):
-        assert f"\n  {in_backward}" not in advised(impossible)
-    assert "accumulate_grad_batches" in advised()
-    assert "accumulate_grad_batches" not in advised(in_backward)
-
-
-@pytest.mark.slow
-def test_image_is_the_crop_or_the_largest() -> None:
-    assert image_size(settings("data.crop_size=[64,96]").data) == (64, 96)
-    assert image_size(settings("data.crop_size=null").data) == (96, 96)  # that of data=shapes
-    voc = ["data=voc2012", "data.crop_size=null"]
-    assert image_size(compose(voc).data) == (500, 500)
-    assert image_size(compose([*voc, "data.scale=[0.5,1.5]"]).data) == (750, 750)
-
-
-def test_automatic_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size"):
-        settings("data.batch_size=auto")
+    in_backward = "optimizer=sgd_in_backward"
+    plain, already = advised(), advised(in_backward)
+    assert f"\n  {in_backward}    0.5 GB" in plain
+    assert "accumulate_grad_batches" in plain
+    assert "accumulate_grad_batches" not in already
+    accumulated, other = advised("trainer.accumulate_grad_batches=2"), advised("optimizer=adamw")
+    for impossible in (accumulated, other, already):
+        assert f"\n  {in_backward}" not in impossible
 
 
 @pytest.mark.slow
@@ -209,16 +178,13 @@ def test_command_prints_a_row_for_each_combination(capsys: pytest.CaptureFixture
     tiny = "model.backbone=vgg_tiny"
     main([*NARROW, tiny, "data.batch_size=1,2", "data.crop_size=96,[96,128]"])
     printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.count("yes, ") == 5]
-    assert [row.split()[-3:] for row in rows] == [
+    rows = [line.split()[-3:] for line in printed.splitlines() if line.count("yes, ") == 5]
+    assert rows == [
         [size, f"data.batch_size={images}", f"data.crop_size={crop}"]
         for images in (1, 2)
         for crop, size in (("96", "96x96"), ("[96,128]", "96x128"))
     ]
     assert f"{RESERVE / GB:.1f} GB" in printed
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "python -m fcn.memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -226,10 +192,10 @@ def test_command_prints_a_row_for_each_combination(capsys: pytest.CaptureFixture
     [
         ("data.batch_sze=1,2", "data.batch_sze"),
         ("data.batch_size=0,1", "data.batch_size=0"),
-        ("trainer.precision=half", "trainer.precision=half"),
+        ("data.batch_size=auto", "data.batch_size=auto"),
         ("model.stride=7", "model.stride=7"),
         (
-            "optimizer=sgd_in_backward trainer.accumulate_grad_batches=2",
+            "trainer.accumulate_grad_batches=2 optimizer=sgd_in_backward",
             "trainer.accumulate_grad_batches=2: must be 1 with optimizer=sgd_in_backward",
         ),
     ],
@@ -246,27 +212,7 @@ def test_command_refuses_wrong_settings_in_short(
 
 
 @pytest.mark.slow
-def test_average_of_the_weights_is_a_second_set_of_them() -> None:
-    config = settings(*WIDE)
-    config.callbacks = {"ema": {"decay": 0.99}}
-    before, after = planned(*WIDE), plan(config)
-    assert after.weights == 2 * before.weights
-    assert after.total == before.total + before.weights
-
-
-@pytest.mark.slow
 def test_card_of_8_gb_holds_the_batch_of_the_paper() -> None:
     """20 whole images of VOC2012, which the paper's recipe takes one after another."""
     recipe = ["experiment=paper_fcn8s", "data.batch_size=20", "trainer.accumulate_grad_batches=1"]
     assert Need(compose(recipe)).largest_batch(8 * GB - RESERVE) >= 20
-
-
-@pytest.mark.slow
-def test_gradients_that_are_applied_in_the_backward_pass_are_not_kept() -> None:
-    """What is left of them is at most one, of the largest layer, and its 16-bit copy."""
-    wide = ("data.crop_size=32", "data.batch_size=1", "model.head_width=512")
-    plain = planned(*wide)
-    other = planned(*wide, "optimizer=sgd_in_backward")
-    assert plain.gradients == plain.weights
-    assert (other.weights, other.optimizer) == (plain.weights, plain.optimizer)
-    assert other.total < plain.total - plain.gradients / 4

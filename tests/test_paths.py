@@ -1,17 +1,16 @@
 """Paths with characters that mean something to Hydra, OmegaConf or YAML: every script and command
 takes them as they are, wherever a setting is a path."""
 
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROJECT, TINY
-from hydra.core.hydra_config import HydraConfig
+from conftest import TINY
 from PIL import Image
+from test_runs_launch import Recorder, call
 
 import evaluate
 import export
@@ -20,33 +19,15 @@ import train
 from fcn import cli, memory, stages, visualize
 from fcn.datasets import check
 from fcn.errors import ConfigError
-from fcn.runs.folder import read_changes
 
-Call = Callable[..., None]
 # Windows allows no double quotes in a name.
 NAME = "a=b, (c) [d] {e} $f it's %g" + ("" if sys.platform == "win32" else ' "h"')
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
-    """A script's or a command's main function, called with a command line in `tmp_path`."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-
-    def call(main: Callable[[], None], *arguments: str) -> None:
-        script = [f"--config-path={PROJECT / 'conf'}"] if hasattr(main, "__wrapped__") else []
-        monkeypatch.setattr(sys, "argv", ["x.py", *script, *arguments])
-        cli.run(main)
-
-    monkeypatch.chdir(tmp_path)
-    yield call
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    HydraConfig.instance().cfg = None
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> list[str]:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Settings of a data set of four pairs; each file and folder of it has such a name."""
+    monkeypatch.chdir(tmp_path)
     root = tmp_path / f"{NAME} ${{x}}"
     for part in ("images", "masks"):
         (root / f"{part} {NAME}").mkdir(parents=True)
@@ -66,52 +47,47 @@ SETTINGS += ["callbacks.curves=null", "callbacks.panels=null"]
 
 
 @pytest.mark.slow
-def test_every_script_and_command(
-    tmp_path: Path, call: Call, data: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, other = tmp_path / f"run {NAME}", tmp_path / f"other {NAME}"
+def test_every_script_and_command(tmp_path: Path, data: list[str]) -> None:
+    def script(main: Callable[[], None], *arguments: str) -> None:
+        assert call(main, *arguments) == 0
+
+    run, other, logs = (tmp_path / f"{part} {NAME}" for part in ("run", "other", "logs"))
     check.main([*data, f"output={tmp_path / 'check'} {NAME}"])
-    assert (tmp_path / f"check {NAME}" / "data_check.png").is_file()
-    logs = tmp_path / f"logs {NAME} ${{x}}"
     logger = ["+logger.csv._target_=pytorch_lightning.loggers.CSVLogger"]
-    logger += [f"+logger.csv.save_dir={logs}"]
-    call(train.main, *SETTINGS, *data, *logger, f"hydra.run.dir={run}")
-    assert list(logs.rglob("metrics.csv"))
-    call(train.main, f"resume={run}", "trainer.max_steps=2")
+    logger += [f"+logger.csv.save_dir={logs} ${{x}}"]
+    script(train.main, *SETTINGS, *data, *logger, f"hydra.run.dir={run}")
+    script(train.main, f"resume={run}", "trainer.max_steps=2")
     ckpt = tmp_path / f"epoch=1-step=2 {NAME} ${{x}}.ckpt"
     ckpt.write_bytes((run / "checkpoints" / "best.ckpt").read_bytes())
-    call(train.main, *SETTINGS, *data, f"model.weights={ckpt}", f"hydra.run.dir={other}")
+    script(train.main, *SETTINGS, *data, f"model.weights={ckpt}", f"hydra.run.dir={other}")
 
-    call(evaluate.main, f"ckpt={ckpt}", f"output={tmp_path / 'e'} {NAME}", "report.images=0")
-    call(evaluate.main, f"compare=[{ckpt},{run}]", f"output={tmp_path / 'c'}", "report.images=0")
-    assert (tmp_path / f"e {NAME}" / "metrics.json").is_file()
+    script(evaluate.main, f"ckpt={ckpt}", f"output={tmp_path / 'e'} {NAME}", "report.images=0")
+    script(evaluate.main, f"compare=[{ckpt},{run}]", f"output={tmp_path / 'c'}", "report.images=0")
     image = f"{data[1].removeprefix('data.root=')}/images {NAME}/0.png"
-    call(predict.main, f"ckpt={ckpt}", f"input={image}", f"output={tmp_path / 'p'} {NAME}")
-    assert (tmp_path / f"p {NAME}" / "0.png").is_file()
-    exported = f"{tmp_path / 'x'} {NAME}"
-    call(export.main, f"ckpt={ckpt}", f"output={exported}", "format=safetensors")
-    assert (Path(exported) / "model.safetensors").is_file()
+    script(predict.main, f"ckpt={ckpt}", f"input={image}", f"output={tmp_path / 'p'} {NAME}")
+    output = f"output={tmp_path / 'x'} {NAME}"
+    script(export.main, f"ckpt={ckpt}", output, "format=safetensors")
+    visualize.main([str(run), str(other), "--output", f"v {NAME}.png"])
+    results = ["check/data_check.png", "e/metrics.json", "p/0.png", "x/model.safetensors"]
+    for folder, name in (result.split("/") for result in results):
+        assert (tmp_path / f"{folder} {NAME}" / name).is_file(), name
+    assert (tmp_path / f"v {NAME}.png").is_file()
+    assert list(Path(f"{logs} ${{x}}").rglob("metrics.csv"))
     (row,) = memory.combinations([*SETTINGS, *data, f"model.weights={ckpt}"])
     assert memory.compose(row).data.dataset.train == f"train {NAME}"
-    visualize.main([str(run), str(other), "--output", f"v {NAME}.png"])
-    assert (tmp_path / f"v {NAME}.png").is_file()
-    assert "error" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_sweeps(tmp_path: Path, call: Call, data: list[str]) -> None:
+def test_sweeps(tmp_path: Path, data: list[str]) -> None:
     """A comma separates the values of a sweep, but not where that path exists, or in quotes."""
-    sweep = tmp_path / f"sweep {NAME}"
-    weights = tmp_path / "epoch=1-step=2.ckpt"
-    tiny = [*SETTINGS, *data[:2], *map(cli.quoted, data[2:])]
-    call(train.main, *tiny, f"hydra.run.dir={tmp_path / 'first'}")
-    weights.write_bytes((tmp_path / "first" / "checkpoints" / "best.ckpt").read_bytes())
-    for _ in range(2):  # the second time, both jobs have finished
-        command = ["-m", *tiny, f"hydra.sweep.dir={sweep}", f"model.weights={weights},null"]
-        call(train.main, *command)
-    found = [read_changes(sweep / n)["model.weights"].strip("'") for n in ("0", "1")]
-    assert found == [str(weights), "null"]
-    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0", "1"}
+    recorder, sweep, weights = Recorder(), tmp_path / f"sweep {NAME}", tmp_path / "step=2.ckpt"
+    settings = [*data[:2], *map(cli.quoted, data[2:]), "name=x", f"hydra.sweep.dir={sweep}"]
+    assert recorder.start("-m", *settings, f"model.weights={weights},null") == 0
+    assert [run for _, run, _ in recorder.calls] == [sweep / "0", sweep / "1"]
+    configs = [cfg for cfg, _, _ in recorder.calls]
+    assert [cfg.model.weights for cfg in configs] == [str(weights), None]
+    assert {cfg.data.dataset.images for cfg in configs} == {f"images {NAME}"}
+    assert {f"data.root={cfg.data.root}" for cfg in configs} == {data[1]}
 
 
 def test_stages(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,59 +98,45 @@ def test_stages(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["stages.py", *data, f"hydra.run.dir={folder}"])
     with pytest.raises(SystemExit):
         stages.main()
-    (arguments,) = started
-    assert cli.quoted(f"hydra.run.dir={folder / 'fcn32s'}") == arguments[-1]
-    cfg: Any = cli.compose([*arguments[:-1], "name=x"])
-    assert cfg.data.root == data[1].removeprefix("data.root=")
+    ((*arguments, last),) = started
+    assert last == cli.quoted(f"hydra.run.dir={folder / 'fcn32s'}")
+    cfg: Any = cli.compose([*arguments, "name=x"])
+    assert f"data.root={cfg.data.root}" == data[1]
     assert cfg.data.dataset.images == f"images {NAME}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["hydra.run.dir=file/x"], ["-m", "hydra.sweep.dir=file/x"]])
 def test_folders_that_hydra_cannot_make(
-    command: list[str], call: Call, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(SystemExit):
-        call(train.main, *command, "data=shapes", "seed=0,1" if "-m" in command else "seed=0")
-    message = "error: hydra.run.dir, or hydra.sweep.dir: file/x: Not a directory\n"
-    assert capsys.readouterr().err == message
+    for command in (["hydra.run.dir=file/x"], ["-m", "hydra.sweep.dir=file/x", "seed=0,1"]):
+        assert call(train.main, *command, "data=shapes") == 1
+        message = "error: hydra.run.dir, or hydra.sweep.dir: file/x: Not a directory\n"
+        assert capsys.readouterr().err == message
 
 
-WORK = {
-    "predict": "fcn.inference.predictor.predict_files",
-    "export": "fcn.checkpoint.write_safetensors",
-    "check": "fcn.datamodule.SegmentationDataModule.open",
-}
-
-
-@pytest.mark.parametrize(
-    ("script", "output"),
-    [
-        *(("predict", "file"), ("predict", "file/out")),
-        *(("export", "folder"), ("export", "file/a")),
-        *(("check", "file"), ("check", "file/out"), ("check", ".")),
-    ],
-)
 def test_output_is_refused_before_the_work(
-    script: str, output: str, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For evaluate.py, tests/test_evaluate.py has this."""
-    monkeypatch.setattr(WORK[script], lambda *_, **__: pytest.fail("the work has begun"))
+    works = ["inference.predictor.predict_files", "checkpoint.write_safetensors"]
+    for work in (*works, "datamodule.SegmentationDataModule.open"):
+        monkeypatch.setattr(f"fcn.{work}", lambda *_, **__: pytest.fail("the work has begun"))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder/model.safetensors").mkdir(parents=True)
     Path("data_check.png").mkdir()
     Image.new("RGB", (9, 9)).save("photo.png")
-    calls: dict[str, Callable[[], Any]] = {
-        "check": lambda: check.check(
-            cli.build(cli.compose(["data=shapes", "name=x"]), "data"), Path(output)
-        ),
-        "predict": lambda: predict.predict(
-            cli.compose([*given, "input=photo.png", "device=cpu"], "predict")
-        ),
-        "export": lambda: export.export(cli.compose([*given, "format=safetensors"], "export")),
-    }
-    given = [f"ckpt={finished_run}", f"output={output}"]
-    with pytest.raises(ConfigError, match=rf"^output={output[:4]}.*: (there is|Not a|is a file)"):
-        calls[script]()
+    ckpt, data = f"ckpt={finished_run}", cli.build(cli.compose(["data=shapes", "name=x"]), "data")
+    for script, output, options in (
+        *((predict.predict, o, ["input=photo.png", "device=cpu"]) for o in ("file", "file/out")),
+        *((export.export, o, ["format=safetensors"]) for o in ("folder", "file/a")),
+    ):
+        message = rf"^output={output[:4]}.*: (there is|Not a|is a file)"
+        with pytest.raises(ConfigError, match=message):
+            script(cli.compose([ckpt, f"output={output}", *options], script.__name__))
+    for output in ("file/out", "."):
+        with pytest.raises(ConfigError, match=rf"^output={output[:4]}.*: (there is|Not a)"):
+            check.check(data, Path(output))

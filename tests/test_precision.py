@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,92 +10,64 @@ import torch
 from torch import nn
 
 from fcn.network import FCN
-from fcn.precision import (
-    AUTOCAST,
-    PRECISIONS,
-    best_layout,
-    best_precision,
-    cast_weights,
-    keep_freed_memory,
-    main_device,
-)
+from fcn.precision import best_layout, best_precision, cast_weights, keep_freed_memory, main_device
 
-CARDS: dict[str, tuple[int, int]] = {  # as torch.cuda reports them
-    "NVIDIA GeForce GTX 1070": (6, 1),
-    "Tesla P100-PCIE-16GB": (6, 0),
-    "Tesla V100-SXM2-16GB": (7, 0),
-    "NVIDIA GeForce GTX 1660 SUPER": (7, 5),
-    "NVIDIA GeForce GTX 1650 with Max-Q Design": (7, 5),
-    "NVIDIA T600 Laptop GPU": (7, 5),
-    "NVIDIA GeForce RTX 2060": (7, 5),
-    "Tesla T4": (7, 5),
-    "NVIDIA A100-SXM4-40GB": (8, 0),
-    "NVIDIA GeForce RTX 3060": (8, 6),
-    "NVIDIA GeForce RTX 4090": (8, 9),
-    "NVIDIA GB10": (12, 1),
-}
+Card = tuple[str, tuple[int, int]]
+T4, RTX_4090 = ("Tesla T4", (7, 5)), ("NVIDIA GeForce RTX 4090", (8, 9))
 
 
 def machine(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    card: str | None = None,
-    bf16: bool = False,
-    mps: bool = False,
+    monkeypatch: pytest.MonkeyPatch, card: Card | None = None, bf16: bool = False, mps: bool = False
 ) -> None:
-    """Lets torch report one of CARDS, or none; `bf16` is of the CPU."""
+    """Lets torch report a card, or none; `bf16` is of the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
     if card is not None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CARDS[card])
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card[0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card[1])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     able = {"avx512_bf16": bf16, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "devices", "expected"),
-    [
-        ("auto", {"card": "NVIDIA GeForce RTX 4090"}, "bf16-mixed"),
-        ("gpu", {"card": "Tesla T4"}, "16-mixed"),
-        ("cpu", {"card": "NVIDIA GeForce RTX 4090"}, "32-true"),
-        ("cpu", {"card": "Tesla T4", "bf16": True}, "bf16-mixed"),
-        ("auto", {"bf16": True}, "bf16-mixed"),
-        ("auto", {}, "32-true"),
-        ("auto", {"mps": True}, "32-true"),
-        ("mps", {"mps": True}, "32-true"),
-    ],
-)
-def test_best_precision(
-    accelerator: str, devices: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine(monkeypatch, **devices)
-    assert best_precision(accelerator) == expected
-    assert expected in PRECISIONS
+def test_best_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: dict[str, dict[str, Any]] = {
+        "16-mixed": {"gpu": {"card": T4}},
+        "bf16-mixed": {"auto": {"card": RTX_4090}, "cpu": {"card": T4, "bf16": True}},
+        "32-true": {"cpu": {"card": RTX_4090}, "auto": {}, "mps": {"mps": True}},
+    }
+    for precision, cases in expected.items():
+        for accelerator, devices in cases.items():
+            machine(monkeypatch, **devices)
+            assert best_precision(accelerator) == precision, (accelerator, devices)
 
 
 @pytest.mark.parametrize(
-    ("cards", "precision", "layout"),
+    ("card", "precision", "layout"),
     [
-        (("GTX 1070", "P100", "GTX 1660", "GTX 1650", "T600"), "32-true", False),
-        (("V100", "RTX 2060", "Tesla T4"), "16-mixed", True),
-        (("A100", "RTX 3060", "RTX 4090", "GB10"), "bf16-mixed", True),
+        (("NVIDIA GeForce GTX 1070", (6, 1)), "32-true", False),
+        (("NVIDIA GeForce GTX 1660 SUPER", (7, 5)), "32-true", False),
+        (("NVIDIA GeForce GTX 1650 with Max-Q Design", (7, 5)), "32-true", False),
+        (("NVIDIA T600 Laptop GPU", (7, 5)), "32-true", False),
+        (("Tesla V100-SXM2-16GB", (7, 0)), "16-mixed", True),
+        (("NVIDIA GeForce RTX 2060", (7, 5)), "16-mixed", True),
+        (T4, "16-mixed", True),
+        (("NVIDIA A100-SXM4-40GB", (8, 0)), "bf16-mixed", True),
+        (RTX_4090, "bf16-mixed", True),
+        (("NVIDIA GB10", (12, 1)), "bf16-mixed", True),
     ],
 )
 def test_generations_of_cards(
-    cards: tuple[str, ...], precision: str, layout: bool, monkeypatch: pytest.MonkeyPatch
+    card: Card, precision: str, layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for part in cards:
-        (card,) = (name for name in CARDS if part in name)
-        machine(monkeypatch, card=card)
-        device = main_device("auto", [1])
-        assert device == torch.device("cuda", 1)
-        assert best_precision(device) == precision, card
-        assert best_layout(device, precision) == layout, card
-        # Asked for all the same: nothing but tensor cores is fast on channels last.
-        assert best_layout(device, "16-mixed") == layout, card
-        assert best_layout(device, "32-true") == (CARDS[card] >= (8, 0)), card
-        assert not best_layout(device, "64-true"), card
+    machine(monkeypatch, card=card)
+    device = main_device("auto", [1])
+    assert device == torch.device("cuda", 1)
+    assert best_precision(device) == precision
+    assert best_layout(device, precision) == layout
+    # Asked for all the same: nothing but tensor cores is fast on channels last.
+    assert best_layout(device, "16-mixed") == layout
+    assert best_layout(device, "32-true") == (card[1] >= (8, 0))
+    assert not best_layout(device, "64-true")
 
 
 def test_layout_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +93,10 @@ def test_weights_that_are_cast_give_the_scores_of_autocast() -> None:
     network = FCN(3, backbone="vgg_tiny", head_width=8, head_kernel=3).eval()
     nn.init.normal_(network.score.weight)
     image = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8)
-    with torch.inference_mode(), torch.autocast("cpu", AUTOCAST["bf16-mixed"]):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = network(image)
+        cast_weights(network, "32-true")
+        assert network.conv6.weight.dtype == torch.float32
         cast_weights(network, "bf16-mixed")
         assert torch.equal(network(image), expected)
     assert expected.std() > 1e-3
@@ -129,26 +104,13 @@ def test_weights_that_are_cast_give_the_scores_of_autocast() -> None:
     assert network.mean.dtype == torch.float32  # images are normalised as before
 
 
-def test_weights_stay_without_autocast() -> None:
-    layer = nn.Conv2d(1, 1, 1)
-    for precision in ("32-true", "64-true"):
-        cast_weights(layer, precision)
-        assert layer.weight.dtype == torch.float32
-
-
 def test_freed_memory_is_kept_where_malloc_can(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
-
-    class Glibc:
-        def mallopt(self, name: int, value: int) -> None:
-            calls.append((name, value))
-
-    libraries: dict[str, Any] = {"glibc": Glibc(), "musl": object()}
+    glibc = SimpleNamespace(mallopt=lambda name, value: calls.append((name, value)))
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: libraries["musl"])
-    keep_freed_memory()
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: libraries["glibc"])
-    keep_freed_memory()
+    for library in (object(), glibc):  # musl, for one, has no mallopt
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
+        keep_freed_memory()
     assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.delattr(ctypes, "CDLL")

@@ -1,8 +1,10 @@
 """fcn/inference/predictor.py: photographs are read and written while the network computes."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ from fcn.inference.predictor import OUT_OF_MEMORY, predict_files
 from fcn.inference.tta import TestTime
 
 PATIENCE = 10  # seconds until a test fails in which something is not done beside something else
-Network = Callable[[int], None]
+Jobs = dict[Path, Path]
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> dict[Path, Path]:
+def jobs(tmp_path: Path) -> Jobs:
     """Five photographs of one size."""
     for number in range(5):
         Image.new("RGB", (9, 7)).save(tmp_path / f"{number}.png")
@@ -36,21 +38,7 @@ def threads_end() -> Iterator[None]:
     assert not [thread for thread in begun if thread.name.startswith("ThreadPoolExecutor")]
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the photographs, as they are read."""
-    names: list[str] = []
-    real = predictor.read_image
-
-    def read_image(path: Path, *given: object, **options: object) -> object:
-        names.append(path.name)
-        return real(path, *given, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(predictor, "read_image", read_image)
-    return names
-
-
-def network(step: Network) -> TestTime:
+def network(step: Callable[[int], None]) -> TestTime:
     """Finds class 0 everywhere, and calls `step` with 0, 1 and so on, once for each batch."""
     calls = iter(range(99))
 
@@ -65,15 +53,16 @@ def nothing(*_: object) -> None:
     pass
 
 
-def test_reads_the_next_one_beside_the_network_and_no_more(
-    jobs: dict[Path, Path], monkeypatch: pytest.MonkeyPatch, reads: list[str]
-) -> None:
+def test_reads_one_ahead(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the network computes, the next photograph is read, and no further one."""
     begun = [threading.Event() for _ in jobs]
-    counted = predictor.read_image
+    reads: list[Path] = []
+    real: Any = predictor.read_image
 
     def read_image(path: Path, *given: object, **options: object) -> object:
         begun[len(reads)].set()
-        return counted(path, *given, **options)  # type: ignore[arg-type]
+        reads.append(path)
+        return real(path, *given, **options)
 
     def step(number: int) -> None:
         if number + 1 < len(jobs):
@@ -82,13 +71,14 @@ def test_reads_the_next_one_beside_the_network_and_no_more(
 
     monkeypatch.setattr(predictor, "read_image", read_image)
     assert predict_files(jobs, network(step), nothing) == {}
-    assert reads == [path.name for path in jobs]
+    assert reads == list(jobs)
 
 
-def test_writes_beside_the_network_and_one_batch_at_most(jobs: dict[Path, Path]) -> None:
+def test_writes_one_behind(jobs: Jobs) -> None:
+    """While the network computes, the batch before is written, and no earlier one."""
     computing = [threading.Event() for _ in range(len(jobs) + 1)]
     computing[-1].set()  # nothing is computed beside the last one
-    written: list[str] = []
+    written: list[Path] = []
 
     def step(number: int) -> None:
         assert len(written) >= number - 1  # all but those of the batch before
@@ -96,14 +86,15 @@ def test_writes_beside_the_network_and_one_batch_at_most(jobs: dict[Path, Path])
 
     def write(image: Tensor, mask: Tensor, target: Path) -> None:
         assert computing[int(target.name) + 1].wait(PATIENCE)
-        written.append(target.name)
+        time.sleep(0.02)  # a slow disk
+        written.append(target)
 
     assert predict_files(jobs, network(step), write) == {}
-    assert written == [target.name for target in jobs.values()]
+    assert written == list(jobs.values())
 
 
-def test_each_error_stays_with_its_photograph(jobs: dict[Path, Path]) -> None:
-    first, second, third, fourth, _ = jobs
+def test_each_error_stays_with_its_photograph(jobs: Jobs) -> None:
+    first, second, third, fourth, fifth = jobs
     second.write_text("no image", encoding="utf-8")
     written = []
 
@@ -116,21 +107,17 @@ def test_each_error_stays_with_its_photograph(jobs: dict[Path, Path]) -> None:
             raise WriteError("a long message") from OSError("the disk is full")
         if target == jobs[fourth]:
             raise PermissionError("not allowed")
-        written.append(target.name)
+        written.append(target)
 
     failed = predict_files(jobs, network(step), write)
     assert list(failed) == [first, second, third, fourth]
-    assert failed[first] == "the disk is full"
-    assert failed[second].startswith("cannot read this image: cannot identify")
-    assert failed[third] == OUT_OF_MEMORY
-    assert failed[fourth] == "not allowed"
-    assert written == ["4"]
+    assert failed.pop(second).startswith("cannot read this image: cannot identify")
+    assert list(failed.values()) == ["the disk is full", OUT_OF_MEMORY, "not allowed"]
+    assert written == [jobs[fifth]]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a mistake")])
-def test_the_end_waits_for_what_has_begun_and_for_no_more(
-    error: BaseException, jobs: dict[Path, Path]
-) -> None:
+def test_the_end_waits_for_what_has_begun_only(error: BaseException, jobs: Jobs) -> None:
     writing, failing = threading.Event(), threading.Event()
     written = []
 
@@ -149,18 +136,16 @@ def test_the_end_waits_for_what_has_begun_and_for_no_more(
 
     with pytest.raises(type(error)):
         predict_files(jobs, network(step), write, batch_size=2)
-    assert written == [jobs[path] for path in list(jobs)[:1]]
+    assert written == list(jobs.values())[:1]
     assert list(written[0].parent.iterdir()) == written
 
 
-@pytest.mark.parametrize("thread", ["reader", "writer"])
-def test_an_unexpected_error_ends_the_program(
-    thread: str, jobs: dict[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_error_ends_the_program(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistake(*_: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    if thread == "reader":
-        monkeypatch.setattr(predictor, "read_image", mistake)
     with pytest.raises(ZeroDivisionError):
         predict_files(jobs, network(nothing), mistake)
+    monkeypatch.setattr(predictor, "read_image", mistake)
+    with pytest.raises(ZeroDivisionError):
+        predict_files(jobs, network(nothing), nothing)

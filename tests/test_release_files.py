@@ -21,8 +21,16 @@ def test_pre_commit_has_the_versions_of_the_gate() -> None:
     # mypy and import-linter are those that requirements/dev.txt has installed.
     assert {hook["entry"] for hook in local["hooks"]} == {"mypy", "lint-imports"}
     assert {hook["language"] for hook in local["hooks"]} == {"system"}
-    named = re.findall(r"tests/\w+\.py", read(".pre-commit-config.yaml"))
-    assert all((PROJECT / path).is_file() for path in named)
+
+
+def test_documents_name_tests_that_are_there() -> None:
+    tests = {path.name: path.read_text("utf-8") for path in (PROJECT / "tests").glob("test_*.py")}
+    for path in (PROJECT / "docs").glob("*.md"):
+        text = path.read_text("utf-8")
+        for file, name in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
+            assert f"def {name}" in tests[file], f"{path.name}: {file}::{name}"
+        for name in re.findall(r"`(?:::)?(test_\w+)`", text):
+            assert any(f"def {name}(" in content for content in tests.values()), name
 
 
 def test_citation() -> None:
@@ -30,15 +38,11 @@ def test_citation() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()  # what CFF asks for
-    assert citation["version"] == project["version"]
-    assert citation["license"] == project["license"]
+    for key in ("version", "license"):
+        assert citation[key] == project[key]
     assert citation["authors"][0]["name"] in read("LICENSE")
-    paper = citation["references"][0]
-    assert [author["family-names"] for author in paper["authors"]] == [
-        "Long",
-        "Shelhamer",
-        "Darrell",
-    ]
+    authors = [author["family-names"] for author in citation["references"][0]["authors"]]
+    assert authors == ["Long", "Shelhamer", "Darrell"]
 
 
 def test_changelog_names_every_renamed_setting() -> None:

@@ -1,16 +1,14 @@
 """FCN-32s, 16s and 8s in one command: what train.py is called with, and a kill in the middle."""
 
-import os
 import shlex
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, compose_config
+from forks import at_call
 from omegaconf import OmegaConf
 
 from fcn import stages
@@ -24,7 +22,7 @@ from fcn.stages import run_train, settings_of, train_stages
 from train import train
 
 SETTINGS = [o for o in TINY if o.partition("=")[0] not in ("name", "model", "trainer.max_steps")]
-SETTINGS += ["trainer.max_steps=3", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
+SETTINGS += ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
 SETTINGS += ["callbacks.last_checkpoint.every_n_steps=1"]
 SETTINGS += ["callbacks.curves=null", "callbacks.panels=null"]
 
@@ -63,21 +61,14 @@ def test_stages_that_fail_and_begin_again(
 
     monkeypatch.setattr(stages, "run_train", run_train)
     monkeypatch.chdir(tmp_path)
-    assert train_stages(["seed=1"]) == 9
-    assert train_stages(["seed=1"]) == 0  # without a checkpoint, the second stage begins again
-    (folder,) = (tmp_path / "runs" / "stages").iterdir()
+    # Without a checkpoint, the second stage begins again. At the third start nothing is left to do.
+    assert [train_stages(["seed=1"]) for _ in range(3)] == [9, 0, 0]
+    (folder,) = Path("runs/stages").iterdir()
     assert [call[0] for call in calls] == ["model=fcn32s", *2 * ["model=fcn16s"], "model=fcn8s"]
     assert calls[1] == calls[2]
-    weights = f"model.weights=runs/stages/{folder.name}/fcn16s/checkpoints/best.ckpt"
-    assert calls[3] == [
-        "model=fcn8s",
-        "name=fcn8s",
-        weights,
-        "seed=1",
-        f"hydra.run.dir=runs/stages/{folder.name}/fcn8s",
-    ]
-    assert train_stages(["seed=1"]) == 0  # nothing is left to do
-    assert len(calls) == 4
+    weights = f"model.weights={folder}/fcn16s/checkpoints/best.ckpt"
+    settings = ["model=fcn8s", "name=fcn8s", weights, "seed=1"]
+    assert calls[3] == [*settings, f"hydra.run.dir={folder}/fcn8s"]
     assert "fcn8s: finished before" in capsys.readouterr().out
 
 
@@ -103,31 +94,26 @@ def test_killed_in_the_second_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "a=b"
-    step = SegmentationModule.training_step
 
-    def die(self: SegmentationModule, *arguments: object) -> object:
-        if self.hparams["stride"] == 16 and self.trainer.global_step == 2:
-            raise Killed
-        return step(self, *arguments)
+    def die() -> None:
+        raise Killed
 
     monkeypatch.setattr(stages, "run_train", in_this_process)
     command = [f"hydra.run.dir={folder}", *SETTINGS]
     with monkeypatch.context() as patch:
-        patch.setattr(SegmentationModule, "training_step", die)
+        at_call(SegmentationModule, "training_step", die, count=4, patch=patch)
         assert train_stages(command) == 137
-    summary = (folder / "fcn32s" / "summary.json").stat().st_mtime_ns
-    assert last_checkpoint(folder / "fcn16s").exists()
+    first = (folder / "fcn32s" / "summary.json").stat().st_mtime_ns
     assert not (folder / "fcn16s" / "summary.json").exists()
-    assert not (folder / "fcn8s").exists()
+    assert {run.name for run in folder.iterdir()} == {"fcn32s", "fcn16s"}
 
     assert train_stages(command) == 0
     assert {run.name for run in folder.iterdir()} == set(stages.STAGES)
-    assert (folder / "fcn32s" / "summary.json").stat().st_mtime_ns == summary
+    assert (folder / "fcn32s" / "summary.json").stat().st_mtime_ns == first
     resumed = shlex.quote(f"resume='{folder}/fcn16s'")  # for a shell
     assert f"stage fcn16s: python train.py {resumed}\n" in capsys.readouterr().out
     for stage, before in (("fcn16s", "fcn32s"), ("fcn8s", "fcn16s")):
-        rows = read_metrics(folder / stage / "metrics.csv")
-        assert [row["step"] for row in rows] == [str(step) for step in range(1, 4)]
+        assert [row["step"] for row in read_metrics(folder / stage / "metrics.csv")] == ["1", "2"]
         config = OmegaConf.load(folder / stage / "config.yaml")
         assert config.model.stride == int(stage[3:-1])
         assert config.model.weights == f"{folder}/{before}/checkpoints/best.ckpt"
@@ -136,29 +122,22 @@ def test_killed_in_the_second_stage(
 
 
 SCRIPT = """
-import os, pathlib, signal, sys, time
+import os, signal, sys, time
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-pathlib.Path(sys.argv[1]).touch()
+time.sleep(0.2)  # run_train is ready by now
+os.kill(os.getppid(), signal.SIGTERM)
 time.sleep(60)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals between processes")
 def test_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A SIGTERM reaches train.py, and run_train waits for its end."""
+    """A SIGTERM, here sent by the script itself, reaches train.py; run_train waits for its end."""
     monkeypatch.setattr(stages, "TRAIN", tmp_path / "train.py")
     stages.TRAIN.write_text(SCRIPT)
-    ready = tmp_path / "ready"
-
-    def ask_to_stop() -> None:
-        while not ready.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    threading.Thread(target=ask_to_stop, daemon=True).start()
-    assert run_train([str(ready)]) == 128 + signal.SIGTERM
+    assert run_train(["stopped"]) == 128 + signal.SIGTERM
     assert run_train(["killed"]) == 128 + signal.SIGKILL
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -81,7 +81,8 @@ def test_resumed_from_an_earlier_step(tmp_path: Path) -> None:
     for step in range(1, 6):
         first.log_metrics({"train/loss": step}, step=step)
     with path.open("a") as file:
-        file.write("6,6.")  # killed while it wrote
+        file.write("6,6.2")  # killed before it wrote 6.25
+    assert [row["step"] for row in read_metrics(path)] == ["1", "2", "3", "4", "5"]
 
     second = MetricsCSV(path, resume_step=3)
     assert [row["step"] for row in read_metrics(path)] == ["1", "2", "3"]
@@ -94,35 +95,8 @@ def test_resumed_from_an_earlier_step(tmp_path: Path) -> None:
         "3,3.0,0.5",
         "4,4.5,",
     ]
-
-
-def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    MetricsCSV(path).log_metrics({"train/loss": 1}, step=1)
-    MetricsCSV(path)
+    MetricsCSV(path)  # of a new run
     assert read_metrics(path) == []
-
-
-def test_half_a_last_line_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    path.write_text("step,train/loss\n1,0.5\n2,0.2")  # 0.25, cut short: a wrong number
-    assert read_metrics(path) == [{"step": "1", "train/loss": "0.5"}]
-
-
-def test_killed_while_it_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    csv = MetricsCSV(tmp_path / "metrics.csv")
-    csv.log_metrics({"train/loss": 1}, step=1)
-    before = csv.path.read_text()
-
-    def killed(*_: object) -> None:
-        assert csv.path.read_text() == before  # the new file lies beside it, whole
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fcn.files.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        csv.log_metrics({"val/miou": 1}, step=1)
-    assert csv.path.read_text() == before
-    assert list(tmp_path.iterdir()) == [csv.path]
 
 
 def test_killed_while_a_row_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,82 +131,79 @@ def test_long_files_are_not_held_in_memory(tmp_path: Path) -> None:
     assert columns["val/miou"][rows - 1] == 0.25
 
 
-class Locked:
-    """Stands in for programs on Windows that have files open: these cannot be written or replaced.
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of files that programs on Windows have open: not to be written or replaced.
 
     What has been opened for writing by then can be written on.
     """
+    names: set[str] = set()
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: set[str] = set()
-        for owner, name, place in ((Path, "open", 0), (os, "replace", 1)):
-            monkeypatch.setattr(owner, name, self.refusing(getattr(owner, name), place))
-        monkeypatch.setattr("fcn.files.PATIENCE", 0)
-
-    def refusing(self, function: Any, place: int) -> Any:
+    def refusing(function: Any, place: int) -> Any:
         def refuse(*arguments: Any, **options: Any) -> Any:
             mode = arguments[1] if place == 0 and len(arguments) > 1 else "w" if place else "r"
-            if Path(arguments[place]).name in self.names and mode != "r":
+            if Path(arguments[place]).name in names and mode != "r":
                 raise PermissionError(errno.EACCES, "used by another process")
             return function(*arguments, **options)
 
         return refuse
 
+    monkeypatch.setattr(Path, "open", refusing(Path.open, 0))
+    monkeypatch.setattr(os, "replace", refusing(os.replace, 1))
+    monkeypatch.setattr("fcn.files.PATIENCE", 0)
+    return names
 
-def test_open_in_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+OPEN = r"metrics\.csv is open in another program"
+
+
+def test_open_in_another_program(tmp_path: Path, locked: set[str]) -> None:
     """No row is lost: not while metrics.csv is open, nor its stand-in, nor after a kill."""
-    locked, path = Locked(monkeypatch), tmp_path / "metrics.csv"
+    path = tmp_path / "metrics.csv"
     csv = MetricsCSV(path)
     csv.log_metrics({"train/loss": 1}, step=1)
-    locked.names = {"metrics.csv"}
-    with pytest.warns(UserWarning, match=r"metrics\.csv is open in another program"):
+    locked.add("metrics.csv")
+    with pytest.warns(UserWarning, match=OPEN):
         csv.log_metrics({"train/loss": 2}, step=2)
     csv.log_metrics({"val/miou": 0.5}, step=2)
     assert path.read_text() == "step,train/loss\n1,1.0\n"
     assert [row["step"] for row in read_metrics(path)] == ["1", "2"]  # from the stand-in
-    locked.names |= {"metrics.new.csv"}
-    with pytest.warns(UserWarning, match="open in another program"):
+    locked.add("metrics.new.csv")
+    with pytest.warns(UserWarning, match=OPEN):
         csv.log_metrics({"train/loss": 3}, step=3)
     with pytest.warns(UserWarning, match=r"rows are in .*metrics\.new\.csv, but for the last 1"):
         csv.finalize("success")
-    with (
-        pytest.warns(UserWarning, match="open in another program"),
-        pytest.raises(WriteError, match="close other programs"),
-    ):
+    refused = pytest.raises(WriteError, match="close other programs")
+    with pytest.warns(UserWarning, match=OPEN), refused:
         MetricsCSV(path, resume_step=3)
-    locked.names = {"metrics.csv"}
+    locked.remove("metrics.new.csv")
     csv.log_metrics({"train/loss": 4}, step=4)
     with pytest.warns(UserWarning, match=r"rows are in .*metrics\.new\.csv$"):
         csv.finalize("success")
-    wanted = "step,train/loss,val/miou\n1,1.0,\n2,2.0,0.5\n3,3.0,\n"
-    locked.names = set()
+    locked.clear()
     csv.log_metrics({"train/loss": 5}, step=5)
-    assert path.read_text() == wanted + "4,4.0,\n5,5.0,\n"
+    wanted = "step,train/loss,val/miou\n1,1.0,\n2,2.0,0.5\n3,3.0,\n4,4.0,\n5,5.0,\n"
+    assert path.read_text() == wanted
 
-    locked.names = {"metrics.csv"}  # this process is killed while it is open
-    with pytest.warns(UserWarning, match="open in another program"):
+    locked.add("metrics.csv")  # this process is killed while it is open
+    with pytest.warns(UserWarning, match=OPEN):
         csv.log_metrics({"train/loss": 6}, step=6)
-    with pytest.warns(UserWarning, match="open in another program"):
+    with pytest.warns(UserWarning, match=OPEN):
         again = MetricsCSV(path, resume_step=6)
-    locked.names = set()
+    locked.clear()
     again.log_metrics({"train/loss": 7}, step=7)
     again.finalize("success")
-    assert path.read_text() == wanted + "4,4.0,\n5,5.0,\n6,6.0,\n7,7.0,\n"
+    assert path.read_text() == wanted + "6,6.0,\n7,7.0,\n"
     assert list(tmp_path.iterdir()) == [path]
 
-
-def test_the_second_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows are lost, of course, but the run goes on."""
-    locked, path = Locked(monkeypatch), tmp_path / "metrics.csv"
-    csv = MetricsCSV(path)
-    csv.log_metrics({"train/loss": 1}, step=1)
-    locked.names = {"metrics.csv"}
-    with pytest.warns(UserWarning, match="open in another program"):
-        csv.log_metrics({"train/loss": 2, "val/miou": 0.5}, step=2)
-    csv.file.unlink()
-    locked.names = set()
-    csv.log_metrics({"train/loss": 3}, step=3)
-    assert path.read_text() == "step,train/loss,val/miou\n1,1.0,\n3,3.0,\n"
+    locked.add("metrics.csv")
+    with pytest.warns(UserWarning, match=OPEN):
+        again.log_metrics({"train/loss": 8, "late": 1}, step=8)
+    again.file.unlink()  # by the user; its rows are lost, of course, but the run goes on
+    locked.clear()
+    again.log_metrics({"train/loss": 9}, step=9)
+    header, *_, last = path.read_text().splitlines()
+    assert (header, last) == ("step,train/loss,val/miou,late", "9,9.0,,")
 
 
 def test_rows_of_other_lengths(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Panels of a run, also of a resumed one; what W&B got, read back from its files."""
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,80 +39,68 @@ def module() -> SegmentationModule:
 
 
 def validate(
-    panels: Panels, module: SegmentationModule, step: int, ids: list[str] = IDS, **trainer: Any
+    panels: Panels,
+    module: SegmentationModule,
+    step: int = 5,
+    ids: list[str] = IDS,
+    batch_size: int = 1,
+    **trainer: Any,
 ) -> None:
-    """One validation of images of 20 × 30 pixels, in batches of one; `step` is predicted."""
+    """One validation of images of 20 × 30 pixels, whose grey tells them apart."""
     state = {"global_step": step, "sanity_checking": False, "is_global_zero": True, "loggers": []}
-    state["val_dataloaders"] = SimpleNamespace(sampler=ids, batch_size=1)
-    state["num_val_batches"] = [len(ids)]
+    state["val_dataloaders"] = SimpleNamespace(sampler=ids, batch_size=batch_size)
+    state["num_val_batches"] = [math.ceil(len(ids) / batch_size)]
     stand_in: Any = SimpleNamespace(**state | trainer)
-    panels.on_validation_epoch_start(stand_in, module)
-    for name in ids:
-        batch = {
-            "id": [name],
-            "image": torch.full((1, 3, 20, 30), 90, dtype=torch.uint8),
-            "mask": torch.ones(1, 20, 30, dtype=torch.uint8),
-        }
-        prediction = torch.ones(1, 20, 30, dtype=torch.uint8)
-        prediction[..., : step % 30] = 2
-        panels.on_validation_batch_end(stand_in, module, {"prediction": prediction}, batch, 0)
+    panels.on_validation_epoch_start(stand_in)
+    for start in range(0, len(ids), batch_size):
+        names = ids[start : start + batch_size]
+        grey = torch.tensor([ord(name[0]) for name in names], dtype=torch.uint8)
+        image = grey.view(-1, 1, 1, 1).expand(-1, 3, 20, 30)
+        label = torch.ones(len(names), 20, 30, dtype=torch.uint8)
+        batch = {"id": names, "image": image, "mask": label}
+        panels.on_validation_batch_end(stand_in, module, {"prediction": 1 + label % 2}, batch)
     panels.on_validation_end(stand_in, module)
 
 
 def test_panels_of_a_resumed_run(tmp_path: Path, module: SegmentationModule) -> None:
     for step in (5, 10, 15):
         validate(Panels(images=2), module, step, default_root_dir=tmp_path)
-    trainer: Any = SimpleNamespace(
-        global_step=10, is_global_zero=True, default_root_dir=tmp_path, loggers=[]
-    )
+    trainer: Any = SimpleNamespace(global_step=10, is_global_zero=True, default_root_dir=tmp_path)
     Panels(images=2).on_train_start(trainer, module)  # 15 is trained again
     names = ["step_0000005.png", "step_0000010.png"]
     assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == names
 
 
 @pytest.mark.parametrize(
-    "trainer", [{"is_global_zero": False}, {"sanity_checking": True}, {"images": 0}]
+    ("images", "trainer"),
+    [(2, {"is_global_zero": False}), (2, {"sanity_checking": True}), (0, {})],
 )
 def test_nothing_is_written(
-    trainer: dict[str, Any], tmp_path: Path, module: SegmentationModule
+    images: int, trainer: Any, tmp_path: Path, module: SegmentationModule
 ) -> None:
-    panels = Panels(images=trainer.pop("images", 2))
-    validate(panels, module, 5, default_root_dir=tmp_path, **trainer)
+    validate(Panels(images=images), module, default_root_dir=tmp_path, **trainer)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("images", "batches", "expected"),
+    ("images", "batch_size", "trainer", "expected"),
     [
-        (3, 10, ["0", "3", "6"]),
-        (3, 5, ["0", "1", "3"]),  # limit_val_batches=5
-        (30, 10, [str(i) for i in range(10)]),
+        (3, 1, {}, "036"),
+        (3, 4, {}, "036"),  # the last batch is smaller
+        (3, 1, {"num_val_batches": [5]}, "013"),  # limit_val_batches=5
+        (30, 1, {}, "0123456789"),
     ],
 )
 def test_images_come_from_the_whole_split(
-    images: int, batches: int, expected: list[str], tmp_path: Path, module: SegmentationModule
+    images: int, batch_size: int, trainer: Any, expected: str, module: SegmentationModule
 ) -> None:
     """The first frames of CamVid's val are one street corner: they would show little."""
     panels = Panels(images=images)
-    names = [str(i) for i in range(10)]
     for _ in range(2):
-        validate(panels, module, 5, names, num_val_batches=[batches], default_root_dir=tmp_path)
-        assert panels.ids == expected
-
-
-def test_images_of_larger_batches(module: SegmentationModule) -> None:
-    """The last batch of a validation may be smaller."""
-    panels = Panels(images=2)
-    loader = SimpleNamespace(sampler=range(5), batch_size=2)
-    trainer: Any = SimpleNamespace(is_global_zero=True, val_dataloaders=loader, num_val_batches=[3])
-    panels.on_validation_epoch_start(trainer)
-    for ids in (["a", "b"], ["c", "d"], ["e"]):
-        image = torch.stack([torch.full((3, 4, 4), ord(name), dtype=torch.uint8) for name in ids])
-        batch = {"id": ids, "image": image, "mask": image[:, 0]}
-        outputs = {"prediction": torch.zeros(len(ids), 4, 4, dtype=torch.uint8)}
-        panels.on_validation_batch_end(trainer, module, outputs, batch)
-    assert panels.ids == ["a", "c"]
-    assert [int(image[0, 0, 0]) for image, _, _ in panels.rows] == [ord("a"), ord("c")]
+        names = [*"0123456789"]
+        validate(panels, module, 5, names, batch_size, sanity_checking=True, **trainer)
+        assert panels.ids == [*expected]
+        assert "".join(chr(image[0, 0, 0]) for image, _, _ in panels.rows) == expected
 
 
 def test_iou_of_one_image(module: SegmentationModule) -> None:
@@ -150,51 +139,54 @@ def values(items: Any) -> dict[str, Any]:
     return result
 
 
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image))
+
+
 @pytest.mark.slow
 def test_what_wandb_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only test with the real package: an offline run, which writes nothing elsewhere."""
     import wandb
 
     wandb.teardown()  # it reads its environment once
-    home = tmp_path / "home"
+    home, run = tmp_path / "home", tmp_path / "run"
     home.mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = tmp_path / "run"
-    summary = train_tiny(run, "logger=wandb", "trainer.max_steps=2", "trainer.val_check_interval=1")
+    options = ["logger=wandb", "logger.wandb.log_model=true", "trainer.max_steps=2"]
+    summary = train_tiny(run, *options, "trainer.val_check_interval=1")
     assert wandb.run is None  # finished: the next job of a sweep starts its own
     (offline,) = (run / "wandb").glob("offline-run-*")
     assert offline.name.endswith(f"-{OmegaConf.load(run / 'config.yaml').logger.wandb.id}")
-    (log,) = offline.glob("*.wandb")
-    for text in (b"train/loss_smooth", b"val/iou/ring", b"val_check_interval", b"head_width"):
-        assert text in log.read_bytes(), text
     assert {path.name for path in tmp_path.iterdir()} == {"home", "run"}
     records = list(wandb_records(run))
     history = [values(record.history.item) for record in records if record.HasField("history")]
-    (files,) = (run / "wandb").glob("offline-run-*/files")
+    files = offline / "files"
     data = Shapes(split="val", size=48, val_length=3)
     names = list(Shapes.classes)
+    kept = {path.read_bytes() for path in (run / "wandb").rglob("*") if path.is_file()}
+    assert {path.read_bytes() for path in (run / "checkpoints").iterdir()} <= kept  # log_model
 
+    assert {"train/loss_smooth", "val/iou/ring"} <= {name for row in history for name in row}
     shown = [row for row in history if "val/panels" in row]
     assert [row["trainer/global_step"] for row in shown] == [1, 2]
     pictures = shown[-1]["val/panels"]
     assert pictures["count"] == 2
     for number, caption in enumerate(pictures["captions"]):
         assert caption.startswith(f"{data.ids[number]}, IoU 0.")
-        with Image.open(files / pictures["filenames"][number]) as image:
-            difference = np.asarray(image, float) - data[number]["image"].permute(1, 2, 0).numpy()
-            assert np.abs(difference).mean() < 16  # a small JPEG of camera noise
-        masks = pictures["all_masks"][number]
-        assert set(masks) == {"ground_truth", "predictions"}
-        with Image.open(files / masks["ground_truth"]["path"]) as mask:
-            assert (np.asarray(mask) == data[number]["mask"].numpy()).all()  # void is 255 still
-        with Image.open(files / masks["predictions"]["path"]) as mask:
-            assert mask.size == (48, 48)
-            assert np.asarray(mask).max() < len(names)
-    settings = [values(record.config.update) for record in records if record.HasField("config")]
-    known = json.dumps(settings)
-    for name in (*names, "void"):
+        difference = pixels(files / pictures["filenames"][number]).float()
+        difference -= data[number]["image"].permute(1, 2, 0)
+        assert difference.abs().mean() < 16  # a small JPEG of camera noise
+        masks = {kind: files / mask["path"] for kind, mask in pictures["all_masks"][number].items()}
+        assert pixels(masks.pop("ground_truth")).equal(data[number]["mask"])  # void is 255 still
+        prediction = pixels(masks.pop("predictions"))
+        assert prediction.shape == (48, 48)
+        assert prediction.max() < len(names)
+        assert masks == {}
+    known = json.dumps([values(r.config.update) for r in records if r.HasField("config")])
+    for name in (*names, "void", "val_check_interval", "head_width"):
         assert f'"{name}"' in known
     assert "val/panels_wandb_delimeter_predictions" in known
 
@@ -211,7 +203,7 @@ def test_what_wandb_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [name for name, _ in bars["data"]] == names
     for name, iou in bars["data"]:
         expected = summary[f"val/iou/{name}"]
-        assert iou == (None if np.isnan(expected) else pytest.approx(expected))
+        assert iou == (None if np.isnan(expected) else pytest.approx(expected)), name
     assert "wandb/bar/v0" in known
     assert [path for path in home.rglob("*") if path.is_file()] == []
 

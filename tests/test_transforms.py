@@ -1,6 +1,9 @@
-"""Transforms: image and mask stay together, padding is where and what it must be."""
+"""Transforms: image and mask stay together, padding is where and what it must be.
 
-import random
+That all randomness is torch's, and which arguments are refused, is in test_datamodule.py.
+"""
+
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,18 +14,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from fcn.datasets import Sample
-from fcn.transforms import FILL, collate, eval_transform, train_transform
+from fcn.transforms import FILL, Transform, collate, eval_transform, train_transform
 
 
 def make(image: Tensor, mask: Tensor) -> Sample:
     return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask), "id": "a"}
-
-
-def ramp(height: int, width: int, *, down: bool = False) -> Sample:
-    """A sample whose labels are the column's (or row's) number, as is its image."""
-    line = torch.arange(height if down else width, dtype=torch.uint8)
-    mask = (line[:, None] if down else line).expand(height, width).clone()
-    return make(mask.expand(3, -1, -1).clone(), mask)
 
 
 def coded(height: int, width: int) -> Sample:
@@ -32,21 +28,27 @@ def coded(height: int, width: int) -> Sample:
     return make(torch.stack([rows, columns, rows + columns]), rows ^ columns)
 
 
-@pytest.mark.parametrize("down", [False, True], ids=["across", "down"])
+def whole_images(**options: Any) -> Transform:
+    """Only what the options say."""
+    return train_transform(**{"crop_size": None, "scale": None, "flip": 0} | options)
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-@pytest.mark.parametrize("factor", [1 / 3, 0.62, 1.0, 1.7, 3.0])
-def test_image_and_mask_stay_aligned(factor: float, flip: float, down: bool) -> None:
+@pytest.mark.parametrize("factor", [1 / 3, 1.0, 1.7])
+def test_image_and_mask_stay_aligned(factor: float, flip: float) -> None:
     transform = train_transform(crop_size=(41, 47), scale=(factor, factor), flip=flip)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        out = transform(ramp(200, 180, down=down))
-        assert out["image"].shape == (3, 41, 47)
-        assert out["mask"].shape == (41, 47)
-        assert (out["mask"] != 255).all()
-        difference = out["image"][0].float() - out["mask"].float()
-        assert difference.abs().max() <= 1 + 0.5 / factor
-        # Sampled at the same points: no shift, not even by half a pixel.
-        assert difference.mean().abs() < 0.15
+    for channel in (0, 1):  # labels that are the row's number, or the column's
+        sample = coded(200, 180)
+        sample["mask"] = tv_tensors.Mask(sample["image"][channel])
+        for seed in range(5):
+            torch.manual_seed(seed)
+            out = transform(sample)
+            assert out["image"].shape == (3, 41, 47)
+            assert (out["mask"] != 255).all()
+            difference = out["image"][channel].float() - out["mask"].float()
+            assert difference.abs().max() <= 1 + 0.5 / factor
+            # Sampled at the same points: no shift, not even by half a pixel.
+            assert difference.mean().abs() < 0.15
 
 
 def test_crop_is_a_window() -> None:
@@ -65,42 +67,47 @@ def test_crop_is_a_window() -> None:
     assert lefts == set(range(9))
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.8, 1.9])
-def test_same_as_scaling_the_whole_image(factor: float) -> None:
+def test_same_as_scaling_the_whole_image() -> None:
     ys, xs = np.mgrid[:75, :100]
     wave = 127 + 120 * np.sin(ys / 9) * np.cos(xs / 7)
     image = torch.from_numpy(wave.astype(np.uint8)).expand(3, -1, -1)
-    whole = F.resize_image(image, [round(75 * factor), round(100 * factor)]).float()
-    torch.manual_seed(1)
-    out = train_transform(crop_size=32, scale=(factor, factor), flip=0)(make(image, image[0]))
-    crop = out["image"].as_subclass(Tensor).float()
-    windows = whole[0].unfold(0, 32, 1).unfold(1, 32, 1)  # every place of a 32 × 32 window
-    assert (windows - crop[0]).abs().mean((-2, -1)).min() < 4  # of about 60 at other places
+    for factor in (0.5, 1.9):
+        whole = F.resize_image(image, [round(75 * factor), round(100 * factor)])[0].float()
+        out = train_transform(crop_size=32, scale=(factor, factor), flip=0)(make(image, image[0]))
+        windows = whole.unfold(0, 32, 1).unfold(1, 32, 1)  # every place of a 32 × 32 window
+        crop = out["image"].as_subclass(Tensor)[0].float()
+        assert (windows - crop).abs().mean((-2, -1)).min() < 4  # of about 60 at other places
 
 
 def test_padding() -> None:
     mask = torch.full((40, 30), 3, dtype=torch.uint8)
     sample = make(torch.full((3, 40, 30), 9, dtype=torch.uint8), mask)
     out = train_transform(crop_size=[50, 24], scale=[0.5, 0.5], flip=0)(sample)
-    assert (out["mask"][:20, :15] == 3).all()
-    assert (out["image"][:, :20, :15] == 9).all()
     rest = torch.ones(50, 24, dtype=torch.bool)
     rest[:20, :15] = False
-    assert (out["mask"][rest] == 255).all()
-    assert (out["image"][:, rest] == torch.tensor(FILL)[:, None]).all()
+    assert (out["mask"] == torch.where(rest, 255, 3)).all()
+    fill = torch.tensor(FILL)[:, None, None]
+    assert (out["image"] == torch.where(rest, fill, 9)).all()
     assert isinstance(out["image"], tv_tensors.Image)  # so that a later step knows which is which
     assert isinstance(out["mask"], tv_tensors.Mask)
 
 
 def test_whole_images() -> None:
     sample = coded(20, 30)
-    out = train_transform(crop_size=None, scale=None, flip=0)(sample)
-    assert torch.equal(out["image"], sample["image"])
+    for transform in (eval_transform(), whole_images()):
+        out = transform(sample)
+        assert torch.equal(out["image"], sample["image"])
+        assert torch.equal(out["mask"], sample["mask"])
+    out = whole_images(flip=1)(sample)
+    assert torch.equal(out["image"], sample["image"].flip(-1))
+    assert torch.equal(out["mask"], sample["mask"].flip(-1))
+    out = whole_images(jitter=0.5)(sample)
+    assert out["image"].dtype == torch.uint8
+    assert not torch.equal(out["image"], sample["image"])
     assert torch.equal(out["mask"], sample["mask"])
     shapes = set()
-    transform = train_transform(crop_size=None, scale=(0.5, 2))
     for _ in range(30):
-        out = transform(sample)
+        out = whole_images(scale=(0.5, 2))(sample)
         assert out["image"].shape[1:] == out["mask"].shape
         shapes.add(tuple(out["mask"].shape))
     assert len(shapes) > 10
@@ -108,42 +115,11 @@ def test_whole_images() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1)])
-@pytest.mark.parametrize("crop", [None, 1, 33])
-def test_sides_never_vanish(size: tuple[int, int], crop: int | None) -> None:
-    for factor in (0.01, 1.0, 2.5):
-        out = train_transform(crop_size=crop, scale=(factor, factor))(ramp(*size))
+def test_sides_never_vanish(size: tuple[int, int]) -> None:
+    for crop, factor in product((None, 1, 33), (0.01, 2.5)):
+        out = train_transform(crop_size=crop, scale=(factor, factor))(coded(*size))
         assert min(out["mask"].shape) >= 1
         assert (out["mask"] != 255).any()
-
-
-def test_flip() -> None:
-    sample = coded(20, 30)
-    out = train_transform(crop_size=None, scale=None, flip=1)(sample)
-    assert torch.equal(out["image"], sample["image"].flip(-1))
-    assert torch.equal(out["mask"], sample["mask"].flip(-1))
-
-
-def test_randomness_is_torchs() -> None:
-    transform = train_transform(crop_size=24, scale=(0.5, 2), jitter=0.4)
-
-    def run(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        out = transform(coded(60, 70))
-        return torch.cat([out["image"].as_subclass(Tensor), out["mask"][None]])
-
-    first = run(1)
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002  # the legacy generator is what must not matter
-    assert torch.equal(run(1), first)
-    assert not torch.equal(run(2), first)
-
-
-def test_jitter_leaves_the_mask() -> None:
-    sample = coded(20, 30)
-    out = train_transform(crop_size=None, scale=None, flip=0, jitter=0.5)(sample)
-    assert out["image"].dtype == torch.uint8
-    assert not torch.equal(out["image"], sample["image"])
-    assert torch.equal(out["mask"], sample["mask"])
 
 
 def test_rotation() -> None:
@@ -155,9 +131,8 @@ def test_rotation() -> None:
     angles = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        out = train_transform(crop_size=None, scale=None, flip=0, rotate=40)(make(image, mask))
+        out = whole_images(rotate=40)(make(image, mask))
         turned, labels = out["image"].as_subclass(Tensor).float(), out["mask"].as_subclass(Tensor)
-        assert isinstance(out["mask"], tv_tensors.Mask)
         assert (turned.shape, labels.shape) == ((3, 90, 120), (90, 120))
         assert {0, 7} <= set(labels.unique().tolist()) <= {0, 7, 255}
         assert turned[0][labels == 7].mean() > 190  # bilinear at the edges alone
@@ -169,84 +144,43 @@ def test_rotation() -> None:
         angles.add(outside)
     assert len(angles) > 3
     assert max(angles) > 1000
-    torch.manual_seed(0)
-    no = train_transform(crop_size=32, scale=(0.5, 2), rotate=None, blur=None)(make(image, mask))
-    torch.manual_seed(0)
-    default = train_transform(crop_size=32, scale=(0.5, 2))(make(image, mask))
-    assert torch.equal(no["image"], default["image"])
 
 
 def test_blur() -> None:
     sample = make(torch.zeros(3, 40, 40, dtype=torch.uint8), torch.zeros(40, 40, dtype=torch.uint8))
     sample["image"][:, 20, 20] = 255
-    blur = train_transform(crop_size=None, scale=None, flip=0, blur=3)
     peaks = set()
     for seed in range(8):
         torch.manual_seed(seed)
-        out = blur(sample)
+        out = whole_images(blur=3)(sample)
         assert torch.equal(out["mask"], sample["mask"])
         assert out["image"].dtype == torch.uint8
         peaks.add(int(out["image"].max()))
     assert min(peaks) < 20  # 255 / (2 pi 3^2) is 4.5
     assert max(peaks) > 2 * min(peaks)
 
-
-@pytest.mark.parametrize("size", [(64, 64), (20, 300), (1, 90)])
-def test_blur_of_images_smaller_than_its_kernel(size: tuple[int, int]) -> None:
-    """It reflects no more of them than there is."""
-    sample = make(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8))
-    sample["image"][:, :, ::2] = 255
-    torch.manual_seed(0)
-    out = train_transform(crop_size=None, scale=None, flip=0, blur=22)(sample)
-    assert out["image"].shape == sample["image"].shape
-    assert 100 < out["image"][..., 8:-8].min() <= out["image"][..., 8:-8].max() < 155
-    assert torch.equal(out["mask"], sample["mask"])
-
-
-def test_eval_changes_nothing() -> None:
-    sample = coded(20, 30)
-    out = eval_transform()(sample)
-    assert torch.equal(out["image"], sample["image"])
-    assert torch.equal(out["mask"], sample["mask"])
+    # Images that are smaller than its kernel: it reflects no more of them than there is.
+    for size in ((20, 300), (1, 90)):
+        image = torch.zeros(3, *size, dtype=torch.uint8)
+        image[:, :, ::2] = 255
+        out = whole_images(blur=22)(make(image, torch.zeros(size, dtype=torch.uint8)))
+        assert out["image"].shape == image.shape
+        assert 100 < out["image"][..., 8:-8].min() <= out["image"][..., 8:-8].max() < 155
 
 
 def test_collate() -> None:
     small, large = coded(20, 50), coded(40, 30)
     small["id"], large["id"] = "small", "large"
     batch = collate([small, large])
-    assert batch["image"].shape == (2, 3, 40, 50)
-    assert batch["mask"].shape == (2, 40, 50)
+    assert type(batch["image"]) is type(batch["mask"]) is Tensor
     assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["id"] == ["small", "large"]
     assert batch["size"] == [(20, 50), (40, 30)]
     for n, sample in enumerate((small, large)):
         h, w = sample["mask"].shape
-        assert torch.equal(batch["image"][n, :, :h, :w], sample["image"])
-        assert torch.equal(batch["mask"][n, :h, :w], sample["mask"])
-        rest = torch.ones(40, 50, dtype=torch.bool)
-        rest[:h, :w] = False
-        assert (batch["mask"][n, rest] == 255).all()
-        assert (batch["image"][n][:, rest] == torch.tensor(FILL)[:, None]).all()
-    assert type(batch["image"]) is type(batch["mask"]) is Tensor
+        image, mask = torch.empty(3, 40, 50), torch.full((40, 50), 255)
+        image[:] = torch.tensor(FILL)[:, None, None]
+        image[:, :h, :w], mask[:h, :w] = sample["image"], sample["mask"]
+        assert torch.equal(batch["image"][n], image.byte())
+        assert torch.equal(batch["mask"][n], mask.byte())
     assert collate([small])["mask"].shape == (1, 20, 50)
-
-
-BAD_SIZES = [0, (10, -1), (1, 2, 3), 2**14 + 1, True, "224", [224], [224, 1.5]]
-BAD_SCALES = [(0, 1), (2, 1), (1, float("nan")), 0.5, [0.5, 1, 2], ["a", "b"]]
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("crop_size", BAD_SIZES),
-        ("scale", BAD_SCALES),
-        ("flip", [1.5, "often", None]),
-        ("jitter", [-0.1, True]),
-        ("rotate", [-1, 200]),
-        ("blur", [0, "soft"]),
-    ],
-)
-def test_bad_arguments(name: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(ValueError, match=rf"^{name}=.*: must be "):
-            train_transform(**{"crop_size": None, "scale": None, name: value})

@@ -37,21 +37,16 @@ GONE = {
 }
 
 
-class Without(ModuleType):
+def without(module: ModuleType) -> ModuleType:
     """A module that lacks some names."""
-
-    def __init__(self, module: ModuleType) -> None:
-        super().__init__(module.__name__)
-        self.__dict__["_module"] = module
-
-    def __getattr__(self, name: str) -> Any:
-        if name in GONE[self.__name__]:
-            raise AttributeError(f"{self.__name__}.{name} does not exist on Windows")
-        return getattr(self._module, name)
+    copy = ModuleType(module.__name__)
+    gone = GONE[module.__name__]
+    copy.__dict__.update({name: value for name, value in vars(module).items() if name not in gone})
+    return copy
 
 
 real_import = builtins.__import__
-stand_ins = {name: Without(module) for name, module in (("os", os), ("signal", signal))}
+stand_ins = {"os": without(os), "signal": without(signal)}
 
 
 def import_as_on_windows(name: str, place: Any = None, *arguments: Any, **options: Any) -> Any:
