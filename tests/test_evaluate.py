@@ -229,6 +229,14 @@ def test_error_of_evaluation_is_short(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_of_another_program(finished_run: Path, tmp_path: Path) -> None:
+    """A checkpoint's data settings need not name everything, such as the data root."""
+    data = {"dataset": SHAPES, "num_workers": 0}
+    ckpt = changed_checkpoint(finished_run, tmp_path / "x.ckpt", config={"data": data})
+    evaluate_checkpoint(ckpt, f"output={tmp_path}", "report.images=0")
+    assert "root <code>None</code>" in (tmp_path / "report.html").read_text("ascii")
+
+
 def test_views_at_test_time(finished_run: Path, tmp_path: Path) -> None:
     """The scores are those of `TestTime`, counted here; without views, nothing changes."""
     ckpt, data = last_checkpoint(finished_run), Shapes(split="val", size=48, val_length=3)
