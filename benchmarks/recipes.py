@@ -111,13 +111,13 @@ CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "narrower head": ("model.head_width=256",),
     "wider head": ("model.head_width=1024",),
     "flips at test time": (),
-    "two sizes at test time": (),
+    "flips and two sizes at test time": (),
 }
 ROWS = {"voc_mini": VOC_ROWS, "camvid_fcn8s": CAMVID_ROWS}
 # Rows that are the base, evaluated in another way.
 EVALUATION = {
     "flips at test time": ("tta.flip=true",),
-    "two sizes at test time": ("tta.scales=[1,1.5]",),
+    "flips and two sizes at test time": ("tta.flip=true", "tta.scales=[1,1.5]"),
 }
 
 
