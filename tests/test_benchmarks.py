@@ -302,6 +302,22 @@ def test_pairs_alternate_and_ratios_are_of_pairs(
     assert verdicts == ["met", "missed", "met"]
 
 
+def test_both_checkouts_take_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import against
+
+    from fcn.checkpoint import read_checkpoint
+    from fcn.module import SegmentationModule
+
+    monkeypatch.setattr(against, "BACKBONE", {"backbone": "vgg_tiny", "head_width": 8})
+    assert all(0 < seconds < 60 for seconds in against.time_steps(32, 1).values())
+    monkeypatch.chdir(against.HERE)
+    against.save_checkpoint(tmp_path / "made.ckpt")
+    assert read_checkpoint(tmp_path / "made.ckpt")["config"]["name"] == "against"
+    assert SegmentationModule.load_from_checkpoint(tmp_path / "made.ckpt").network.stride == 8
+
+
 def run_as_scripts(scripts: list[Path]) -> None:
     """Import each as `python benchmarks/NAME.py` does: only its own folder is on the path."""
     for script in scripts:

@@ -79,6 +79,7 @@ def test_a_row_that_fails_is_a_line_of_the_table_and_the_others_go_on(
     assert "--only nothing: no row begins with this" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_keeps_the_rows_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,27 @@ def test_a_device_that_cannot_be_used_is_refused(
     with pytest.raises(SystemExit):
         gpu.main([], [])
     assert "no code for this card, a NVIDIA GeForce GTX 1070" in capsys.readouterr().err
+
+
+def test_the_rows_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    import gpu_rows
+    import gpu_speed
+
+    def names(device: str, best: str) -> list[str]:
+        monkeypatch.setattr(gpu_rows, "best_precision", lambda device: best)
+        monkeypatch.setattr(gpu_speed, "best_precision", lambda device: best)
+        return [row.name for row in gpu.rows_for(device)]
+
+    turing = names("cuda", "16-mixed")
+    recipes = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
+    for recipe in ("default", *recipes):
+        for precision in ("16-mixed", "bf16-mixed", "32-true"):
+            assert f"recipe {recipe}, {precision}" in turing
+    kinds = [name.partition(", ")[0].partition(" ")[0] for name in turing]
+    assert {"agree", "sync", "memory", "speed", "convolutions", "recipe"} == set(kinds[:10])
+    assert len(set(turing)) == len(turing)
+    assert not any("16-mixed" in name for name in names("cpu", "32-true") if "bf16" not in name)
 
 
 def test_agreement_sees_an_error_of_a_hundredth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,16 +125,21 @@ def write_hostile_data(root: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_hostile_names(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Through check, training, evaluation and prediction; all is written and escaped."""
+def test_hostile_names(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through check, training with W&B, evaluation and prediction; all is written and escaped."""
     data = write_hostile_data(place / "root")
-    tiny = [o for o in TINY if not o.startswith("data")]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny = [o for o in TINY if not o.startswith(("data", "logger"))]
     cfg = compose_config("train", *tiny, *data, "trainer.max_steps=2")
     cfg.data.dataset.classes = NAMES
     assert check(instantiate(cfg.data, _convert_="all"), place / "checked") == 0
     run = place / "run"
     assert train(cfg, run)["steps"] == 2
     assert {f"val/iou/{name}" for name in NAMES} <= set(read_metrics(run / "metrics.csv")[0])
+    (log,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/iou/</script>" in log.read_bytes()
 
     metrics = evaluate_checkpoint(run, "split=all", "output=judged")
     assert list(metrics["iou"]) == NAMES

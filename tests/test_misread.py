@@ -79,10 +79,26 @@ def test_refused_images(tmp_path: Path) -> None:
         assert message in str(error.value)
 
 
-def bits_png() -> bytes:
-    """A PNG of LABELS in 2 bits of grey."""
-    packed = np.packbits(LABELS[..., None] >> [1, 0] & 1, axis=None).reshape(8, 2)
-    return png(8, 8, 2, 0, b"".join(b"\0" + row.tobytes() for row in packed))
+def test_images_that_are_read(tmp_path: Path) -> None:
+    """They are like some of those above, and Pillow reads them rightly."""
+    colours = noise(3, "uint16")
+    for name, content in {
+        "a.bmp": encoded(Image.fromarray(LABELS > 1), "BMP"),
+        "b.jp2": encoded(RGB, "JPEG2000"),
+        "c.ppm": b"P6 1 1 255\n" + bytes([1, 2, 250]),
+        "d.tif": tiff(colours, tags={284: (1,)}),
+        "e.tif": tiff(np.full((4, 4, 1), 2**16 - 1, np.uint32)),
+        "f.pbm": b"P1 2 1\n0 1\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert read_image(tmp_path / name).dtype == np.uint8
+
+
+def bits_png(bits: int) -> bytes:
+    """A PNG of LABELS in 2 or 4 bits of grey."""
+    places = np.arange(bits)[::-1]
+    packed = np.packbits(LABELS[..., None] >> places & 1, axis=None).reshape(8, bits)
+    return png(8, 8, bits, 0, b"".join(b"\0" + row.tobytes() for row in packed))
 
 
 CHANGES, STRETCHED = r"\w+ (changes|may change) the values of pix", "which are stretched"
@@ -94,7 +110,9 @@ MASKS: dict[str, tuple[bytes, str]] = {
     "with exif.webp": (encoded(RGB, "WEBP", quality=100, exif=b"Exif"), CHANGES),
     "x.tif": (encoded(GREY, "TIFF", compression="jpeg"), CHANGES),
     "x.jp2": (encoded(GREY, "JPEG2000", irreversible=True), CHANGES),
-    "2 bits.png": (bits_png(), f"this mask has 2 bits, {STRETCHED}"),
+    "2 bits.png": (bits_png(2), f"this mask has 2 bits, {STRETCHED}"),
+    "4 bits.png": (bits_png(4), f"this mask has 4 bits, {STRETCHED}"),
+    "text.pgm": (b"P2 2 1 7\n0 3\n", f"this mask has values up to 7, {STRETCHED}"),
     "x.pgm": (b"P5 8 8 5\n" + LABELS.tobytes(), f"this mask has values up to 5, {STRETCHED}"),
     "numbered anew.gif": (saved(LABELS // 3 * 252 + LABELS, "GIF"), r"numbers \[0, 1, 2, 3\] for"),
     "transparent.png": (encoded(TRANSPARENT, "PNG"), "has transparent pixels; save it without alp"),

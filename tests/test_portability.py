@@ -4,14 +4,12 @@ All commands run there, one after another in one process.
 """
 
 import os
-import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +19,6 @@ from PIL import Image
 
 from fcn import cli
 from fcn.checkpoint import best_checkpoint, read_checkpoint, write_safetensors
-from fcn.datamodule import SegmentationDataModule
-from fcn.datasets.shapes import Shapes
 from fcn.evaluation.candidate import open_candidate
 from fcn.inference.predictor import load_predictor
 from fcn.module import SegmentationModule
@@ -65,7 +61,12 @@ def test_all_commands_without_posix(windows: tuple[Path, str]) -> None:
     folder, output = windows
     assert read_summary(folder / "run")["steps"] == 4
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.csv")] == list("1234")
-    for result in ("run/evaluation/report.html", "run/predictions/ü.png", "again/ü_overlay.jpg"):
+    for result in (
+        "run/evaluation/report.html",
+        "run/predictions/ü.png",
+        "again/ü_overlay.jpg",
+        "tiny.onnx",
+    ):
         assert (folder / result).is_file(), result
     for job in ("sweep/0", "stages/fcn32s", "stages/fcn16s", "stages/fcn8s"):
         assert read_summary(folder / job)["status"] == "finished", job
@@ -85,18 +86,6 @@ def test_files_that_another_program_has_open(windows: tuple[Path, str]) -> None:
     assert (folder / "run" / "metrics.new.csv").is_file()
     assert re.search(r"sweep\.csv cannot be written \(used by another process.*goes on", output)
     assert re.search(r"panels.* cannot be written \(used by another process.*goes on", output)
-
-
-def test_what_a_spawned_loader_gets() -> None:
-    """The commands above spawn one of evaluate.py, which gets its data set in the same way."""
-    data = SegmentationDataModule(
-        dataset=partial(Shapes, size=48), crop_size=32, scale=[0.5, 2], jitter=0.2, num_workers=0
-    )
-    data.setup("fit")
-    loader = data.train_dataloader()
-    functions = loader.collate_fn, loader.worker_init_fn
-    images, collate, _ = pickle.loads(pickle.dumps((loader.dataset, *functions)))
-    assert collate([images[0, 1]])["image"].equal(collate([loader.dataset[0, 1]])["image"])
 
 
 def mapped() -> str:

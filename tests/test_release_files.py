@@ -51,3 +51,17 @@ def test_changelog_names_every_renamed_setting() -> None:
     for old, new in RENAMED.items():
         if not old.startswith("logger."):  # these are one row together
             assert f"| `{old}` | `{new}` |" in text
+
+
+def test_ci_runs_the_commands_of_readme() -> None:
+    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
+    readme = read("README.md")
+    jobs = workflow["jobs"]
+    runs = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    for command in (*runs["fast"], *runs["all"]):
+        assert command in readme
+    matrix = jobs["fast"]["strategy"]["matrix"]
+    assert [name.partition("-")[0] for name in matrix["os"]] == ["ubuntu", "windows", "macos"]
+    assert len(matrix["python"]) == 2
+    assert '-m "not slow"' in runs["fast"][-1]
+    assert "python -m pytest" in read(runs["all"][-1].split()[-1])

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import os
 import signal
@@ -246,12 +247,16 @@ def test_sweep_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(axes.collections[0].get_offsets()) for axes in figures[0].axes] == [8, 8, 8]
 
 
-@pytest.mark.slow
-def test_wandb_sweep() -> None:
-    """The file passes W&B's own schema, and train.py takes the values that W&B chooses.
+class FakeProcess:
+    """Stands for the process that W&B's agent starts: notes how."""
 
-    That such a run has the agent's id: tests/test_training_wandb.py.
-    """
+    def __init__(self, started: dict[str, Any], how: dict[str, Any]) -> None:
+        started.update(how)
+
+
+@pytest.mark.slow
+def test_wandb_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file passes W&B's own schema; what its agent starts is a run under the agent's id."""
     engine = pytest.importorskip("sweeps")  # of wandb[sweeps]
     text = (PROJECT / "conf" / "wandb_sweep.yaml").read_text()
     sweep = yaml.safe_load(text)
@@ -261,7 +266,36 @@ def test_wandb_sweep() -> None:
     assert (PROJECT / sweep["program"]).is_file()
     assert sweep["command"] == ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
     chosen = engine.next_run(sweep, [], validate=True).config
-    assert chosen.keys() == sweep["parameters"].keys()
+    arguments = json.loads(json.dumps(chosen, default=float))  # as they come from W&B's server
+    assert arguments.keys() == sweep["parameters"].keys()
+
+    import wandb
+    from wandb.wandb_agent import Agent
+
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # a service that another test has started knows nothing of this environment
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "thesweep")
+    agent = Agent(None, None)
+    tiny = [o for o in TINY if o.partition("=")[0] not in arguments and o != "logger=none"]
+    agent._sweep_command = [*sweep["command"], *tiny, "trainer.max_steps=1"]
+    started: dict[str, Any] = {}
+    monkeypatch.setattr("wandb.wandb_agent.AgentProcess", lambda **how: FakeProcess(started, how))
+    program = str(PROJECT / sweep["program"])
+    agent._command_run({"run_id": "therun", "program": program, "args": arguments})
+    assert started["command"][:3] == ["/usr/bin/env", "python", program]
+    os.environ.update(started["env"])  # conftest.py undoes this
+    assert call(train.main, *started["command"][3:]) == 0
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.logger.wandb.id == "therun"  # also when it is resumed without the agent
+    for key, value in arguments.items():
+        assert OmegaConf.select(config, key) == value["value"]
+    wandb.teardown()  # W&B's service writes its file by then
+    (offline,) = (run / "wandb").glob("offline-run-*-therun")
+    assert b"thesweep" in next(offline.glob("*.wandb")).read_bytes()
     config = cli.compose([*(f"{key}={one['value']}" for key, one in chosen.items()), "name=x"])
     for key, one in chosen.items():
         assert OmegaConf.select(config, key) == one["value"], key

@@ -65,18 +65,19 @@ def main() -> None:
     tiny = [o for o in TINY if o.partition("=")[0] not in chosen]
     tiny += ["trainer.log_every_n_steps=1", "callbacks.curves=null"]
     train = ["model=fcn32s", "hydra.run.dir=run", "trainer.max_steps=2"]
-    run("train.py", *tiny, *train, "trainer.val_check_interval=2")
+    # The loaders of training and of validation are processes of their own, and are spawned.
+    run("train.py", *tiny, *train, "trainer.val_check_interval=2", "data.num_workers=1")
     last = "ckpt=run/checkpoints/last.ckpt"
-    # A loader is a process of its own, and is spawned.
-    run("evaluate.py", last, "data.num_workers=1", "report.images=1")
+    run("evaluate.py", last, "data.num_workers=0", "report.images=1")
     run("predict.py", last, "input=photos", "device=cpu")
     run("export.py", last, "format=safetensors", "output=tiny")
+    run("export.py", last, "output=tiny.onnx")
     safe = "ckpt=tiny/model.safetensors"
     run("predict.py", safe, "input=photos", "device=cpu", "output=again")
     # last.ckpt is replaced after all these programs have read it. Others have these files open.
     names = ("run/metrics.csv", "run/panels/step_0000004.png", "sweep/sweep.csv")
     opened = [Path(name).open("ab") for name in names]  # noqa: SIM115
-    run("train.py", "resume=run", "trainer.max_steps=4")
+    run("train.py", "resume=run", "trainer.max_steps=4", "data.num_workers=0")
     short = [*tiny, "trainer.max_steps=1", "trainer.val_check_interval=1", "callbacks.panels=null"]
     run("train.py", "-m", *short, "model=fcn32s", "hydra.sweep.dir=sweep")
     run("fcn.stages", *short, "hydra.run.dir=stages")
