@@ -235,7 +235,14 @@ def _smp_our_recipe(network: Any, device: str, cfg: Any) -> Contestant:
         {"params": head, "lr": rate * cfg.model.head_lr_multiplier},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.optimizer.weight_decay)
-    loss = nn.CrossEntropyLoss(ignore_index=255)
+    weights = cfg.model.class_weights
+    if weights is not None:
+        weights = torch.tensor(list(weights), dtype=torch.float32, device=device)
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:  # SegmentationModule's
+        each = F.cross_entropy(logits, label, weights, ignore_index=255, reduction="sum")
+        return each / (label != 255).sum().clamp(min=1)
+
     prepare = partial(_smp_input, device)
     return _theirs(network, loss, optimizer, prepare, cfg.trainer.gradient_clip_val)
 
