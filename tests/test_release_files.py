@@ -1,8 +1,10 @@
 """Files for those who cite, update or change the project: they agree with the rest of it."""
 
 import re
+import subprocess
 import tomllib
 
+import pytest
 import yaml
 from conftest import PROJECT
 
@@ -31,6 +33,16 @@ def test_documents_name_tests_that_are_there() -> None:
             assert f"def {name}" in tests[file], f"{path.name}: {file}::{name}"
         for name in re.findall(r"`(?:::)?(test_\w+)`", text):
             assert any(f"def {name}(" in content for content in tests.values()), name
+
+
+def test_no_weights_or_data_are_committed() -> None:
+    """By their size: a file of weights was once committed under a name that .gitignore lacks."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    files = [PROJECT / name for name in listed.stdout.split("\0") if name]
+    large = [path.name for path in files if path.is_file() and path.stat().st_size > 500_000]
+    assert not large
 
 
 def test_citation() -> None:
