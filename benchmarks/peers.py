@@ -239,7 +239,8 @@ def _smp_our_recipe(network: Any, device: str, cfg: Any) -> Contestant:
     if weights is not None:
         weights = torch.tensor(list(weights), dtype=torch.float32, device=device)
 
-    def loss(logits: Tensor, label: Tensor) -> Tensor:  # SegmentationModule's
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        # As in SegmentationModule.loss: a weight counts in the sum, and not in what divides it.
         each = F.cross_entropy(logits, label, weights, ignore_index=255, reduction="sum")
         return each / (label != 255).sum().clamp(min=1)
 
