@@ -92,7 +92,7 @@ def require(name: str) -> None:
 def make(
     name: str,
     device: str,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     *overrides: str,
     recipe: str = "voc_mini",
     classes: int = 21,
@@ -101,8 +101,8 @@ def make(
     """A contestant.
 
     Args:
-        weights: features of the contestant's VGG with torchvision's names, in a .pth file, or for
-            torchfcn those of a VGG-19 too; None: random.
+        weights: of the contestant's VGG, as `fcn.weights.load_weights` takes them: a file, or the
+            name that torchvision has for them; None: random.
         overrides: of conf/, such as optimizer.lr=1e-3; for ours, and for those with our recipe.
         recipe: of conf/experiment/, for those with our recipe.
         classes: K, for those of others; ours has as many as its data.
@@ -119,14 +119,35 @@ def make(
         if cfg.trainer.compile:
             module.network.compile()
         return _ours(module.to(device), precision, device, cfg.trainer.gradient_clip_val)
-    values = weights and torch.load(weights, map_location="cpu", weights_only=True)
     if name in TORCHFCN:
-        return _torchfcn(*TORCHFCN[name], device, values, classes)
-    network = _smp_network(*(SMP | SMP_OUR_RECIPE)[name], device, values, classes)
+        vgg = weights and features("vgg16", weights)
+        return _torchfcn(*TORCHFCN[name], device, vgg, classes)
+    architecture, backbone = (SMP | SMP_OUR_RECIPE)[name]
+    vgg = weights and features(backbone, weights)
+    network = _smp_network(architecture, backbone, device, vgg, classes)
     if name in SMP_OUR_RECIPE:
         cfg = composed("train", f"experiment={recipe}", "model.weights=null", *overrides)
         return _smp_our_recipe(network, device, cfg)
     return _smp(network, device)
+
+
+def features(backbone: str, source: str | Path) -> dict[str, Tensor]:
+    """A VGG's features with torchvision's names, for images with torchvision's mean and deviation.
+
+    They are read by our own network, so that all contestants begin with the same: of the weights
+    IMAGENET1K_FEATURES, which expect other images, the first layer is adapted to these.
+    """
+    from fcn.network import FCN
+    from fcn.weights import load_weights, torchvision_layers
+
+    network = FCN(1, backbone=backbone, head_width=1, head_kernel=1)
+    load_weights(network, source)
+    return {
+        f"{name}.{kind}": value
+        for layer, name in torchvision_layers(network).items()
+        for kind, value in network.get_submodule(layer).state_dict().items()
+        if name.startswith("features.")
+    }
 
 
 def _ours(module: Any, precision: str, device: str, clip: float | None) -> Contestant:
@@ -187,7 +208,7 @@ def _torchfcn(
     for layer in layers[:-3]:  # all zero, for weights to be copied in; the scores stay so
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     if vgg is not None:
-        numbers = sorted({int(key.split(".")[1]) for key in vgg} - {16, 25, 34})  # not in VGG-16
+        numbers = sorted({int(key.split(".")[1]) for key in vgg})
         for layer, number in zip(layers, numbers, strict=False):
             layer.weight.data.copy_(vgg[f"features.{number}.weight"])
             layer.bias.data.copy_(vgg[f"features.{number}.bias"])

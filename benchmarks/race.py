@@ -1,7 +1,7 @@
 """Mean IoU over minutes: ours and other people's networks, same photographs, same VGG features.
 
-    python benchmarks/race.py --recipe camvid_fcn8s --data DIR --weights vgg16.pth --minutes 15
-    python benchmarks/race.py --recipe voc_mini --data DIR --weights vgg19.pth --first 40
+    python benchmarks/race.py --recipe camvid_fcn8s --data DIR --minutes 15
+    python benchmarks/race.py --recipe voc_mini --data DIR --first 40
 
 Each network trains for that long on the same cores, as its authors do. Ours trains as the recipe,
 the others as benchmarks/peers.py says: torchfcn on one whole image at a time, as it is, those of
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s"), required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", default="IMAGENET1K_FEATURES", help="or a file of a VGG-16")
     parser.add_argument("--rate", type=float, help="in place of the recipe's optimizer.lr")
     parser.add_argument("--seed", type=int, default=0, help="of images and first weights")
     parser.add_argument("--first", type=int, default=101, help="images to judge on at the marks")
@@ -210,7 +210,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output = args.output or Path("runs", "race", args.recipe)
     conditions = {n: getattr(args, n) for n in ("recipe", "minutes", "settings", "rate", "first")}
-    conditions["weights"] = args.weights.name
+    conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work
     args.output.mkdir(parents=True, exist_ok=True)
     names = contestants(args.recipe)

@@ -1,7 +1,7 @@
 """What each choice of a recipe is worth, at one budget: the tables of docs/results.md.
 
     python benchmarks/recipes.py --recipe camvid_fcn8s --data DIR
-    python benchmarks/recipes.py --recipe voc_mini --data DIR --weights vgg19_features.pth
+    python benchmarks/recipes.py --recipe voc_mini --data DIR
     python benchmarks/recipes.py ... --only base 16s 32s --seeds 0 1 --all optimizer.lr=5e-5
 
 Each row is a training run of train.py with the settings of its recipe's BUDGET, and an evaluation

@@ -21,7 +21,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.models import VGG16_Weights, WeightsEnum, get_model_weights
 
 from fcn.checkpoint import (
     CAFFE_LAYERS,
@@ -40,6 +40,8 @@ from fcn.vgg import MEAN, STD
 
 log = logging.getLogger(__name__)
 
+# The one weight set of torchvision's VGGs whose images are normalised in another way than ours.
+CAFFE_SCALE = VGG16_Weights.IMAGENET1K_FEATURES
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
 
@@ -164,7 +166,11 @@ def read_weights(
     """
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
-        return read_tensors(weights), MEAN, STD
+        state = read_tensors(weights)
+        if weights.name != Path(CAFFE_SCALE.url).name:
+            return state, MEAN, STD
+        # The same file as the weight set of that name, but fetched by hand.
+        return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     cached.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()

@@ -15,6 +15,7 @@ import torch
 from conftest import PROJECT
 from forks import fork, server, wait
 from torch import nn
+from torchvision.models import get_model
 
 BENCHMARKS = str(PROJECT / "benchmarks")
 SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg_tiny")
@@ -180,6 +181,21 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         with pytest.raises(SystemExit, match=rf"ours_0\.json is of another race, with {had}: give"):
             start(*changed)
+
+
+def test_all_begin_with_the_same_features(tmp_path: Path) -> None:
+    """torchvision's own files hold a classifier too, which the others' VGGs have no place for."""
+    from peers import features
+
+    torch.manual_seed(0)
+    state = get_model("vgg_tiny").features.state_dict()
+    state = {f"features.{name}": torch.randn_like(value) for name, value in state.items()}
+    classifier = {"classifier.3.weight": torch.ones(2, 2), "classifier.3.bias": torch.ones(2)}
+    torch.save(state | classifier, tmp_path / "vgg.pth")
+    found = features("vgg_tiny", tmp_path / "vgg.pth")
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_torchfcn_sees_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

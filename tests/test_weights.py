@@ -317,8 +317,9 @@ def test_damaged_or_hostile_cache(cached: Path, monkeypatch: pytest.MonkeyPatch)
     assert [*cached.parent.iterdir()] == [cached]
 
 
+@pytest.mark.parametrize("by_name", [True, False])
 def test_normalisation_of_the_features_weights(
-    cached: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    by_name: bool, cached: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """VGG16_Weights.IMAGENET1K_FEATURES wants (image - 0.48..) * 255, and has a NaN classifier."""
     thin = [n if n == "M" else n // 32 for n in torchvision.models.vgg.cfgs["D"]]
@@ -326,8 +327,9 @@ def test_normalisation_of_the_features_weights(
     state = vgg_state("vgg16")
     state["features.0.weight"] /= 100
     nan = {name: torch.full_like(v, torch.nan) for name, v in classifier(kernel=1).items()}
-    torch.save(state | nan, cached.with_name("vgg16_features-amdegroot-88682ab5.pth"))
-    network, _ = loaded("IMAGENET1K_FEATURES", backbone="vgg16")
+    file = cached.with_name("vgg16_features-amdegroot-88682ab5.pth")
+    torch.save(state | nan, file)
+    network, _ = loaded("IMAGENET1K_FEATURES" if by_name else file, backbone="vgg16")
     assert "conv6 and conv7 start at random" in caplog.text
 
     image = torch.rand(1, 3, 20, 20)
