@@ -171,7 +171,7 @@ class RandomScaleCrop(v2.Transform):
                 part = part[None].contiguous(memory_format=torch.channels_last)
                 part = F.resize_image(part, params["size"], antialias=True)[0]
         # (3 | -, kept H, kept W) -> (3 | -, crop H, crop W)
-        return tv_tensors.wrap(_pad(part, params["crop_size"]), like=inpt)
+        return tv_tensors.wrap(pad(part, params["crop_size"]), like=inpt)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -182,11 +182,22 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """
     size = tuple(max(s["mask"].shape[i] for s in samples) for i in (-2, -1))
     return {
-        "image": torch.stack([_pad(s["image"].as_subclass(Tensor), size) for s in samples]),
-        "mask": torch.stack([_pad(s["mask"].as_subclass(Tensor), size) for s in samples]),
+        "image": torch.stack([pad(s["image"].as_subclass(Tensor), size) for s in samples]),
+        "mask": torch.stack([pad(s["mask"].as_subclass(Tensor), size) for s in samples]),
         "size": [tuple(s["mask"].shape) for s in samples],
         "id": [s["id"] for s in samples],
     }
+
+
+def pad(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """An image (3, h, w) or a mask (h, w), placed at the top left of one of the wanted size."""
+    h, w = x.shape[-2:]
+    if (h, w) == size:
+        return x
+    out = x.new_empty((*x.shape[:-2], *size))
+    out[...] = VOID if x.ndim == 2 else torch.tensor(FILL, dtype=x.dtype)[:, None, None]
+    out[..., :h, :w] = x
+    return out
 
 
 def is_size(value: Any) -> bool:
@@ -196,14 +207,3 @@ def is_size(value: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
-
-
-def _pad(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """An image (3, h, w) or a mask (h, w), placed at the top left of one of the wanted size."""
-    h, w = x.shape[-2:]
-    if (h, w) == size:
-        return x
-    out = x.new_empty((*x.shape[:-2], *size))
-    out[...] = VOID if x.ndim == 2 else torch.tensor(FILL, dtype=x.dtype)[:, None, None]
-    out[..., :h, :w] = x
-    return out

@@ -103,6 +103,25 @@ def test_images_come_from_the_whole_split(
         assert "".join(chr(image[0, 0, 0]) for image, _, _ in panels.rows) == expected
 
 
+def test_wandb_gets_pictures_of_one_size(module: SegmentationModule) -> None:
+    """It shows all of them in the size of the first one. Padding counts as void."""
+    panels, logged = Panels(), []
+    panels.ids = ["high", "wide"]
+    for h, w in ((6, 4), (3, 8)):
+        label = torch.ones(h, w, dtype=torch.uint8)
+        panels.rows.append((torch.zeros(3, h, w, dtype=torch.uint8), label, label.clone()))
+    logger: Any = SimpleNamespace(log_image=lambda *args, **more: logged.append((args, more)))
+    panels._log(logger, 5, module, ["IoU 1.000"] * 2)
+    (((_, pictures, _), more),) = logged
+    assert [picture.size for picture in pictures] == [(8, 6), (8, 6)]
+    for mask, (h, w) in zip(more["masks"], ((6, 4), (3, 8)), strict=True):
+        for values in (mask["ground_truth"]["mask_data"], mask["predictions"]["mask_data"]):
+            assert values.shape == (6, 8)
+            assert (values[:h, :w] == 1).all()
+            assert (values == 1).sum() == h * w
+            assert set(np.unique(values)) == {1, 255}
+
+
 def test_iou_of_one_image(module: SegmentationModule) -> None:
     label = torch.tensor([[1, 1, 2, 255]])
     prediction = torch.tensor([[1, 2, 2, 0]])

@@ -20,6 +20,7 @@ from fcn.figures.panels import draw_panels
 from fcn.files import atomic_write, optional_file
 from fcn.metrics import confusion_matrix, segmentation_scores
 from fcn.module import SegmentationModule
+from fcn.transforms import pad
 
 WANDB_SIDE = 512  # pixels; W&B gets no larger images
 
@@ -105,6 +106,10 @@ class Panels(Callback):
     ) -> None:
         labels = dict(enumerate(module.class_names)) | {module.void: "void"}
         small = [[_at_most(x, WANDB_SIDE) for x in row] for row in self.rows]
+        # W&B shows all pictures of a list in the size of the first one, so that others would be
+        # distorted.
+        size = tuple(max(label.shape[i] for _, label, _ in small) for i in (0, 1))
+        small = [[pad(x, size) for x in row] for row in small]
         logger.log_image(
             "val/panels",
             [to_pil(image) for image, _, _ in small],
