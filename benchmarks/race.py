@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s"), required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", default="IMAGENET1K_FEATURES", help="or a file of a VGG-16")
+    parser.add_argument("--weights", help="a file; without it, what the recipe names")
     parser.add_argument("--rate", type=float, help="in place of the recipe's optimizer.lr")
     parser.add_argument("--seed", type=int, default=0, help="of images and first weights")
     parser.add_argument("--first", type=int, default=101, help="images to judge on at the marks")
@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="without it, runs/race/RECIPE")
     args = parser.parse_args()
     args.output = args.output or Path("runs", "race", args.recipe)
+    args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
     conditions = {n: getattr(args, n) for n in ("recipe", "minutes", "settings", "rate", "first")}
     conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work

@@ -181,6 +181,10 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         with pytest.raises(SystemExit, match=rf"ours_0\.json is of another race, with {had}: give"):
             start(*changed)
+    other = ["--recipe", "voc_mini", "--data", "d", "--output", tmp_path / "without"]
+    run_script(monkeypatch, race, *other)
+    run = json.loads((tmp_path / "without" / "ours_0.json").read_text())
+    assert run["weights"] == "IMAGENET1K_FEATURES"  # what the recipe names
 
 
 def test_all_begin_with_the_same_features(tmp_path: Path) -> None:
