@@ -169,7 +169,7 @@ def read_weights(
         state = read_tensors(weights)
         if weights.name != Path(CAFFE_SCALE.url).name:
             return state, MEAN, STD
-        # The same file as the weight set of that name, but fetched by hand.
+        # It is the file of that weight set, fetched by hand.
         return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     cached.parent.mkdir(parents=True, exist_ok=True)
