@@ -74,11 +74,12 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             refuse_sweep_over_devices(trial)
         callbacks = cli.build_each(cfg, "callbacks", Callback)
         datamodule, module = build_data_and_module(cfg, callbacks)
-        settle_length(cfg, datamodule, module, trial)
         if not cfg.resume:  # its weights are numbers already
             settle_class_weights(cfg, datamodule, module)
-        checkpoint, step = checkpoint_to_resume(run, module) if cfg.resume else (None, 0)
+        settle_length(cfg, datamodule, module, trial)
+        checkpoint, step = None, 0
         if cfg.resume:
+            checkpoint, step = checkpoint_to_resume(run, module, datamodule)
             check_steps_left(run, cfg, step)
         if cfg.trainer.get("compile"):  # a resumed run may be older than this setting
             module.network.compile()

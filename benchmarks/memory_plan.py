@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fcn.memory import GB, build, compose, plan
-from fcn.training.settle import image_size
+from fcn.training.settle import batch_image_size
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 BARS = {"32-true": 0.2, "bf16-mixed": 0.1}
@@ -60,7 +60,7 @@ def take_steps(overrides: list[str], device: str = "cpu") -> None:
     from torch.utils.data import DataLoader
 
     config = compose(overrides)
-    images, (height, width) = config["data"]["batch_size"], image_size(config["data"])
+    images, (height, width) = config["data"]["batch_size"], batch_image_size(config["data"])
     batch = {
         "image": torch.randint(256, (images, 3, height, width), dtype=torch.uint8),
         "mask": torch.randint(20, (images, height, width), dtype=torch.uint8),

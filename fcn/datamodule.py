@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -152,6 +153,14 @@ class SegmentationDataModule(pl.LightningDataModule):
         if self.train_data is not None and self.val_data is not None:
             check_disjoint(self.train_data.ids, self.val_data.ids)
 
+    def state_dict(self) -> dict[str, int]:
+        """A number for each of the two lists of ids, by which a checkpoint knows its images."""
+        return {
+            f"{name}_images": zlib.crc32("\n".join(data.ids).encode())
+            for name, data in (("train", self.train_data), ("val", self.val_data))
+            if data is not None
+        }
+
     def sizes(self) -> str:
         """How many images there are to train on and to validate on, as a phrase."""
         assert self.train_data is not None
@@ -201,7 +210,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         """
         rank, world = self._process()
         if len(data) < world:
-            raise DataError(f"{world} processes cannot share {len(data)} images to validate on")
+            raise DataError(
+                f"{world} processes cannot share {len(data)} images to validate on: use fewer "
+                "devices, or a larger data.val_split or data.limit"
+            )
         unchanged = Transformed(data, eval_transform())
         order = range(len(data) * rank // world, len(data) * (rank + 1) // world)
         workers = min(self.num_workers, most_workers)

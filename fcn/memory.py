@@ -48,7 +48,7 @@ from fcn.module import SegmentationModule
 from fcn.precision import AUTOCAST
 from fcn.training import in_backward
 from fcn.training.settings import check_settings
-from fcn.training.settle import image_size
+from fcn.training.settle import batch_image_size
 
 GB = 2**30
 CARDS = (6, 8, 11, 16, 24)  # memory of common GPUs, in GB
@@ -194,7 +194,7 @@ def trace(config: DictConfig, images: int) -> np.ndarray:
             applied = optimizer.applied_in_backward()
             optimizer.zero_grad()
 
-        image = torch.empty(images, 3, *image_size(config.data), dtype=torch.uint8)
+        image = torch.empty(images, 3, *batch_image_size(config.data), dtype=torch.uint8)
         mask = torch.empty_like(image[:, 0])  # (images, H, W)
         recorder = Recorder()
         recorder.track_external(module, optimizer, image, mask)
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg, others = compose(overrides), tuple(o for o in overrides if "batch_size=" not in o)
         need = needs[others] = needs.get(others) or Need(cfg)
         planned = peak(need.constant + cfg.data.batch_size * need.slope)
-        height, width = image_size(cfg.data)
+        height, width = batch_image_size(cfg.data)
         most = [need.largest_batch(card * GB - RESERVE) for card in CARDS]
         cells = [f"{size / GB:.2f}" for size in (*planned, planned.total)]
         cells += [f"{'yes' if cfg.data.batch_size <= n else 'no'}, {n}" for n in most]

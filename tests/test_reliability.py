@@ -36,7 +36,7 @@ from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import read_summary, resumed_config
 from fcn.training.fit import checkpoint_to_resume
 from fcn.training.metrics_csv import MetricsCSV
-from train import train
+from train import build_data_and_module, train
 
 
 def steps(run: Path) -> list[str]:
@@ -75,18 +75,30 @@ def test_the_newest_whole_checkpoint(
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     last, best = last_checkpoint(run), best_checkpoint(run)
-    module, good = SegmentationModule.load_from_checkpoint(best), last.read_bytes()
+    datamodule, module = build_data_and_module(resumed_config(run, []))
+    good = last.read_bytes()
     for damaged in (good[:-1000], b"", flip(good)):
         last.write_bytes(damaged)
-        path, step = checkpoint_to_resume(run, module)
+        path, step = checkpoint_to_resume(run, module, datamodule)
         assert path == best
         first, second = capsys.readouterr().out.splitlines()
         assert f"{last} cannot be read: " in first
         assert second == f"going on from {best}, step {step}"
 
+    last.write_bytes(good)
+    assert datamodule.train_data is not None
+    assert datamodule.val_data is not None
+    datamodule.train_data.ids.pop()
+    checkpoint_to_resume(run, module, datamodule)
+    assert "the images to train on have changed" in capsys.readouterr().out
+    datamodule.val_data.ids.reverse()
+    with pytest.raises(ConfigError, match="images to validate on are not those of before"):
+        checkpoint_to_resume(run, module, datamodule)
+
     best.unlink()
+    last.write_bytes(b"")
     with pytest.raises(ConfigError, match=f"^resume={run}: {last} cannot be read") as error:
-        checkpoint_to_resume(run, module)
+        checkpoint_to_resume(run, module, datamodule)
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -122,6 +122,19 @@ def test_going_on_with_a_run(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_broken_data_of_a_resumed_run(
+    tmp_path: Path, train: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command in the error checks the data of that run."""
+    (tmp_path / "a").mkdir()
+    settings = {"data": {"limit": 3, "num_workers": 1}, "resume": None}
+    write_settings(tmp_path / "a", OmegaConf.create(settings), ["data.limit=3", "+seed=1"])
+    train.error = DataError("a.png: broken")
+    assert train.start("resume=a", "data.num_workers=0") == 1
+    check = "python -m fcn.datasets.check data.limit=3 data.num_workers=0\n"
+    assert capsys.readouterr().err.endswith(check)
+
+
 CHECK = "To see all that is wrong: python -m fcn.datasets.check data.limit=3"
 
 

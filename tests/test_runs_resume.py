@@ -106,6 +106,8 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
         ("data.seed=1", "data.seed=1: a resumed run keeps"),
         ("data.limit=3", "data.limit=3: a resumed run keeps"),
         ("data.batch_size=1", "data.batch_size=1: a resumed run keeps"),
+        ("data.val_split=train", "data.val_split=train: a resumed run keeps"),
+        ("trainer.limit_val_batches=1", "trainer.limit_val_batches=1: a resumed run keeps"),
     ],
 )
 def test_changes_that_are_not_possible(run: Path, change: str, message: str) -> None:
@@ -114,8 +116,9 @@ def test_changes_that_are_not_possible(run: Path, change: str, message: str) -> 
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
-    for name, content in (("other", ""), ("config", "a list"), ("config", "- 1\n- 2")):
-        (tmp_path / f"{name}.yaml").write_text(content)
+    contents = [b"a list", b"- 1\n- 2", b"trainer: [", b"name: \xe9"]  # the last is Latin-1
+    for name, content in (("other", b""), *(("config", content) for content in contents)):
+        (tmp_path / f"{name}.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=re.escape(f"resume={tmp_path}: ")):
             resumed_config(tmp_path, [])
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fcn.checkpoint import last_checkpoint
 from fcn.datasets.shapes import Shapes
+from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, TrainingError
 from fcn.module import SegmentationModule
 from fcn.network import FCN
@@ -19,7 +20,7 @@ from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
 from fcn.training.fit import ran_out_of_memory
-from fcn.training.settle import image_size, settle_class_weights, settle_precision
+from fcn.training.settle import batch_image_size, settle_class_weights, settle_precision
 from train import build_data_and_module, train
 
 
@@ -59,6 +60,21 @@ def test_largest_batch(tiny: DictConfig, monkeypatch: pytest.MonkeyPatch) -> Non
 
 CLIPPED, SCALED = "trainer.gradient_clip_val=1 ", "trainer.precision=16-mixed "
 NOTHING = "data.dataset.train_length=1 model.class_weights=[0,0,0,0,0,0,0,1]"
+
+
+@pytest.mark.slow
+def test_the_batch_size_is_looked_for_with_class_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that are tried need the weights, too."""
+
+    def found(config: Any, images: Any, module: SegmentationModule, trainer: Any) -> int:
+        assert module.class_weights is not None
+        return 2
+
+    monkeypatch.setattr("fcn.training.settle._find_batch_size", found)
+    options = ["data.batch_size=auto", "model.class_weights=balanced", "trainer.max_steps=1"]
+    assert train_tiny(tmp_path / "run", *options)["steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -160,7 +176,13 @@ def test_memory_of_a_gpu_runs_out() -> None:
     ],
 )
 def test_size_of_the_largest_image(data: dict[str, Any], size: tuple[int, int]) -> None:
-    assert image_size(data) == size
+    assert batch_image_size(data) == size
+
+
+def test_size_of_the_largest_image_of_own_data(tiny_voc: Path) -> None:
+    """A batch is padded to the greatest height and the greatest width that meet in it."""
+    data = {"crop_size": None, "scale": [0.5, 2], "dataset": {}}
+    assert batch_image_size(data, VOC2012(split="train", root=tiny_voc)) == (192, 192)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from conftest import PROJECT, TINY, train_tiny
 from omegaconf import OmegaConf
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.cli import compose
 from fcn.errors import ConfigError
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
@@ -124,10 +125,10 @@ def test_what_a_run_gets(
 ) -> None:
     """Its id, settings and metrics; with log_model both checkpoints, before it ends."""
     monkeypatch.setenv("WANDB_RUN_ID", "from_agent")
-    run, wb = tmp_path / "run", service.run
-    given = ("project=mine", "group=ours", "tags=[a]", "log_model=true")
+    run, wb, elsewhere = tmp_path / "run", service.run, tmp_path / "wandb_files"
+    given = ("project=mine", "group=ours", "tags=[a]", "log_model=true", f"save_dir={elsewhere}")
     train_tiny(run, "trainer.max_steps=1", "logger=wandb", *(f"logger.wandb.{o}" for o in given))
-    expected = {"id": "from_agent", "resume": "allow", "dir": str(run), "project": "mine"}
+    expected = {"id": "from_agent", "resume": "allow", "dir": str(elsewhere), "project": "mine"}
     expected |= {"group": "ours", "name": "tiny", "tags": ["a"], "notes": None}
     assert service.init.call_args.kwargs.items() >= expected.items()
     assert wb.config.update.call_args.args[0]["trainer"]["val_check_interval"] == 2
@@ -142,12 +143,25 @@ def test_what_a_run_gets(
     ] + [call.finish(exit_code=0)]
 
     monkeypatch.delenv("WANDB_RUN_ID")
+    changes = ["trainer.max_steps=2", "logger.wandb.log_model=false", "logger.wandb.save_dir=null"]
+    train(resumed_config(run, changes), run)
+    assert service.init.call_args.kwargs["dir"] == str(run)
     assert OmegaConf.load(run / "config.yaml").logger.wandb.save_dir is None  # it may be moved
-    train(resumed_config(run, ["trainer.max_steps=2", "logger.wandb.log_model=false"]), run)
     assert service.init.call_args.kwargs["id"] == "from_agent"
     assert wb.log_model.call_count == 2  # none more
     with pytest.raises(ConfigError, match=r"^log_model=yes: must be true or false"):
         TolerantWandbLogger(save_dir=tmp_path, log_model="yes")  # type: ignore[arg-type]
+
+
+def test_settings_of_the_agent_take_what_the_sweep_sets() -> None:
+    """Those in docs/training.md, with values of each parameter of conf/wandb_sweep.yaml."""
+    text = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"settings = \[(.*), f\"logger", text)
+    settings = [word.strip('" ') for word in listed.split(",")]
+    for name, values in OmegaConf.load(PROJECT / "conf" / "wandb_sweep.yaml").parameters.items():
+        value = values["min"] if "min" in values else values["values"][0]
+        cfg = compose([*settings, f"{name}={value}"])
+        assert OmegaConf.select(cfg, str(name)) == value
 
 
 @pytest.mark.slow
@@ -158,7 +172,7 @@ def test_agent_that_calls_a_function(
     text = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
     (block,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "agent" in part)
     tiny = [o for o in TINY if o not in ("logger=none", "name=tiny")]
-    block = block.replace('"experiment=quickstart"', ", ".join(map(repr, tiny)))
+    block = block.replace('"model=fcn8s"', ", ".join(map(repr, tiny)))
     trial = SimpleNamespace(id="abc", config={"optimizer.lr": 0.5, "model.dropout": 0.1})
 
     def init(**options: Any) -> Any:

@@ -86,6 +86,7 @@ def _launch(
         named: whether the user has chosen the folder.
     """
     from fcn.datasets.download import HINT
+    from fcn.runs.folder import read_overrides
     from fcn.runs.process import is_main_process
     from fcn.runs.resume import best_score, find_run, read_summary, resumed_config, status
 
@@ -112,6 +113,8 @@ def _launch(
         raise
     except DataError as error:
         if HINT not in str(error):  # A message with this hint is about data that is not there.
+            if cfg.resume:
+                overrides = [o for part in read_overrides(run) for o in part] + overrides
             data = command_line([o for o in overrides if o.startswith(("data", "experiment"))])
             hint = f"To see all that is wrong: python -m fcn.datasets.check {data}"
             error.args = (f"{error}\n{hint}",)

@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
+from yaml import YAMLError
 
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import CONF, PATHS, RENAMED, literal, plain, quoted, resolved
@@ -29,15 +30,18 @@ from fcn.runs.folder import is_training, newest_first, read_overrides, started_w
 
 # To import a module of these packages runs none of the code that a run folder could hold.
 LIBRARIES = ("pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "torch.optim.")
-# Settings of conf/model and conf/optimizer that a resumed run may change, since another device may
-# need another layout, or no fused optimizer; those of the second kind only with a schedule of
-# fcn/schedules.py: the state of any other may hold rates of its own.
+# Settings of conf/model, conf/optimizer and data.dataset that a resumed run may change, because no
+# state in its checkpoint depends on them.
 CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last", "fused", "max_pixels"}
+# These may change too, but only with a schedule of fcn/schedules.py: the state of any other
+# schedule may hold rates of its own.
 RATES = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
 RATES |= {"head_lr_multiplier", "bias_lr_multiplier"}
 # What fixes which image comes when. The place in the stream of images is counted in batches.
 ORDER = ["seed", "data.seed", "data.train_split", "data.limit", "data.batch_size"]
 ORDER += ["trainer.accumulate_grad_batches"]
+# What fixes which images a validation scores. The best of a run is the best on the same images.
+SCORED = ["data.val_split", "trainer.limit_val_batches"]
 
 
 def find_run(new: Path, overrides: Sequence[str], *, named: bool, main: bool) -> Path | None:
@@ -105,7 +109,11 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
-    cfg = OmegaConf.load(run / "config.yaml")
+    try:
+        cfg = OmegaConf.load(run / "config.yaml")
+    except (YAMLError, UnicodeDecodeError) as error:  # it was edited by hand
+        why = " ".join(str(error).split())
+        raise ConfigError(f"resume={run}: its config.yaml cannot be read: {why}") from error
     if not isinstance(cfg, DictConfig) or "resume" not in cfg:
         raise ConfigError(f"resume={run}: its config.yaml does not hold the settings of a run")
     _convert_old_settings(cfg)
@@ -213,7 +221,7 @@ def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
     Raises:
         ConfigError: the message names the setting, and what it was.
     """
-    kept, groups, free = [*ORDER], ["model", "optimizer"], CHANGEABLE | RATES
+    kept, groups, free = [*ORDER, *SCORED], ["model", "optimizer"], CHANGEABLE | RATES
     schedules = [OmegaConf.select(cfg, "scheduler._target_") for cfg in (before, after)]
     if not all(str(schedule).startswith("fcn.schedules.") for schedule in schedules):
         groups, free = [*groups, "scheduler"], CHANGEABLE

@@ -12,9 +12,14 @@ import pytorch_lightning as pl
 import torch
 
 from fcn import cli
-from fcn.checkpoint import last_checkpoint, newest_checkpoint
+from fcn.checkpoint import (
+    best_checkpoint,
+    last_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from fcn.datamodule import SegmentationDataModule
-from fcn.errors import Stopped, TrainingError, WriteError
+from fcn.errors import ConfigError, Stopped, TrainingError, WriteError
 from fcn.files import write_json
 from fcn.module import SegmentationModule
 from fcn.runs.process import is_main_process, memory_size
@@ -77,7 +82,7 @@ def fit(
             # wandb takes two seconds, also in runs without it.
             end_run = getattr(logger, "end_run", None)
             if end_run is not None:
-                end_run(exit_code)
+                end_run(exit_code, Path(trainer.default_root_dir))
         if exit_code != 1 and is_main_process():
             summary = _write_summary(trainer, status)
     return summary if is_main_process() else {}
@@ -132,19 +137,35 @@ def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
     return summary
 
 
-def checkpoint_to_resume(run: Path, module: SegmentationModule) -> tuple[Path, int]:
+def checkpoint_to_resume(
+    run: Path, module: SegmentationModule, datamodule: SegmentationDataModule
+) -> tuple[Path, int]:
     """The newest usable checkpoint of a run, and its optimizer step.
 
-    A line on the screen names the checkpoints that are damaged or of another network.
+    A line on the screen names the checkpoints that are damaged or of another network. Another says
+    so if the images to train on have changed, since that changes their order.
 
     Args:
         run: the run folder.
         module: has the network that the checkpoint must fit.
+        datamodule: has the images that the run would go on with.
 
     Raises:
-        ConfigError: there is no usable checkpoint.
+        ConfigError: there is no usable checkpoint, or the best of the run was found on other
+            images than those that it would be compared on.
     """
     path, step, wrong = newest_checkpoint(run, module.state_dict())
     if wrong and is_main_process():
         print(f"warning: {'; '.join(wrong)}\ngoing on from {path}, step {step}", flush=True)
+    # Checkpoints from before 2026-11-27 do not hold this.
+    before, now = read_checkpoint(path).get(type(datamodule).__name__, {}), datamodule.state_dict()
+    changed = {name for name, number in before.items() if number != now[name]}
+    if "val_images" in changed and best_checkpoint(run).is_file():
+        raise ConfigError(
+            f"resume={run}: the images to validate on are not those of before, so that scores "
+            "cannot be compared with the run's best. To go on with these images, start a new run "
+            f"from these weights: model.weights={path}"
+        )
+    if "train_images" in changed and is_main_process():
+        print("warning: the images to train on have changed, and so has their order", flush=True)
     return path, step

@@ -16,6 +16,9 @@ import pytorch_lightning as pl
 
 from fcn.cards import warn_about_unused_card
 from fcn.datamodule import SegmentationDataModule
+from fcn.datasets import SegmentationDataset
+from fcn.datasets.pictures import image_size
+from fcn.datasets.reading import Pairs
 from fcn.datasets.survey import Survey, balanced_weights
 from fcn.errors import ConfigError, refuse
 from fcn.module import SegmentationModule
@@ -72,7 +75,7 @@ def settle_length(
     assert datamodule.train_data is not None
     images = len(datamodule.train_data)
     if data["batch_size"] == "auto":
-        data["batch_size"] = _find_batch_size(config, images, module, trainer)
+        data["batch_size"] = _find_batch_size(config, datamodule.train_data, module, trainer)
         datamodule.batch_size = data["batch_size"]
         print(f"data.batch_size={data['batch_size']} is the largest that fits", flush=True)
     if settings["max_epochs"] is not None:
@@ -128,19 +131,38 @@ def settle_class_weights(
         print("class weights:", ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
 
-def image_size(data: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a training batch: those of the crop, or of the largest image.
+def batch_image_size(
+    data: Mapping[str, Any], images: SegmentationDataset | None = None
+) -> tuple[int, int]:
+    """The largest height and width that a training batch can have.
+
+    They are those of the crop. Without one, they are those of the images, times the largest scale.
 
     Args:
         data: the settings of conf/data.
+        images: those to train on, whose files are asked for their sizes. None: all are taken to be
+            as large as generated images, or as VOC2012's for all other data.
+
+    Raises:
+        DataError: an image cannot be opened.
     """
-    largest = data["dataset"].get("size", LARGEST_IMAGE) * max(data["scale"] or [1])
-    height, width = np.broadcast_to(data["crop_size"] or round(largest), 2).tolist()
+    if data["crop_size"]:
+        height, width = np.broadcast_to(data["crop_size"], 2).tolist()
+        return height, width
+    sizes = [(data["dataset"].get("size", LARGEST_IMAGE),) * 2]
+    if isinstance(images, Pairs):
+        files = [images.pairs[name][0] for name in images.ids]
+        sizes = [image_size(file, max_pixels=images.max_pixels)[0] for file in files]
+    scale = max(data["scale"] or [1])
+    height, width = (round(max(sides) * scale) for sides in zip(*sizes, strict=True))
     return height, width
 
 
 def _find_batch_size(
-    config: Mapping[str, Any], images: int, module: SegmentationModule, trainer: pl.Trainer
+    config: Mapping[str, Any],
+    images: SegmentationDataset,
+    module: SegmentationModule,
+    trainer: pl.Trainer,
 ) -> int:
     device = trainer.strategy.root_device
     if trainer.world_size > 1 or device.type != "cuda":  # Lightning knows CUDA's errors only
@@ -151,4 +173,5 @@ def _find_batch_size(
         )
     names = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
     options = {name: config["trainer"][name] for name in names if name in config["trainer"]}
-    return largest_batch(module, image_size(config["data"]), most=images, **options)
+    size = batch_image_size(config["data"], images)
+    return largest_batch(module, size, most=len(images), **options)

@@ -1,6 +1,6 @@
 """The logger for Weights & Biases. When W&B fails, training goes on without it.
 
-    python train.py logger=wandb logger.wandb.project=fcn logger.wandb.tags=[a,b]
+    python train.py logger=wandb logger.wandb.project=fcn "logger.wandb.tags=[a,b]"
 
 What W&B cannot upload stays in the run folder. A message says how it is uploaded later.
 """
@@ -30,7 +30,7 @@ class TolerantWandbLogger(WandbLogger):
     The first failure of W&B causes one warning. After a failed `log_metrics` nothing more is sent.
 
     Args:
-        save_dir: the run folder.
+        save_dir: the folder for W&B's own files.
         project, name, group, tags, notes: what W&B's dashboards show.
         id: the id of the W&B run. A run that is resumed has the same id, and so continues it.
         log_model: whether last.ckpt and best.ckpt become versions of W&B's artefact `model-<id>`,
@@ -53,11 +53,11 @@ class TolerantWandbLogger(WandbLogger):
         log_model: bool = False,
     ) -> None:
         check_flag("log_model", log_model)
-        self.run_folder, self.failed, self.warned = Path(save_dir), False, False
+        self.save_folder, self.failed, self.warned = Path(save_dir), False, False
         # W&B's service would write to ~/.cache. All runs of a sweep share one service, which writes
         # to the folder of the first of them.
-        os.environ.setdefault("WANDB_CACHE_DIR", str(self.run_folder.absolute() / "wandb/cache"))
-        os.environ.setdefault("WANDB_DATA_DIR", str(self.run_folder.absolute() / "wandb/data"))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.save_folder.absolute() / "wandb/cache"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.save_folder.absolute() / "wandb/data"))
         # Seconds for the last uploads. The checkpoints of a VGG-19 have a gigabyte each.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "3600" if log_model else "300")
         options: dict[str, Any] = {
@@ -112,22 +112,21 @@ class TolerantWandbLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         self._attempt(lambda: self.experiment.config.update(params, allow_val_change=True))
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Upload the checkpoints of a run that has ended regularly, if `log_model` says so.
+    def end_run(self, exit_code: int, run: Path) -> None:
+        """End the W&B run, so that a sweep's next job starts its own.
 
-        Lightning's own way knows the files of its ModelCheckpoint only, and last.ckpt is not one.
+        If training has ended regularly, its checkpoints are uploaded before, if `log_model` says
+        so. Lightning's own way knows the files of its ModelCheckpoint only; last.ckpt is not one.
+
+        Args:
+            exit_code: 0 if training has ended regularly.
+            run: the run folder.
         """
-        if status != "success" or not self.uploads_checkpoints:
-            return
-        for file in (last_checkpoint(self.run_folder), best_checkpoint(self.run_folder)):
-            if file.is_file():
+        if exit_code == 0 and self.uploads_checkpoints:
+            for file in filter(Path.is_file, (last_checkpoint(run), best_checkpoint(run))):
                 name, aliases = f"model-{self.experiment.id}", [file.stem, "latest"]
                 log_model = partial(self.experiment.log_model, file, name=name, aliases=aliases)
                 self._attempt(log_model)
-
-    def end_run(self, exit_code: int) -> None:
-        """End the W&B run, so that a sweep's next job starts its own."""
         self._attempt(lambda: self.experiment.finish(exit_code=exit_code))
 
     def _attempt(self, call: Callable[[], Any]) -> bool:
@@ -158,9 +157,9 @@ class TolerantWandbLogger(WandbLogger):
         damaged. `wandb sync` stops at a damaged one, so each is uploaded by a command of its own.
         """
         if os.name == "nt":  # PowerShell
-            runs = f"Get-ChildItem '{self.run_folder}/wandb/*run-*'"
+            runs = f"Get-ChildItem '{self.save_folder}/wandb/*run-*'"
             command = f"{runs} | ForEach-Object {{ wandb sync --include-online $_.FullName }}"
         else:
-            runs = f"{shlex.quote(f'{self.run_folder}/wandb')}/*run-*"
+            runs = f"{shlex.quote(f'{self.save_folder}/wandb')}/*run-*"
             command = f'for run in {runs}; do wandb sync --include-online "$run"; done'
         return f"upload later with: {command}"
