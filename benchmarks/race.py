@@ -32,6 +32,7 @@ from peers import (
     TORCHFCN,
     Contestant,
     composed,
+    configured,
     even_out,
     make,
     ours_here,
@@ -43,6 +44,7 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.metrics import ConfusionMatrix, segmentation_scores
 from fcn.precision import best_precision
 from fcn.schedules import cosine, poly
+from fcn.training.settle import settle_class_weights
 from fcn.transforms import Batch
 
 
@@ -65,6 +67,14 @@ def opened(name: str, args: argparse.Namespace) -> SegmentationDataModule:
     datamodule = instantiate(cfg.data, _convert_="all", num_workers=0)
     datamodule.setup("fit")
     return datamodule
+
+
+def class_weights(recipe: str, changes: list[str], datamodule: SegmentationDataModule) -> list[str]:
+    """The setting of the class weights that train.py would train with: they average 1."""
+    cfg, module = configured(f"experiment={recipe}", *changes)
+    settle_class_weights(cfg, datamodule, module)
+    weights = cfg.model.class_weights
+    return [] if weights is None else [f"model.class_weights={list(weights)}"]
 
 
 def compute_as_ours(network: nn.Module) -> None:
@@ -108,6 +118,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     ours, datamodule = name.startswith("ours"), opened(name, args)
     assert datamodule.val_data is not None
     changes = [*args.settings, *([f"optimizer.lr={args.rate}"] if args.rate else [])]
+    changes += class_weights(args.recipe, changes, datamodule)
     own = [f"experiment={args.recipe}", *changes] if ours else changes
     classes = len(datamodule.classes)
     contestant = make(

@@ -189,6 +189,9 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     if re.fullmatch(r"--\w+(\.\w+)+", key):  # as W&B's ${args} has it; Hydra would print its usage
         better = f"write {argument.lstrip('-')} (in a W&B sweep, use ${{args_no_hyphens}})"
         raise ConfigError(f"{argument}: a setting has no hyphens in front: {better}")
+    if key == "resume" or key.startswith("hydra."):
+        # Shells leave a "~" within a word as it is. Hydra would make a folder of that name.
+        value = os.path.expanduser(value)
     if key == "compare":
         value = _quoted_pair(value)
     elif key.startswith("hydra.") and PATHS.fullmatch(key):

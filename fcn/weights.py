@@ -17,6 +17,7 @@ first values, and are returned. The last layer of ImageNet's classifier is not u
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from http.client import HTTPException
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from fcn.checkpoint import (
     rename,
 )
 from fcn.datasets.download import TIMEOUT, locked
-from fcn.errors import WeightsError, check_text
+from fcn.errors import WeightsError, WriteError, check_text
 from fcn.network import FCN, SKIPS, head_layers
 from fcn.vgg import MEAN, STD
 
@@ -172,10 +173,13 @@ def read_weights(
         # It is the file of that weight set, fetched by hand.
         return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    cached.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
     try:
-        with locked(cached):  # of two runs at once, one downloads
+        # Of two runs at once, one downloads. A file that is there is whole, and its folder may be
+        # one that only others can write to.
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if cached.is_file() else locked(cached):
             socket.setdefaulttimeout(TIMEOUT)  # else torch.hub waits for a silent server for ever
             state = weights.get_state_dict(
                 progress=True, check_hash=True, weights_only=True, map_location="cpu"
@@ -185,7 +189,7 @@ def read_weights(
             raise WeightsError(
                 f"{cached} cannot be read: {brief(error)}. Delete it, and it is downloaded again"
             ) from error
-        if not isinstance(error, OSError | HTTPException | RuntimeError):
+        if not isinstance(error, OSError | HTTPException | RuntimeError | WriteError):
             raise
         raise WeightsError(
             f"cannot download {weights.url} ({brief(error)}). Put the file at {cached}, or give "

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, TINY, compose_config
 from forks import fork, server, wait
 from torch import nn
 from torchvision.models import get_model
@@ -212,6 +212,22 @@ def test_torchfcn_sees_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     opened(next(iter(TORCHFCN)), args)
     names = ("batch_size", "crop_size", "scale", "flip", "jitter", "rotate", "blur")
     assert [asked[0][name] for name in names] == [1, None, None, 0, None, None, None]
+
+
+def test_a_race_has_the_class_weights_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They average 1 over the training pixels; "balanced" becomes numbers, for the peers too."""
+    import race
+
+    from train import build_data_and_module
+
+    cfg = compose_config("train", *TINY, "model.class_weights=balanced")
+    monkeypatch.setattr(race, "configured", lambda *_: (cfg, build_data_and_module(cfg)[1]))
+    (setting,) = race.class_weights("a recipe", [], build_data_and_module(cfg)[0])
+    name, _, weights = setting.partition("=")
+    assert name == "model.class_weights"
+    assert len(json.loads(weights)) == 8
+    cfg.model.class_weights = None
+    assert race.class_weights("a recipe", [], build_data_and_module(cfg)[0]) == []
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -155,6 +155,13 @@ def test_paths_are_quoted(argument: str, expected: str) -> None:
     assert quoted(argument) == expected
 
 
+def test_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells do not replace a "~" within a word; Hydra would make a folder of that name."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path.replace("~", "/home/me"))
+    for key in ("hydra.run.dir", "hydra.sweep.dir", "resume"):
+        assert quoted(f"{key}=~/x") == f"{key}=/home/me/x"
+
+
 def test_hydra_reads_a_quoted_path_as_it_is() -> None:
     paths = ["a,b=(1)[d]{e}.jpg", "it's\\", "C:\\a\\", "${x}", "1e5", "2024", "a'b\"c", "東 京"]
     for path in paths:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from urllib.error import URLError
 
 import pytest
@@ -21,7 +22,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fcn.errors import ConfigError, WeightsError
+from fcn.errors import ConfigError, WeightsError, WriteError
 from fcn.network import FCN
 from fcn.weights import find_weights, load_weights
 
@@ -285,6 +286,19 @@ def test_a_server_that_says_nothing(cached: Path, monkeypatch: pytest.MonkeyPatc
             loaded("IMAGENET1K_V1")
     assert socket.getdefaulttimeout() == before
     assert not list(cached.parent.glob("vgg*"))
+
+
+def test_a_cache_that_others_have_filled(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie in a folder in which no lock can be made."""
+    torch.save(VGG, cached)
+    monkeypatch.setattr("fcn.weights.locked", MagicMock(side_effect=WriteError("a read-only folder")))
+    assert loaded("IMAGENET1K_V1")[0].get_parameter("conv7.bias").equal(VGG["classifier.3.bias"])
+    cached.unlink()
+    with pytest.raises(WeightsError, match=r"cannot download .*\(a read-only folder\)\. Put the file at"):
+        loaded("IMAGENET1K_V1")
+    monkeypatch.setenv("TORCH_HOME", __file__)  # a folder that cannot be made
+    with pytest.raises(WeightsError, match=r"cannot download .*model\.weights=FILE"):
+        loaded("IMAGENET1K_V1")
 
 
 def test_two_runs_at_once_download_once(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
