@@ -2,8 +2,8 @@
 
     python evaluate.py ckpt=runs/.../checkpoints/best.ckpt
     python evaluate.py ckpt=... split=seg11valid data.root=/data output=results
-    python evaluate.py ckpt=... tta.flip=true tta.scales=[0.75,1,1.25] report.images=60
-    python evaluate.py compare=[runs/A,runs/B]                   # run folders or checkpoints
+    python evaluate.py ckpt=... tta.flip=true "tta.scales=[0.75,1,1.25]" report.images=60
+    python evaluate.py "compare=[runs/A,runs/B]"                   # run folders or checkpoints
     python evaluate.py ckpt=export/best.onnx            # a file of export.py, also an int8 one
 
 It prints the IoU of each class, and writes metrics.json, confusion.csv (counts of pixels; rows are

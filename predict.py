@@ -6,9 +6,9 @@
     python predict.py ckpt=... input=street.mp4 batch_size=4
     python predict.py ckpt=... format=voc data.root=/data        # for VOC's evaluation server
 
-`ckpt` is a checkpoint, a run folder, one of the authors' nets (fcn8s_from_caffe.pth), or a folder
-or file that export.py wrote. Each photograph gets a palette PNG of its classes and an overlay with
-a legend, and each video an overlay without its sound and a legend; `find_photos` in
+`ckpt` is a checkpoint, a run folder, one of the authors' nets (fcn8s_from_caffe.pth), or a folder,
+.onnx or .safetensors that export.py wrote. Each photograph gets a palette PNG of its classes and an
+overlay with a legend, and each video an overlay without its sound and a legend; `find_photos` in
 fcn/inference/photos.py says how they are named. The exit code is 1 if one could not be segmented.
 """
 

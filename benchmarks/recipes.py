@@ -30,6 +30,7 @@ import fcn.network
 from evaluate import evaluate
 from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.files import write_json
+from fcn.metrics import SCORES
 from fcn.module import SegmentationModule
 from fcn.runs.resume import resumed_config
 from train import train
@@ -281,7 +282,7 @@ def main() -> None:
             row = {
                 "row": name,
                 "seed": seed,
-                **{key: metrics[key] for key in ("miou", "pixel_acc", "mean_acc", "fwiou")},
+                **{key: metrics[key] for key in SCORES},
                 "boundary_miou": sum(boundary) / len(boundary),
                 "iou": metrics["iou"],
                 "command": command,

@@ -104,6 +104,6 @@ def warn_about_unused_card() -> None:
         why += "variable CUDA_VISIBLE_DEVICES hides the card"
     log.warning(
         "torch finds no GPU although nvidia-smi is installed, so this run would take days on the "
-        "CPU: %s. trainer.accelerator=cpu is without this warning",
+        "CPU: %s. trainer.accelerator=cpu, if that is what you want, avoids this warning",
         why,
     )

@@ -95,9 +95,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if not isinstance(path, Path):
         check_text("ckpt", path, wanted="a checkpoint, or a run folder")
     path = Path(path).expanduser()
-    handed_on = path / MODEL_FOLDER[0]
-    if handed_on.is_file():
-        return handed_on
+    exported_weights = path / MODEL_FOLDER[0]
+    if exported_weights.is_file():
+        return exported_weights
     return best_checkpoint(path) if path.is_dir() else path
 
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fcn.cli import short_messages
-from fcn.errors import ConfigError, reason
-from fcn.inference.onnx_session import need_packages
+from fcn.errors import ConfigError, need_packages, reason
 from fcn.training.wandb_logger import STEP, SUMMARIES
 
 NAME = "FCN training"

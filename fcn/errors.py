@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from signal import Signals
 from typing import Any
 
@@ -153,3 +154,18 @@ def _shown(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def need_packages(*names: str, extra: str = "export") -> None:
+    """Check that packages are installed which only some users need.
+
+    Args:
+        names: of the packages.
+        extra: the file in requirements/ that lists them.
+
+    Raises:
+        ConfigError: one is not. The message says how to install it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed: pip install -r requirements/{extra}.txt")

@@ -94,18 +94,22 @@ def retry(action: Callable[[], None]) -> None:
 
 
 @contextmanager
-def optional_file(path: Path) -> Iterator[None]:
+def optional_file(path: Path, action: str = "written") -> Iterator[None]:
     """Warn instead of failing where a file cannot be written that a run can do without.
 
     Such a file is a picture, or a table that is written again later. The disk may be full, or the
     user may have the file open in another program: Windows replaces no open file. Python shows the
     same warning only once, so that a full disk is not reported at every validation.
+
+    Args:
+        path: the file, for the warning.
+        action: what cannot be done with it, if it is not writing.
     """
     try:
         yield
     except (OSError, WriteError) as error:
         why = reason(error.__cause__ or error)
-        message = f"{path} cannot be written ({why}); training goes on without it"
+        message = f"{path} cannot be {action} ({why}); training goes on"
         warnings.warn(message, stacklevel=3)
 
 

@@ -9,11 +9,14 @@ absent classes in different ways, and on Apple's GPUs and with deterministic alg
 confusion matrix makes a table of K^2 numbers for each pixel: 45 GB for one image with 150 classes.
 """
 
-from typing import TypedDict
+from typing import Final, TypedDict
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+# The scores of a whole split, under the names that metrics.csv, metrics.json and W&B have for them.
+SCORES: Final = ("miou", "pixel_acc", "mean_acc", "fwiou")
 
 
 class Scores(TypedDict):

@@ -25,7 +25,7 @@ from torchmetrics import CatMetric
 from fcn.checkpoint import check_sizes, read_checkpoint
 from fcn.datasets import check_labels
 from fcn.errors import WeightsError, check_number, check_text, check_whole, is_number, refuse
-from fcn.metrics import ConfusionMatrix, Scores, segmentation_scores
+from fcn.metrics import SCORES, ConfusionMatrix, Scores, segmentation_scores
 from fcn.network import FCN, head_layers
 from fcn.precision import best_layout
 from fcn.weights import load_weights
@@ -220,7 +220,7 @@ class SegmentationModule(pl.LightningModule):
         self.val_loss = math.fsum(self.val_losses.compute().flatten().tolist())
         self.val_loss /= max(1, int(confusion.sum()))
         named: dict[str, float] = {}
-        for name in ("miou", "pixel_acc", "mean_acc", "fwiou"):
+        for name in SCORES:
             named[f"val/{name}"] = self.scores[name]
         for name, iou in zip(self.class_names, self.scores["iou"], strict=True):
             named[f"val/iou/{name}"] = iou

@@ -330,6 +330,10 @@ def _check_arguments(given: dict[str, Any]) -> None:
         _check(name, given[name], fits, "true with fusion=feature, which must learn to upsample")
 
 
+# fcn/errors.py has such checks too. This file has its own, because it imports nothing of the
+# project but vgg.py, so that it can be used alone.
+
+
 def _check(name: str, value: object, right: bool, wanted: str) -> None:
     if not right:
         shown = "null" if value is None else value

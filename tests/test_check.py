@@ -79,7 +79,7 @@ def test_every_kind_of_error(own_voc: Path, capsys: Capsys) -> None:
     assert "found 77" in unknown
     assert f"{IDS[3]}.png: the mask is 6×5" in sizes
     assert f"1 of 5 evaluation images are trained on too: {IDS[5]}" in overlap
-    assert f"{IDS[4]} of train and {IDS[6]} of val: one picture" in twin
+    assert f"{IDS[4]} of train and {IDS[6]} of val are the same picture" in twin
     assert "train: 6 pairs, 2 good, 2 missing or broken, 1 with unknown labels, 1 of two" in text
     assert text.splitlines()[-1] == "errors: 6"
     assert (own_voc / "out" / "data_check.png").is_file()

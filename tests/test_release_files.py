@@ -65,6 +65,18 @@ def test_changelog_names_every_renamed_setting() -> None:
             assert f"| `{old}` | `{new}` |" in text
 
 
+def test_commands_can_be_pasted_into_any_shell() -> None:
+    """zsh takes brackets for a pattern of file names, and Windows' cmd knows double quotes only."""
+    texts = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("*.py")]
+    texts += [path for part in ("conf", "fcn") for path in (PROJECT / part).rglob("*.*")]
+    for path in filter(lambda path: path.suffix in (".md", ".yaml", ".py"), texts):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            command = re.search(r"(?:^[ #]*|`)(?:python |evaluate\.py )[^`]*", line)
+            words = command[0].partition("  #")[0] if command else ""
+            wrong = re.findall(r"""(?:^| )(?:[\w.]+=\[|'[\w.]+=)\S*""", words)
+            assert not wrong, f"{path}: {wrong[0]} needs double quotes around it"
+
+
 def test_ci_runs_the_commands_of_readme() -> None:
     workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
     readme = read("README.md")

@@ -1,15 +1,16 @@
 """Read every pair of a data set before a training run does, and say what is wrong with it.
 
     python -m fcn.datasets.check data=voc2012 data.root=/data
-    python -m fcn.datasets.check data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
+    python -m fcn.datasets.check data=folder data.root=my_data "data.dataset.classes=[ground,cat]"
 
 It takes the settings that train.py takes (`experiment=` too, and `data.limit=` for a first look at
 a part of the data), and `output=FOLDER` (default: check) for data_check.png, a picture of some
 samples as image | label | overlay. It downloads nothing unless it is given data.download=true.
 
-It exits with 1 if it finds an error: a file that is missing or broken, an unknown label, an image
-and a mask of different sizes, or an image in both train and val. Such an image is found by its id,
-or by its content: two files are one image if their pixels are equal once decoded.
+It exits with 1 if it finds an error, such as a file that is missing or broken, an unknown label, an
+image and a mask of different sizes, values outside of their range, or an image in both train and
+val; docs/data.md lists them all. Such an image is found by its id, or by its content: two files are
+one image if their pixels are equal once decoded.
 """
 
 import sys
@@ -39,7 +40,7 @@ PICTURED = 3  # samples of each split in data_check.png
 KINDS: dict[type[DataError], str] = {
     reading.UnknownLabelError: "with unknown labels",
     reading.MismatchedSizeError: "of two sizes",
-    RangeError: "outside of the range",
+    RangeError: "of another type or range",
 }
 
 
@@ -102,7 +103,10 @@ def images_in_both(train: Survey, val: Survey) -> Iterator[DataError]:
     for index, pair in val.pairs.items():
         name, other = first.get(pair.content), val.data.ids[index]
         if pair.content and name not in (None, other):  # an id in both is in the error above
-            yield DataError(f"{name} of {train.split} and {other} of {val.split}: one picture")
+            yield DataError(
+                f"{name} of {train.split} and {other} of {val.split} are the same picture: take it "
+                "out of one of the splits"
+            )
 
 
 def draw(samples: Sequence[Sample], data: SegmentationDataset, width: int = 300) -> Image.Image:

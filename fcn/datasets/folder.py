@@ -1,7 +1,7 @@
 """Your own data: a folder of images and a folder of masks with the same names.
 
-    python -m fcn.datasets.check data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
-    python train.py data=folder data.root=my_data 'data.dataset.classes=[ground,cat]'
+    python -m fcn.datasets.check data=folder data.root=my_data "data.dataset.classes=[ground,cat]"
+    python train.py data=folder data.root=my_data "data.dataset.classes=[ground,cat]"
 
 To use the same data often, copy conf/data/folder.yaml to conf/data/<name>.yaml and write the
 settings there; the data is then `data=<name>`. On disk:

@@ -37,20 +37,22 @@ class Files(dict[str, Path]):
     """
 
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
-        self.folder = one = base / Path(folder).expanduser()
-        self.suffix, self.parts = suffix, {"": one}
+        self.folder = base / Path(folder).expanduser()
+        self.suffix, self.parts = suffix, {"": self.folder}
         for inside in (True, False):
             parts: dict[str, Path] = {}
-            for entry in sorted((one if inside else base).glob("*")):
+            for entry in sorted((self.folder if inside else base).glob("*")):
                 part = PARTS.get(entry.name.lower(), "")
                 path = entry if inside else entry / folder
-                if part and path.is_dir() and path != one:  # equal if `folder` is absolute
+                if part and path.is_dir() and path != self.folder:  # equal if `folder` is absolute
                     if part in parts:
                         raise DataError(f"{parts[part]} and {path} are of one split; keep one")
                     parts[part] = path
             if {"train/", "val/"} <= parts.keys():
-                if any(map(is_picture, one.glob("*"))):
-                    raise DataError(f"{one}: there are pictures outside of train and val too")
+                if any(map(is_picture, self.folder.glob("*"))):
+                    raise DataError(
+                        f"{self.folder}: there are pictures outside of train and val too"
+                    )
                 self.parts = parts
                 break
         for part, path in self.parts.items():

@@ -174,7 +174,7 @@ def _decode(
     Of colours in 16 bits, Pillow decodes the upper 8 only; with `low_bytes` it is the lower 8.
     """
     with open_picture(path, what, max_pixels=max_pixels) as picture:
-        found = _judge(picture)
+        found = _check_picture(picture)
         if what == "mask":
             misread.check_mask(picture)
         if isinstance(picture, TiffImageFile):
@@ -189,7 +189,7 @@ def _decode(
         return (picture if turn is None else picture.transpose(turn)), found
 
 
-def _judge(picture: ImageFile.ImageFile) -> str:
+def _check_picture(picture: ImageFile.ImageFile) -> str:
     """Go to the one picture in an open file; the type of its values. No pixel is decoded.
 
     Raises:
@@ -204,7 +204,7 @@ def _judge(picture: ImageFile.ImageFile) -> str:
     misread.check_others(picture)
     if found == "16-bit" and mode not in WIDE_MODES:
         for tile in picture.tile:
-            _low_bytes(tile.args)
+            _low_bytes(tile.args)  # raises a ValueError if they cannot be read
     return found
 
 
@@ -345,7 +345,7 @@ def image_type(path: Path, *, max_pixels: int = MAX_PIXELS) -> str:
         DataError: as `read_image`, as far as the head of the file shows it.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
-        found = _judge(picture)
+        found = _check_picture(picture)
         _warn_about_alpha(picture, path)
         return found
 

@@ -282,8 +282,8 @@ def _hint(unknown: np.ndarray, num_classes: int) -> str:
 class Pairs(Dataset[Sample]):
     """A data set of files: an image and a mask for each id. Its subclasses say where these are.
 
-    A subclass names its `classes`, and reads its masks in another way if they are no pictures of
-    the labels 0, 1, 2, ... with VOID.
+    A subclass names its `classes` and their colours in `palette`, and reads its masks in another
+    way if they are no pictures of the labels 0, 1, 2, ... with VOID.
 
     Args:
         pairs: the files of image and mask for each id, in the order of the data set.
@@ -295,6 +295,7 @@ class Pairs(Dataset[Sample]):
     """
 
     classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
     void: int = VOID
 
     def __init__(

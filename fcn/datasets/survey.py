@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
 
 SECONDS = 10.0  # before training, for each of the two splits; masks that are left then are not read
-VOID_SHARE = 0.9  # of the masks with void; if more hold no class but the first, it is none
+# If more than this share of the masks with void pixels hold no class but the first, void seems to
+# stand for a class there.
+VOID_SHARE = 0.9
 SHOWN = 3  # errors in a message before training
 
 

@@ -27,7 +27,7 @@ TOLERANCE = 0.01  # of the range of floats: resizing goes a little beyond the va
 
 
 class RangeError(DataError):
-    """An image's values do not fit the range that they are read with."""
+    """An image has another type than the others, or values outside of the range that is set."""
 
 
 class Facts(NamedTuple):

@@ -68,9 +68,8 @@ class VOC2012(reading.Pairs):
     Args:
         split: `train`, `val` and `trainval` are the archive's own lists. Others come with this
             project: `seg11valid` is 736 ids of `val` that are not in SBD's training list.
-            `mini_train335` (335 ids of `train`) and `mini_val` (175 ids of `val`) are what VOC's
-            scores in docs/results.md were measured on. `mini_train` (681 ids of `train`) contains
-            the former.
+            The networks of docs/results.md were trained on `mini_train` (681 ids of `train`) or on
+            `mini_train335` (335 of these), and scored on `mini_val` (175 ids of `val`).
         root: the folder that holds or receives `VOCdevkit/VOC2012/`.
         download: whether to download that folder if it is missing. The archive (2 GB) stays in
             `root`, so that it can be unpacked again without a network.

@@ -1,7 +1,7 @@
 """report.html: an evaluation, or the comparison of two, as one file that needs no network.
 
     python evaluate.py ckpt=runs/.../checkpoints/best.ckpt report.images=60
-    python evaluate.py compare=[runs/A,runs/B]
+    python evaluate.py "compare=[runs/A,runs/B]"
 
 This file prepares plain data. The page, its style and its script are Jinja2 templates in
 templates/, which escape every value that comes from outside: names of classes and images, paths,

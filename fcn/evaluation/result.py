@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from fcn.evaluation.boundaries import boundary_miou
 from fcn.evaluation.candidate import Candidate
 from fcn.evaluation.scores import ImageScores
+from fcn.metrics import SCORES
 from fcn.runs.versions import git_revision, versions
-
-SCORES = ("pixel_acc", "mean_acc", "miou", "fwiou")
 
 
 @dataclass

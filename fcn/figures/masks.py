@@ -17,7 +17,7 @@ from torch import Tensor
 Colour = Sequence[int]
 Palette = Sequence[Colour]
 
-VOID = 255
+VOID = 255  # as in fcn.datasets, which this package does not import
 VOID_COLOUR = (224, 224, 192)  # the cream that VOC's own masks have at void pixels
 # Colours of the error map. They differ in lightness too, for readers who do not see red.
 CORRECT, WRONG, IGNORED = (240, 240, 240), (204, 51, 17), (150, 150, 150)

@@ -22,7 +22,7 @@ from fcn.runs.folder import output_folder, read_overrides
 from fcn.runs.metrics import read_metrics
 
 UNKNOWN = "not known"
-SCORES = {
+TITLES = {
     "miou": "mean IoU",
     "pixel_acc": "pixel accuracy",
     "mean_acc": "mean accuracy",
@@ -99,13 +99,13 @@ def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]
             tile = f", tile {m['tile']}" if m.get("tile") else ""
             about = f"Evaluated on {data}, {m['images']:,} images{tta}{tile}, {m['date']}."
             ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
-            return about, {SCORES[key]: m[key] for key in SCORES} | ious
+            return about, {TITLES[key]: m[key] for key in TITLES} | ious
     metrics = output_folder(path, "metrics.csv")
     if path.parent.name == "checkpoints" and metrics.is_file():
         for row in read_metrics(metrics):
             if row["step"] == str(step) and row.get("val/miou"):
                 about = f"Of the validation that the run made after step {step:,}."
-                return about, {SCORES[key]: float(row[f"val/{key}"]) for key in SCORES}
+                return about, {TITLES[key]: float(row[f"val/{key}"]) for key in TITLES}
     return "", {}
 
 

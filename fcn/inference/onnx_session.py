@@ -11,7 +11,6 @@ This needs onnxruntime: pip install -r requirements/export.txt
 
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from fcn.datasets import check_labels
 from fcn.datasets.value_range import check_range
-from fcn.errors import ConfigError, WeightsError
+from fcn.errors import ConfigError, WeightsError, need_packages
 
 # The entries of metadata, in JSON, that export.py adds to the network in a file.
 METADATA = ("class_names", "palette", "void", "hyper_parameters", "value_range", "config", "step")
@@ -109,18 +108,3 @@ def open_session(path: Path) -> tuple[Program, dict[str, str]]:
         return [torch.from_numpy(output) for output in outputs]
 
     return run, session.get_modelmeta().custom_metadata_map
-
-
-def need_packages(*names: str, extra: str = "export") -> None:
-    """Check that packages are installed which only some users need.
-
-    Args:
-        names: of the packages.
-        extra: the file in requirements/ that lists them.
-
-    Raises:
-        ConfigError: one is not. The message says how to install it.
-    """
-    for name in names:
-        if find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install -r requirements/{extra}.txt")

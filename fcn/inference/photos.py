@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 from fcn.datasets.pictures import open_picture, why_no_picture
 from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
-from fcn.errors import ConfigError, DataError, check_choice, check_text, refuse
-from fcn.inference.onnx_session import need_packages
+from fcn.errors import ConfigError, DataError, check_choice, check_text, need_packages, refuse
 from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs or videos, and the target of each

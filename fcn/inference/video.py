@@ -48,9 +48,6 @@ def predict_videos(
 
     Returns:
         The videos that could not be read, segmented or written, and why. No file is left of these.
-
-    Raises:
-        ConfigError: PyAV is not installed.
     """
     if not jobs:
         return {}

@@ -71,9 +71,11 @@ class Interruption(Callback):
             return  # Python allows signal handlers in the main thread only
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._on_signal)
-        if hasattr(signal, "SIGCHLD") and callable(torchs := signal.getsignal(signal.SIGCHLD)):
-            own = self._keep_error_of(torchs)
-            self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, own)
+        if hasattr(signal, "SIGCHLD"):
+            torch_handler = signal.getsignal(signal.SIGCHLD)
+            if callable(torch_handler):
+                our_handler = self._keep_error_of(torch_handler)
+                self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, our_handler)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         while self.handlers:  # Lightning calls this after an exception, too

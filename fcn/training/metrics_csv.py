@@ -19,7 +19,9 @@ from fcn.errors import WriteError
 from fcn.files import atomic_write, retry, writing
 from fcn.runs.metrics import Row, read_rows, stand_in
 
-MOST_HELD = 1000  # rows in memory that wait for ours, which there may be none of
+# Rows of other callbacks wait in memory for our own values. With callbacks.loss_statistics=null
+# there are none between two validations; this many rows are written all the same.
+MOST_HELD = 1000
 
 
 class MetricsCSV(Logger):
@@ -77,7 +79,7 @@ class MetricsCSV(Logger):
         own = any(name == "train/loss" or name.startswith("val/") for name in values)
         if own or len(self.pending) >= MOST_HELD:
             with suppress(PermissionError):
-                self._take_its_place()
+                self._rename_second_file()
             self._write(step)
 
     @rank_zero_only
@@ -92,13 +94,13 @@ class MetricsCSV(Logger):
 
     def _settle(self) -> None:
         """Have all rows in the file itself; otherwise raise a PermissionError."""
-        self._take_its_place()
+        self._rename_second_file()
         if self.pending:
             self._write(max(self.pending))
         if self.pending or self.file != self.path:
             raise PermissionError
 
-    def _take_its_place(self) -> None:
+    def _rename_second_file(self) -> None:
         """Have the second file take the place of the first, if the rows are there."""
         if self.file == self.path:
             return

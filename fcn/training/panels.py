@@ -54,7 +54,7 @@ class Panels(Callback):
         for path in Path(trainer.default_root_dir).glob("panels/*.png"):
             step = re.fullmatch(r"step_(\d+)", path.stem)
             if step and int(step[1]) > trainer.global_step and trainer.is_global_zero:
-                with optional_file(path):  # it may be open in another program
+                with optional_file(path, "removed"):  # it may be open in another program
                     path.unlink()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:

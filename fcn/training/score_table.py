@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fcn.figures.legend import one_line
+from fcn.metrics import SCORES
 
 
 class ScoreTable(Callback):
@@ -42,6 +43,6 @@ def print_scores(scores: Mapping[str, Any], class_names: list[str]) -> None:
     for name, iou in zip(class_names, scores["iou"], strict=True):
         table.add_row(Text(one_line(name, 60)), "absent" if math.isnan(iou) else f"{100 * iou:.1f}")
     table.add_section()
-    for name in ("miou", "pixel_acc", "mean_acc", "fwiou"):
+    for name in SCORES:
         table.add_row(name, f"{100 * scores[name]:.2f}")
     Console().print(table)

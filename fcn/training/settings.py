@@ -24,6 +24,7 @@ from fcn.errors import (
     is_number,
     refuse,
 )
+from fcn.metrics import SCORES
 from fcn.precision import PRECISIONS
 
 Settings = Mapping[str, Any]
@@ -91,7 +92,7 @@ def check_monitors(callbacks: Mapping[str, Callback], class_names: Sequence[str]
     Raises:
         ConfigError: the message names the callback's setting and the scores that there are.
     """
-    scores = [f"val/{name}" for name in ("loss", "miou", "pixel_acc", "mean_acc", "fwiou")]
+    scores = [f"val/{name}" for name in ("loss", *SCORES)]
     known = {*scores, *(f"val/iou/{name}" for name in class_names)}
     ours = ("fcn.", "pytorch_lightning.")
     complete = all(type(callback).__module__.startswith(ours) for callback in callbacks.values())
