@@ -168,6 +168,7 @@ def pytest_collectstart() -> None:
     import tiny_vgg  # noqa: F401  # registers it
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups when it is called itself
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with work in other processes come first, and `--dist loadgroup` gives one worker all:
     they share a server process (forks.py), which takes ten seconds to start. Then come other
