@@ -68,6 +68,11 @@ def best_precision(device: torch.device | str = "auto") -> str:
     return "bf16-mixed" if device.type == "cpu" and bfloat16 else "32-true"
 
 
+def precisions_of(device: torch.device) -> tuple[str, ...]:
+    """The precisions that exist on a device: Apple's mps has no float64."""
+    return tuple(p for p in PRECISIONS if device.type != "mps" or p != "64-true")
+
+
 def best_layout(device: torch.device, precision: str, *, backward: bool = True) -> bool:
     """Whether convolutions are faster on activations (N, H, W, C).
 

@@ -296,6 +296,8 @@ def test_comparison(finished_run: Path, tmp_path: Path) -> None:
     weights = {"network.score.weight": torch.randn(8, 8, 1, 1)}
     second = changed_checkpoint(finished_run, last_checkpoint(other), state_dict=weights)
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "images.csv").touch()  # of an earlier evaluation
     metrics = evaluated(f"compare=[{finished_run},{second}]", f"output={out}")
     for key, ckpt in (("a", first), ("b", second)):
         alone = evaluated(f"ckpt={ckpt}", f"output={tmp_path / key}", "report.images=0")

@@ -39,6 +39,13 @@ def test_overlay_blends_every_value_as_float32_does(monkeypatch: pytest.MonkeyPa
         assert masks.overlay(values, labels.byte(), VOC2012.palette, alpha).equal(expected)
 
 
+def test_overlay_colours_the_first_class_if_it_is_no_background() -> None:
+    """CamVid's first class is the sky, in grey; a class in black stays clear."""
+    image, mask = torch.full((3, 1, 2), 200, dtype=torch.uint8), torch.tensor([[0, 1]])
+    result = masks.overlay(image, mask.byte(), [(100, 100, 100), (0, 0, 0)], alpha=0.5)
+    assert result[0].tolist() == [[150, 200]]
+
+
 def test_overlay_needs_no_copy_for_pillow() -> None:
     image, mask = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.uint8)
     result = masks.overlay(image, mask, PALETTE)

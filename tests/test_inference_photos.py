@@ -95,6 +95,15 @@ def test_longest_side_of_an_overlay(tmp_path: Path) -> None:
         assert (mask.height, overlay.height) == (66_000, 65_500)
 
 
+def test_legend_of_a_line_scan(tmp_path: Path) -> None:
+    """Its letters follow the height too: they would be 400 pixels high."""
+    image = torch.zeros(3, 3, 20_000, dtype=torch.uint8)
+    predictor = Predictor(scores=lambda image: image, class_names=["a"], palette=[(0, 0, 0)])
+    predictor.write_results(image, image[0], tmp_path / "x")
+    with Image.open(tmp_path / "x_overlay.jpg") as overlay:
+        assert overlay.height < 60
+
+
 def test_photos_of_voc(own_voc: Path, tmp_path: Path) -> None:
     folder, results = own_voc / "VOCdevkit/VOC2012", tmp_path / "results/VOC2012/Segmentation"
     lists = folder / "ImageSets/Segmentation"

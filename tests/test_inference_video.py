@@ -32,6 +32,7 @@ def write_video(
     moments: Sequence[int] = (),
     sound: int = 0,
     rotation: int = 0,
+    pixel_ratio: Fraction | None = None,
     **options: str,
 ) -> Path:
     """A video of noise. An MP4 has its index in front, as in downloads.
@@ -40,6 +41,7 @@ def write_video(
         size: height and width.
         moments: the times of frames in 1/600 s; without, there are 30 frames at 25 a second.
         sound: how many blocks of silence there are, 0.128 s each.
+        pixel_ratio: the width of a pixel by its height.
         options: of the codec.
     """
     index = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
@@ -48,6 +50,8 @@ def write_video(
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p" if codec.startswith("mpeg") else "yuv444p"
         stream.set_display_rotation(rotation)
+        if pixel_ratio:
+            stream.codec_context.sample_aspect_ratio = pixel_ratio
         if moments:
             stream.codec_context.time_base = Fraction(1, 600)
         silent = file.add_stream("aac", rate=8000) if sound else None
@@ -118,6 +122,17 @@ def test_frames(
     assert "a.mkv: 5 frames, " in printed.out
     assert "sound" not in printed.out
     assert "a.mkv: 5frame [" in printed.err  # the progress bar; Matroska does not say how many
+
+
+@pytest.mark.parametrize(("rotation", "expected"), [(0, (16, 11)), (90, (11, 16))])
+def test_pixels_that_are_no_squares(
+    rotation: int, expected: tuple[int, int], tmp_path: Path, ckpt: Path
+) -> None:
+    """As on a DVD: a player shows the result as wide as the original."""
+    video = tmp_path / "a.mp4"
+    write_video(video, moments=[0, 20], rotation=rotation, pixel_ratio=Fraction(16, 11))
+    with av.open(str(run(ckpt, video, tmp_path / "out") / "a_overlay.mp4")) as file:
+        assert file.streams.video[0].sample_aspect_ratio == Fraction(*expected)
 
 
 def test_a_turned_video_with_sound(

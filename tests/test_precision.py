@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from fcn.checkpoint import best_checkpoint
+from fcn.errors import ConfigError
+from fcn.evaluation.candidate import open_candidate
+from fcn.inference.predictor import load_predictor
 from fcn.network import FCN
-from fcn.precision import best_layout, best_precision, cast_weights, keep_freed_memory, main_device
+from fcn.precision import (
+    PRECISIONS,
+    best_layout,
+    best_precision,
+    cast_weights,
+    keep_freed_memory,
+    main_device,
+    precisions_of,
+)
 
 Card = tuple[str, tuple[int, int]]
 T4, RTX_4090 = ("Tesla T4", (7, 5)), ("NVIDIA GeForce RTX 4090", (8, 9))
@@ -86,6 +99,20 @@ def test_a_torch_that_does_not_know_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     machine(monkeypatch)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert best_precision("cpu") == "32-true"
+
+
+def test_apples_gpus_have_no_float64(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained in float64 is predicted in float32 there; who asks for 64-true is told."""
+    assert "64-true" not in precisions_of(torch.device("mps"))
+    assert precisions_of(torch.device("cpu")) == PRECISIONS
+    message = r"^precision=64-true: must be 32-true on the device mps"
+    monkeypatch.setattr("fcn.inference.predictor.find_device", lambda name: torch.device("mps"))
+    with pytest.raises(ConfigError, match=message):
+        load_predictor(best_checkpoint(finished_run), "mps", "64-true")
+    strategy = "pytorch_lightning.strategies.SingleDeviceStrategy.root_device"
+    monkeypatch.setattr(strategy, property(lambda self: torch.device("mps")))
+    with pytest.raises(ConfigError, match=message):
+        open_candidate(best_checkpoint(finished_run), accelerator="cpu", precision="64-true")
 
 
 def test_weights_that_are_cast_give_the_scores_of_autocast() -> None:

@@ -44,9 +44,14 @@ def validate(
     step: int = 5,
     ids: list[str] = IDS,
     batch_size: int = 1,
+    padding: int = 0,
     **trainer: Any,
 ) -> None:
-    """One validation of images of 20 × 30 pixels, whose grey tells them apart."""
+    """One validation of images of 20 × 30 pixels, whose grey tells them apart.
+
+    Args:
+        padding: columns of these that are padding of the batch.
+    """
     state = {"global_step": step, "sanity_checking": False, "is_global_zero": True, "loggers": []}
     state["val_dataloaders"] = SimpleNamespace(sampler=ids, batch_size=batch_size)
     state["num_val_batches"] = [math.ceil(len(ids) / batch_size)]
@@ -57,7 +62,7 @@ def validate(
         grey = torch.tensor([ord(name[0]) for name in names], dtype=torch.uint8)
         image = grey.view(-1, 1, 1, 1).expand(-1, 3, 20, 30)
         label = torch.ones(len(names), 20, 30, dtype=torch.uint8)
-        batch = {"id": names, "image": image, "mask": label}
+        batch = {"id": names, "image": image, "mask": label, "size": [(20, 30 - padding)] * 8}
         panels.on_validation_batch_end(stand_in, module, {"prediction": 1 + label % 2}, batch)
     panels.on_validation_end(stand_in, module)
 
@@ -69,6 +74,12 @@ def test_panels_of_a_resumed_run(tmp_path: Path, module: SegmentationModule) -> 
     Panels(images=2).on_train_start(trainer, module)  # 15 is trained again
     names = ["step_0000005.png", "step_0000010.png"]
     assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == names
+
+
+def test_padding_is_not_drawn(module: SegmentationModule, tmp_path: Path) -> None:
+    panels = Panels(images=2)
+    validate(panels, module, batch_size=2, padding=12, default_root_dir=tmp_path)
+    assert {part.shape[-2:] for row in panels.rows for part in row} == {(20, 18)}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,7 @@ def pixels(path: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_what_wandb_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only test with the real package: an offline run, which writes nothing elsewhere."""
+    """The real package makes an offline run, which writes nothing elsewhere."""
     import wandb
 
     wandb.teardown()  # it reads its environment once

@@ -206,7 +206,7 @@ def main(arguments: Sequence[str]) -> None:
     overrides = ["data.download=false"]
     for argument in arguments:
         if argument.startswith("output="):
-            output = Path(argument.removeprefix("output="))
+            output = Path(argument.removeprefix("output=")).expanduser()
         elif not argument.startswith("resume="):  # a command line of train.py may have it
             overrides.append(argument)
     with cli.short_messages():

@@ -23,7 +23,13 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import VOID
 from fcn.errors import ConfigError, check_choice, check_text, refuse
 from fcn.module import SegmentationModule
-from fcn.precision import PRECISIONS, best_layout, best_precision, cast_weights
+from fcn.precision import (
+    PRECISIONS,
+    best_layout,
+    best_precision,
+    cast_weights,
+    precisions_of,
+)
 
 
 @dataclass
@@ -93,9 +99,11 @@ def open_candidate(
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
     device = trainer.strategy.root_device
     check_card(device)
-    if trainer.precision != precision:  # Lightning turns 16-mixed into bf16-mixed on a CPU
+    # Lightning turns 16-mixed into bf16-mixed on a CPU.
+    if trainer.precision != precision or precision not in precisions_of(device):
         if given is not None:
-            wanted = f"32-true or {trainer.precision} on the device {device.type}"
+            other = {"32-true", str(trainer.precision)} & {*precisions_of(device)}
+            wanted = f"{' or '.join(sorted(other))} on the device {device.type}"
             refuse("precision", precision, wanted)
         return open_candidate(
             path, accelerator=accelerator, precision=best_precision(device), wrap=wrap

@@ -41,6 +41,9 @@ def write_folder(
     if len(results) == 1:
         write_confusion(output / "confusion.csv", results[0].confusion, list(metrics["iou"]))
         write_images(output / "images.csv", results[0].images.rows)
+    else:  # those of an earlier evaluation in this folder would be of another checkpoint
+        for name in ("confusion.csv", "images.csv"):
+            (output / name).unlink(missing_ok=True)
     write_report(output / "report.html", results, data, images=images, command=command)
     return metrics
 

@@ -5,7 +5,8 @@
     photo = encode("i0-photo", *image["pictures"]["photo"], side=480, quality=82)
 
 A page holds each picture once. Where one is shown again, under the errors or over the image, the
-script of the page copies it. Class 0 is transparent, so that a prediction can lie over its image.
+script of the page copies it. Where a prediction lies over its image, a class whose colour is black,
+as that of VOC's background is, must be transparent.
 """
 
 import base64
@@ -63,14 +64,14 @@ def describe_image(
         pictures: "photo", "label", "prediction" or "predictionA" and "predictionB", and "errors".
             Each is a text for readers who cannot see it, and its pixels: (H, W, 3) RGB for the
             photograph, (H, W, 4) RGBA for the others.
-        background: the colour of class 0, which is transparent in the pictures.
+        background: black, the colour of what is transparent in the pictures.
         legend: the classes that occur, and the kinds of errors with their share of the pixels.
     """
     sample, name = data[index], data.ids[index]
     mask = sample["mask"].numpy()  # (H, W)
     classes = [one_line(text, LONGEST_NAME) for text in data.classes]
-    colours = np.zeros((256, 4), np.uint8)  # RGBA; class 0 is transparent
-    colours[1 : len(data.palette)] = [(*colour, 255) for colour in data.palette[1:]]
+    colours = np.zeros((256, 4), np.uint8)  # RGBA; black is transparent
+    colours[: len(data.palette)] = [(*colour, 255 * any(colour)) for colour in data.palette]
     colours[data.void] = (*VOID_COLOUR, 255)
 
     def picture(title: str, labels: np.ndarray) -> tuple[str, np.ndarray]:
@@ -93,7 +94,7 @@ def describe_image(
         "name": name,
         "scores": scores,
         "pictures": pictures,
-        "background": data.palette[0],
+        "background": (0, 0, 0),
         "legend": [*legend_entries(found, classes, data.palette, data.void), *kinds],
     }
 

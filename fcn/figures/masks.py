@@ -48,7 +48,9 @@ def _colours(palette: Palette, void: int = VOID) -> np.ndarray:
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -> Tensor:
-    """The colours of a mask laid over its image. The background, class 0, stays clear.
+    """The colours of a mask laid over its image.
+
+    A class whose colour is black, as that of VOC's background is, stays clear.
 
     Args:
         image: (3, H, W) uint8.
@@ -64,7 +66,7 @@ def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -
     values = np.arange(256, dtype=np.float32)
     tints = np.float32(alpha) * _colours(palette).astype(np.float32)  # (256, 3)
     table = np.rint(np.float32(1 - alpha) * values + tints[..., None])  # label, channel, value
-    table[0] = values
+    table[[label for label, colour in enumerate(palette) if not any(colour)]] = values
     table = table.astype(np.uint8)
     starts = np.arange(0, table.size, 256).reshape(256, 3)  # of a label's values in the table
     result = np.empty(pixels.shape, np.uint8)

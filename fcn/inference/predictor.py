@@ -47,7 +47,14 @@ from fcn.inference.photos import MARK, MASK, OVERLAY, result_path
 from fcn.inference.tiles import ScoreFunction
 from fcn.inference.tta import TestTime
 from fcn.module import SegmentationModule
-from fcn.precision import AUTOCAST, PRECISIONS, best_layout, best_precision, cast_weights
+from fcn.precision import (
+    AUTOCAST,
+    PRECISIONS,
+    best_layout,
+    best_precision,
+    cast_weights,
+    precisions_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +108,7 @@ class Predictor:
         self.write_mask(image, mask, target)
         picture = to_pil(overlay(image, mask, self.colours))
         entries = legend_entries(labels_in(mask), self.class_names, self.colours)
-        font_size = max(13, picture.width // 50)
+        font_size = max(13, min(picture.width // 50, picture.height // 10))
         legend = draw_legend(entries, width=picture.width, font_size=font_size)
         canvas = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
         canvas.paste(picture)
@@ -156,6 +163,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     if (trained in AUTOCAST or place.type == "mps") and not keep:
         trained = best_precision(place)
     precision = precision or trained
+    if precision not in precisions_of(place):
+        refuse("precision", precision, f"32-true on the device {place.type}")
     network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
     network.set_layout(best_layout(place, precision, backward=False))
     cast_weights(network, precision)

@@ -190,5 +190,9 @@ def _add_output(result: Any, stream: Any, height: int, width: int) -> Any:
     output.width, output.height = width, height
     output.pix_fmt = "yuv420p" if even else "yuv444p"
     output.codec_context.time_base = stream.time_base
+    ratio = stream.sample_aspect_ratio  # width of a pixel by its height; None: not known
+    if ratio:
+        turned = (stream.width, stream.height) != (width, height)
+        output.codec_context.sample_aspect_ratio = 1 / ratio if turned else ratio
     output.codec_context.colorspace = BT709
     return output

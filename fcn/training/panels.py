@@ -72,8 +72,11 @@ class Panels(Callback):
         for i, name in enumerate(batch["id"]):
             if self.seen + i in self.places:
                 self.ids.append(str(name).encode(errors="replace").decode())
-                image, label = batch["image"][i].cpu(), batch["mask"][i].cpu()  # (3, H, W), (H, W)
-                self.rows.append((image, label, outputs["prediction"][i].cpu()))
+                height, width = batch["size"][i]  # without the padding of the batch
+                image = batch["image"][i, :, :height, :width].cpu()  # (3, H, W)
+                label = batch["mask"][i, :height, :width].cpu()  # (H, W)
+                prediction = outputs["prediction"][i, :height, :width].cpu()  # (H, W)
+                self.rows.append((image, label, prediction))
         self.seen += len(batch["id"])
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
