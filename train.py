@@ -91,14 +91,18 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             write_settings(run, cfg, overrides or [])
             device = f"{trainer.world_size} x {trainer.strategy.root_device}, {trainer.precision}"
             print(f"run folder: {run}\n{datamodule.sizes()}; {device}", flush=True)
-        return fit(trainer, module, datamodule, checkpoint, lambda size: advice(cfg, size))
+        return fit(
+            trainer, module, datamodule, checkpoint, lambda size: advice(cfg, datamodule, size)
+        )
 
 
-def advice(cfg: DictConfig, size: int) -> str:
+def advice(cfg: DictConfig, datamodule: "SegmentationDataModule", size: int) -> str:
     """Which settings need less memory, where a device of `size` bytes has too little."""
     from fcn import memory
+    from fcn.training.settle import largest_image
 
-    return memory.advice(cfg, size)
+    assert datamodule.train_data is not None
+    return memory.advice(cfg, size, largest_image(datamodule.train_data))
 
 
 def build_data_and_module(

@@ -156,7 +156,7 @@ class SegmentationDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """A number for each of the two lists of ids, by which a checkpoint knows its images."""
         return {
-            f"{name}_images": zlib.crc32("\n".join(data.ids).encode())
+            f"{name}_images": zlib.crc32("\n".join(data.ids).encode(errors="backslashreplace"))
             for name, data in (("train", self.train_data), ("val", self.val_data))
             if data is not None
         }

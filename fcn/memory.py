@@ -110,16 +110,17 @@ class Need:
         return int((left[slope > 0] // slope[slope > 0]).min())
 
 
-def plan(config: DictConfig) -> Plan:
+def plan(config: DictConfig, largest: tuple[int, int] | None = None) -> Plan:
     """The peak of a step.
 
     Args:
         config: the settings of train.py, composed and resolved.
+        largest: the greatest height and width of the images, as for `batch_image_size`.
 
     Raises:
         ConfigError: a constructor refuses a setting.
     """
-    return peak(trace(config, config.data.batch_size))
+    return peak(trace(config, config.data.batch_size, largest))
 
 
 def peak(moments: np.ndarray) -> Plan:
@@ -131,12 +132,13 @@ def peak(moments: np.ndarray) -> Plan:
     return Plan(*map(int, moments[moments.sum(1).argmax()]))
 
 
-def advice(config: DictConfig, size: int) -> str:
+def advice(config: DictConfig, size: int, largest: tuple[int, int] | None = None) -> str:
     """A message after memory ran out: what a step needs, and which settings would need less.
 
     Args:
         config: the settings of the run.
         size: bytes of the device's memory.
+        largest: the greatest height and width of the images, as for `batch_image_size`.
     """
     images = config.data.batch_size * config.trainer.accumulate_grad_batches
     one_by_one = f"data.batch_size=1 trainer.accumulate_grad_batches={images}"
@@ -157,20 +159,20 @@ def advice(config: DictConfig, size: int) -> str:
         del suggestions[IN_BACKWARD]
     if config.optimizer._target_ != "torch.optim.SGD":
         suggestions.pop(IN_BACKWARD, None)
-    need = plan(config).total
+    need = plan(config, largest).total
     text = f"a step needs about {need / GB:.1f} GB, and CUDA up to {RESERVE / GB:.1f} GB more; the "
     text += f"device has {size / GB:.1f} GB. Settings that need less:"
     for settings, remark in suggestions.items():
         changes = settings.replace(IN_BACKWARD, f"optimizer._target_={in_backward.TARGET}").split()
         changed: Any = OmegaConf.merge(config, OmegaConf.from_dotlist(changes))
-        total = plan(changed).total
+        total = plan(changed, largest).total
         if total < 0.98 * need:
             fits = "" if total + RESERVE <= size else "; this alone is not enough"
             text += f"\n  {settings}    {total / GB:.1f} GB ({remark}{fits})"
     return text
 
 
-def trace(config: DictConfig, images: int) -> np.ndarray:
+def trace(config: DictConfig, images: int, largest: tuple[int, int] | None = None) -> np.ndarray:
     """The bytes (moments, 5) during every operation of a step on `images`, with a Plan's columns.
 
     It is not the run's first step: the optimizer has its state, and the gradients of the step
@@ -194,7 +196,7 @@ def trace(config: DictConfig, images: int) -> np.ndarray:
             applied = optimizer.applied_in_backward()
             optimizer.zero_grad()
 
-        image = torch.empty(images, 3, *batch_image_size(config.data), dtype=torch.uint8)
+        image = torch.empty(images, 3, *batch_image_size(config.data, largest), dtype=torch.uint8)
         mask = torch.empty_like(image[:, 0])  # (images, H, W)
         recorder = Recorder()
         recorder.track_external(module, optimizer, image, mask)

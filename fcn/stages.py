@@ -64,7 +64,10 @@ def train_stages(given: Sequence[str]) -> int:
     """
     folders = [o.partition("=")[2] for o in given if o.startswith("hydra.run.dir=")]
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
-    folder = Path(folders[-1]) if folders else find_folder(settings_of(STAGES[0], given, None))
+    if folders and "${" in folders[-1]:
+        raise ConfigError(f"hydra.run.dir={folders[-1]}: the stages need a folder without ${{...}}")
+    folder = Path(folders[-1]).expanduser() if folders else None
+    folder = folder or find_folder(settings_of(STAGES[0], given, None))
     weights = None
     for stage in STAGES:
         settings = settings_of(stage, given, weights)

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from fcn.cli import short_messages
 from fcn.memory import GB, RESERVE, Need, Plan, advice, build, compose, main, peak, plan, trace
 
+pytestmark = pytest.mark.xdist_group("memory")  # one worker keeps what `planned` has computed
 NARROW = (
     "data=shapes",
     "data.crop_size=64",
@@ -147,6 +148,8 @@ def test_forward_and_backward_agree_with_the_profiler() -> None:
 def test_advice_names_what_helps_and_nothing_else() -> None:
     config = settings(*WIDE, "model.freeze_stages=3", "trainer.precision=bf16-mixed")
     text = advice(config, 2 * GB)
+    whole = settings("data.crop_size=null")
+    assert plan(whole, (64, 64)).total < plan(whole, (64, 96)).total
     assert text.startswith(f"a step needs about {plan(config).total / GB:.1f} GB, ")
     assert "data.batch_size=1 trainer.accumulate_grad_batches=4" in text
     assert "data.crop_size=320" in text
@@ -159,7 +162,7 @@ def test_advice_on_gradients_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) 
         config = settings(*overrides)
         sizes = {id(config): GB}  # every other configuration needs less
         monkeypatch.setattr(
-            "fcn.memory.plan", lambda other: Plan(sizes.get(id(other), GB // 2), 0, 0, 0, 0)
+            "fcn.memory.plan", lambda other, _: Plan(sizes.get(id(other), GB // 2), 0, 0, 0, 0)
         )
         return advice(config, GB)
 

@@ -88,7 +88,7 @@ def test_the_newest_whole_checkpoint(
     last.write_bytes(good)
     assert datamodule.train_data is not None
     assert datamodule.val_data is not None
-    datamodule.train_data.ids.pop()
+    datamodule.train_data.ids[-1] = "caf\udce9"  # a name that is not UTF-8
     checkpoint_to_resume(run, module, datamodule)
     assert "the images to train on have changed" in capsys.readouterr().out
     datamodule.val_data.ids.reverse()
@@ -294,13 +294,13 @@ def test_loader_killed_while_it_loads(tmp_path: Path, monkeypatch: pytest.Monkey
             os.kill(os.getpid(), signal.SIGKILL)
 
     at_call(Shapes, "__getitem__", die, count=7, patch=monkeypatch)
-    get_data = _MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(get_data, "__defaults__", (0.5,))  # torch asks more often
     check_loader_error(run, monkeypatch, "trainer.val_check_interval=4", saved=2)
 
 
 def check_loader_error(run: Path, patch: pytest.MonkeyPatch, *options: str, saved: int) -> None:
     """The steps before are saved, and the run goes on when nothing kills its loaders any more."""
+    get_data = _MultiProcessingDataLoaderIter._try_get_data
+    patch.setattr(get_data, "__defaults__", (0.5,))  # torch asks more often
     with pytest.raises(TrainingError, match=r"data\.num_workers=1 needs less, 0 none") as error:
         train_tiny(run, "data.num_workers=1", "trainer.log_every_n_steps=1", *options)
     assert f"resume={run} data.num_workers=0" in str(error.value)

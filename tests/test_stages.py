@@ -72,6 +72,18 @@ def test_stages_that_fail_and_begin_again(
     assert "fcn8s: finished before" in capsys.readouterr().out
 
 
+def test_folder_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the "~" in this argument to us; so the second stage finds the first."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    given: list[str] = []
+    monkeypatch.setattr(stages, "run_train", lambda arguments: given.extend(arguments) or 1)
+    assert train_stages(["hydra.run.dir=~/out"]) == 1
+    assert given[-1] == f"hydra.run.dir={tmp_path}/out/fcn32s"
+    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir=x/\$\{now:%Y\}: the stages need"):
+        train_stages(["hydra.run.dir=x/${now:%Y}"])
+
+
 class Killed(BaseException):
     """Ends a run as a kill does: no part of it can react."""
 

@@ -106,6 +106,13 @@ def _explained(
         return WriteError(f"{error}\nThe checkpoint before it is undamaged; {_go_on(trainer)}")
     if ran_out_of_memory(error):
         device = trainer.strategy.root_device
+        if trainer.validating:
+            return TrainingError(
+                f"{device} ran out of memory in a validation, whose images are not cropped. Less "
+                "is needed by smaller images, and by 16 bits where the device has them "
+                "(trainer.precision=bf16-mixed or 16-mixed); "
+                + _go_on(trainer, "data.eval_batch_size=1")
+            )
         return TrainingError(f"{device} ran out of memory: {advice(memory_size(device))}")
     if loader_died(error):
         return TrainingError(

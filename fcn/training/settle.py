@@ -22,7 +22,13 @@ from fcn.datasets.reading import Pairs
 from fcn.datasets.survey import Survey, balanced_weights
 from fcn.errors import ConfigError, refuse
 from fcn.module import SegmentationModule
-from fcn.precision import best_layout, best_precision, keep_freed_memory, main_device
+from fcn.precision import (
+    best_layout,
+    best_precision,
+    keep_freed_memory,
+    main_device,
+    precisions_of,
+)
 from fcn.runs.process import is_main_process
 from fcn.training.batch_size import largest_batch
 
@@ -33,7 +39,8 @@ def settle_precision(config: Any) -> None:
     """Replace "auto" by what is fast and stable on this machine, and prepare its memory.
 
     Raises:
-        ConfigError: clipping would not do what it says.
+        ConfigError: the device cannot compute so; or a fused optimizer would make clipping and
+            `train/grad_norm` wrong.
     """
     keep_freed_memory()
     trainer, optimizer, model = config["trainer"], config["optimizer"], config["model"]
@@ -45,9 +52,13 @@ def settle_precision(config: Any) -> None:
     scaled = trainer["precision"] == "16-mixed"
     if optimizer.get("fused") == "auto":
         optimizer["fused"] = not scaled
-    if optimizer.get("fused") and scaled and trainer.get("gradient_clip_val"):
-        why = "a fused optimizer divides the gradients by the scale of the loss after the clipping"
-        refuse("optimizer.fused", True, f"auto or false with clipping in 16-mixed, where {why}")
+    if trainer["precision"] not in precisions_of(device):
+        wanted = f"32-true, or auto, on the device {device.type}"
+        refuse("trainer.precision", trainer["precision"], wanted)
+    if optimizer.get("fused") and scaled:
+        why = "a fused optimizer divides the gradients by the scale of the loss by itself, after "
+        why += "they were clipped and after their norm was logged"
+        refuse("optimizer.fused", True, f"auto or false in 16-mixed, where {why}")
     if model.get("channels_last") == "auto":
         model["channels_last"] = best_layout(device, trainer["precision"])
     if trainer.get("benchmark") is None:
@@ -131,8 +142,22 @@ def settle_class_weights(
         print("class weights:", ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
 
+def largest_image(images: SegmentationDataset) -> tuple[int, int] | None:
+    """The greatest height and the greatest width of images in files; None for generated images.
+
+    Raises:
+        DataError: an image cannot be opened.
+    """
+    if not isinstance(images, Pairs):
+        return None
+    files = [images.pairs[name][0] for name in images.ids]
+    sizes = [image_size(file, max_pixels=images.max_pixels)[0] for file in files]
+    heights, widths = zip(*sizes, strict=True)
+    return max(heights), max(widths)
+
+
 def batch_image_size(
-    data: Mapping[str, Any], images: SegmentationDataset | None = None
+    data: Mapping[str, Any], largest: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """The largest height and width that a training batch can have.
 
@@ -140,22 +165,15 @@ def batch_image_size(
 
     Args:
         data: the settings of conf/data.
-        images: those to train on, whose files are asked for their sizes. None: all are taken to be
-            as large as generated images, or as VOC2012's for all other data.
-
-    Raises:
-        DataError: an image cannot be opened.
+        largest: the greatest height and width of the images. None: those of generated images, or of
+            VOC2012's for all other data.
     """
     if data["crop_size"]:
         height, width = np.broadcast_to(data["crop_size"], 2).tolist()
         return height, width
-    sizes = [(data["dataset"].get("size", LARGEST_IMAGE),) * 2]
-    if isinstance(images, Pairs):
-        files = [images.pairs[name][0] for name in images.ids]
-        sizes = [image_size(file, max_pixels=images.max_pixels)[0] for file in files]
     scale = max(data["scale"] or [1])
-    height, width = (round(max(sides) * scale) for sides in zip(*sizes, strict=True))
-    return height, width
+    height, width = largest or (data["dataset"].get("size", LARGEST_IMAGE),) * 2
+    return round(height * scale), round(width * scale)
 
 
 def _find_batch_size(
@@ -173,5 +191,5 @@ def _find_batch_size(
         )
     names = ("accelerator", "devices", "precision", "accumulate_grad_batches", "benchmark")
     options = {name: config["trainer"][name] for name in names if name in config["trainer"]}
-    size = batch_image_size(config["data"], images)
+    size = batch_image_size(config["data"], largest_image(images))
     return largest_batch(module, size, most=len(images), **options)
