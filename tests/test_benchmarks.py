@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,12 @@ def working() -> Callable:
 
 def failing() -> Callable:
     raise ImportError("a peer that nobody has")
+
+
+@pytest.mark.parametrize("name", ["floor", "inference", "levers", "long_run", "training"])
+def test_the_others_can_be_imported(name: str) -> None:
+    """What they import from the project is there. They measure, which would take minutes."""
+    assert callable(import_module(name).main)
 
 
 def test_results_keep_what_is_not_measured_again(
@@ -126,7 +133,7 @@ def test_start_ends_at_the_first_step(tmp_path: Path) -> None:
     for name in ("ours", "bare"):
         seconds = json.loads((tmp_path / name).read_text())
         assert list(seconds) == ["imports", "config", "build", "first batch"]
-        assert all(0 <= s < 120 for s in seconds.values())
+        assert all(s >= 0 for s in seconds.values())
 
 
 def start(phases: Path, settings: list[str]) -> None:
@@ -354,7 +361,7 @@ def test_both_checkouts_take_the_same_steps(
     from fcn.module import SegmentationModule
 
     monkeypatch.setattr(against, "BACKBONE", {"backbone": "vgg_tiny", "head_width": 8})
-    assert all(0 < seconds < 60 for seconds in against.time_steps(32, 1).values())
+    assert all(seconds > 0 for seconds in against.time_steps(32, 1).values())
     monkeypatch.chdir(against.HERE)
     against.save_checkpoint(tmp_path / "made.ckpt")
     assert read_checkpoint(tmp_path / "made.ckpt")["config"]["name"] == "against"

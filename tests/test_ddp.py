@@ -121,14 +121,18 @@ def test_one_process_writes(runs: tuple[Path, Path, str]) -> None:
 def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
     number, run = signal.SIGTERM, tmp_path / "run"
     processes = start(tmp_path, "trainer.max_epochs=100000", "trainer.log_every_n_steps=1")
-    csv, end = run / "metrics.csv", time.monotonic() + 60
-    while not csv.exists() or len(read_metrics(csv)) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert processes[0].pid
-    os.kill(processes[0].pid, number)
-    # Only the first has an exit code: one of another would kill the first before its end.
-    assert [wait(process, 60) for process in processes] == [128 + number, 0]
+    try:
+        csv, end = run / "metrics.csv", time.monotonic() + 60
+        while not csv.exists() or len(read_metrics(csv)) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert processes[0].pid
+        os.kill(processes[0].pid, number)
+        # Only the first has an exit code: one of another would kill the first before its end.
+        assert [wait(process, 60) for process in processes] == [128 + number, 0]
+    finally:
+        for process in processes:
+            process.kill()
     assert f"stopped by {signal.Signals(number).name}" in (tmp_path / "0.log").read_text()
     step = torch.load(last_checkpoint(run), weights_only=True)["global_step"]
     assert read_metrics(csv)[-1]["step"] == str(step)

@@ -165,23 +165,12 @@ def test_text_and_json(tmp_path: Path) -> None:
 # ---- the lock
 
 
-def hold(path: Path, connection: Connection, loader: bool) -> None:
-    """What a run does: it holds the lock while its loader, forked from it, lives."""
+def hold(path: Path, connection: Connection) -> None:
     with lock(path):
-        if loader:
-            multiprocessing.get_context("fork").Process(target=wait_for_parent).start()
         connection.send("locked")
         connection.recv()
     connection.send("released")
     connection.recv()
-
-
-def wait_for_parent() -> None:
-    """As torch's loaders do: they look every now and then whether their parent is there."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.05)
-    time.sleep(0.5)
 
 
 Start = Callable[..., tuple[Any, Connection]]
@@ -192,10 +181,10 @@ def holder(tmp_path: Path) -> Iterator[Start]:
     """Starts a process that holds the lock `tmp_path/.lock` until it hears something."""
     started: list[Any] = []
 
-    def start(loader: bool = False) -> tuple[Any, Connection]:
+    def start() -> tuple[Any, Connection]:
         context = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
         ours, theirs = context.Pipe()
-        started.append(context.Process(target=hold, args=(tmp_path / ".lock", theirs, loader)))
+        started.append(context.Process(target=hold, args=(tmp_path / ".lock", theirs)))
         started[-1].start()
         assert ours.poll(60)
         assert ours.recv() == "locked"
@@ -222,13 +211,9 @@ def test_one_process_at_a_time(tmp_path: Path, holder: Start) -> None:
     assert not is_locked(path)
 
 
-FORKS = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
-
-
-@pytest.mark.parametrize("loader", [False, pytest.param(True, marks=FORKS)])
-def test_the_lock_of_a_killed_run(tmp_path: Path, holder: Start, loader: bool) -> None:
-    """Its file stays. The loaders, which hold the lock for a moment, are waited for."""
-    process, _ = holder(loader)
+def test_the_lock_of_a_killed_run(tmp_path: Path, holder: Start) -> None:
+    """Its file stays. test_runs_folder.py waits for loaders, which outlive it for a moment."""
+    process, _ = holder()
     process.kill()
     process.join()
     assert content(tmp_path) == [".lock"]

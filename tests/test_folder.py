@@ -189,7 +189,7 @@ def test_partners(root: Path) -> None:
     (root / "masks" / "photo 03.png").unlink()
     refused(root, r"1 of 10 masks missing, the first .*masks.photo 03\.\*")
     (root / "images" / "photo 02.bmp").unlink()
-    refused(root, r"1 of 10 images missing, the first .*/photo 02\.\*")
+    refused(root, r"1 of 10 images missing, the first .*photo 02\.\*")
     write(root / "images", "photo 00", MASK)
     refused(root, r"photo 00\.png: photo 00\.jpg has the same stem")
 

@@ -162,9 +162,10 @@ def test_hostile_names(
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "none"])
 def test_ids_of_a_list_stay_in_the_data_root(place: Path, name: str) -> None:
     """VOC's and CamVid's lists: tests/test_voc2012.py, tests/test_camvid.py."""
-    write_hostile_data(place / "root")
-    Image.new("RGB", (48, 40)).save(place / "secret.jpg")
-    Image.new("L", (48, 40)).save(place / "secret.png")
+    for part, mode, file in (("images", "RGB", "a.jpg"), ("masks", "L", "a.png")):
+        (place / "root" / part).mkdir(parents=True)
+        for path in (place / "root" / part / file, place / file.replace("a", "secret")):
+            Image.new(mode, (48, 40)).save(path)
     (place / "root" / "val.txt").write_text(f"{name}\n")
     with pytest.raises(DataError, match=r"root.val\.txt: no file of '\w+' \(1 of 1 ids\)"):
         Folder(split="val", root=place / "root", classes=["a", "b"], val="val.txt")

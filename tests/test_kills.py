@@ -84,7 +84,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
 def begin(run: Path, moment: Callable[[], None] | None = None) -> None:
     if moment is not None:
         moment()
-    train_tiny(run, *SETTINGS, curves=True)
+    train_tiny(run, *SETTINGS, curves=KILLS > 3)  # the first three moments come without them
 
 
 def go_on(run: Path, moment: str | None, seconds: float = 0) -> None:

@@ -27,7 +27,7 @@ def test_pre_commit_has_the_versions_of_the_gate() -> None:
 
 def test_documents_name_tests_that_are_there() -> None:
     tests = {path.name: path.read_text("utf-8") for path in (PROJECT / "tests").glob("test_*.py")}
-    for path in (PROJECT / "docs").glob("*.md"):
+    for path in [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")]:
         text = path.read_text("utf-8")
         for file, name in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
             assert f"def {name}" in tests[file], f"{path.name}: {file}::{name}"

@@ -89,7 +89,7 @@ def test_paper(root: Path) -> None:
 def test_evaluation_needs_no_sbd(root: Path) -> None:
     shutil.rmtree(root / "benchmark_RELEASE")
     assert SBD(root=root, split="val", with_voc=True).ids == VOC_VAL
-    with pytest.raises(DataError, match=r"SBD not found.*benchmark_RELEASE/dataset"):
+    with pytest.raises(DataError, match=r"SBD not found.*benchmark_RELEASE.dataset"):
         SBD(root=root, split="train")
 
 

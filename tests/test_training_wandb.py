@@ -88,6 +88,7 @@ def test_a_run_that_cannot_begin_online(
     service.login.assert_called_once_with(prompt=False)  # nobody sits there
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there, the command is one of PowerShell")
 def test_not_logged_in(
     tmp_path: Path, service: MagicMock, capsys: pytest.CaptureFixture[str]
 ) -> None:

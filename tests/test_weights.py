@@ -291,10 +291,14 @@ def test_a_server_that_says_nothing(cached: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_cache_that_others_have_filled(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may lie in a folder in which no lock can be made."""
     torch.save(VGG, cached)
-    monkeypatch.setattr("fcn.weights.locked", MagicMock(side_effect=WriteError("a read-only folder")))
+    monkeypatch.setattr(
+        "fcn.weights.locked", MagicMock(side_effect=WriteError("a read-only folder"))
+    )
     assert loaded("IMAGENET1K_V1")[0].get_parameter("conv7.bias").equal(VGG["classifier.3.bias"])
     cached.unlink()
-    with pytest.raises(WeightsError, match=r"cannot download .*\(a read-only folder\)\. Put the file at"):
+    with pytest.raises(
+        WeightsError, match=r"cannot download .*\(a read-only folder\)\. Put the file at"
+    ):
         loaded("IMAGENET1K_V1")
     monkeypatch.setenv("TORCH_HOME", __file__)  # a folder that cannot be made
     with pytest.raises(WeightsError, match=r"cannot download .*model\.weights=FILE"):

@@ -52,12 +52,17 @@ def run(name: str, *arguments: str) -> None:
     gc.collect()
 
 
+def val_dataloader_without_processes(self: Any) -> Any:
+    return self.eval_dataloader(self.val_data, most_workers=0)
+
+
 def main() -> None:
     import tiny_vgg  # noqa: F401  # registers it
     from conftest import TINY
 
     import fcn.files
     import fcn.stages
+    from fcn.datamodule import SegmentationDataModule
 
     fcn.files.PATIENCE = 0.3
     fcn.stages.subprocess = SimpleNamespace(Popen=Process)
@@ -65,7 +70,9 @@ def main() -> None:
     tiny = [o for o in TINY if o.partition("=")[0] not in chosen]
     tiny += ["trainer.log_every_n_steps=1", "callbacks.curves=null"]
     train = ["model=fcn32s", "hydra.run.dir=run", "trainer.max_steps=2"]
-    # The loaders of training and of validation are processes of their own, and are spawned.
+    # The loader of training is a process of its own, and is spawned. That of validation would be
+    # spawned in the same way.
+    SegmentationDataModule.val_dataloader = val_dataloader_without_processes
     run("train.py", *tiny, *train, "trainer.val_check_interval=2", "data.num_workers=1")
     last = "ckpt=run/checkpoints/last.ckpt"
     run("evaluate.py", last, "data.num_workers=0", "report.images=1")
