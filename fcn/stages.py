@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fcn.checkpoint import best_checkpoint
 from fcn.cli import CONF, command_line, quoted, read_settings, short_messages
@@ -105,14 +106,22 @@ def run_train(arguments: list[str]) -> int:
     Returns:
         Its exit code. If a signal has killed it, 128 plus the signal's number, as in a shell.
     """
-    process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
+    started: list[subprocess.Popen] = []
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        for process in started:
+            process.terminate()
+
     # Ctrl-C in a terminal, and Ctrl-Break in that of Windows, reach train.py by themselves, which
     # then saves its state. A SIGTERM reaches this process alone. Windows has no such signal: there,
     # a program that wants to stop this one sends CTRL_BREAK_EVENT, which train.py gets as well.
     on_signal: dict[str, Callable[..., None]] = {
         "SIGINT": lambda *_: None,
         "SIGBREAK": lambda *_: None,
-        "SIGTERM": lambda *_: process.terminate(),
+        "SIGTERM": stop,
     }
     handlers = {
         getattr(signal, name): signal.signal(getattr(signal, name), handler)
@@ -120,7 +129,10 @@ def run_train(arguments: list[str]) -> int:
         if hasattr(signal, name) and threading.current_thread() is threading.main_thread()
     }
     try:
-        code = process.wait()
+        started.append(subprocess.Popen([sys.executable, str(TRAIN), *arguments]))
+        if stopped:  # by a signal that came before the process was in the list
+            started[0].terminate()
+        code = started[0].wait()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
