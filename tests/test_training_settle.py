@@ -3,7 +3,6 @@
 import gc
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from fcn.network import FCN
 from fcn.runs.metrics import read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.batch_size import largest_batch
-from fcn.training.fit import _explained, ran_out_of_memory
+from fcn.training.fit import ran_out_of_memory
 from fcn.training.settle import (
     batch_image_size,
     largest_image,
@@ -183,12 +182,17 @@ def test_out_of_memory_ends_with_advice(tmp_path: Path, monkeypatch: pytest.Monk
     assert "data.batch_size=1 trainer.accumulate_grad_batches=4" in message
 
 
-def test_out_of_memory_in_a_validation(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_out_of_memory_in_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a training step needs has nothing to do with it."""
-    strategy = SimpleNamespace(root_device=torch.device("cuda"))
-    trainer: Any = SimpleNamespace(strategy=strategy, validating=True, default_root_dir=tmp_path)
-    explained = _explained(MemoryError(), trainer, lambda size: "a step needs")
-    assert "cuda ran out of memory in a validation, whose images are not cropped" in str(explained)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(SegmentationModule, "validation_step", fail)
+    with pytest.raises(TrainingError, match="cpu ran out of memory in a validation, ") as error:
+        train_tiny(tmp_path / "run")
+    assert str(error.value).endswith(f"resume={tmp_path / 'run'} data.eval_batch_size=1")
 
 
 def test_memory_of_a_gpu_runs_out() -> None:

@@ -9,8 +9,8 @@ samples as image | label | overlay. It downloads nothing unless it is given data
 
 It exits with 1 if it finds an error, such as a file that is missing or broken, an unknown label, an
 image and a mask of different sizes, values outside of their range, or an image in both train and
-val; docs/data.md lists them all. Such an image is found by its id, or by its content: two files are
-one image if their pixels are equal once decoded.
+val. The last is found by its id, or by its content: two files are one image if their pixels are
+equal once decoded. docs/data.md lists all errors.
 """
 
 import sys

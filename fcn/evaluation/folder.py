@@ -15,7 +15,7 @@ from torch import Tensor
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.report import write_report
 from fcn.evaluation.result import Result, compare
-from fcn.files import write_csv, write_json
+from fcn.files import write_csv, write_json, writing
 
 FILES = ("metrics.json", "confusion.csv", "images.csv", "report.html")
 
@@ -43,7 +43,8 @@ def write_folder(
         write_images(output / "images.csv", results[0].images.rows)
     else:  # those of an earlier evaluation in this folder would be of another checkpoint
         for name in ("confusion.csv", "images.csv"):
-            (output / name).unlink(missing_ok=True)
+            with writing(output / name):
+                (output / name).unlink(missing_ok=True)
     write_report(output / "report.html", results, data, images=images, command=command)
     return metrics
 

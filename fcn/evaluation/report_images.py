@@ -64,7 +64,6 @@ def describe_image(
         pictures: "photo", "label", "prediction" or "predictionA" and "predictionB", and "errors".
             Each is a text for readers who cannot see it, and its pixels: (H, W, 3) RGB for the
             photograph, (H, W, 4) RGBA for the others.
-        background: black, the colour of what is transparent in the pictures.
         legend: the classes that occur, and the kinds of errors with their share of the pixels.
     """
     sample, name = data[index], data.ids[index]
@@ -94,7 +93,6 @@ def describe_image(
         "name": name,
         "scores": scores,
         "pictures": pictures,
-        "background": (0, 0, 0),
         "legend": [*legend_entries(found, classes, data.palette, data.void), *kinds],
     }
 

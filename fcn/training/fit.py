@@ -25,7 +25,7 @@ from fcn.module import SegmentationModule
 from fcn.runs.process import is_main_process, memory_size
 from fcn.runs.summary import summarise
 from fcn.training.clock import Clock
-from fcn.training.interruption import ctrl_c_kept, loader_died, stop_of
+from fcn.training.interruption import Interruption, ctrl_c_kept, loader_died, stop_of
 
 
 def fit(
@@ -106,7 +106,8 @@ def _explained(
         return WriteError(f"{error}\nThe checkpoint before it is undamaged; {_go_on(trainer)}")
     if ran_out_of_memory(error):
         device = trainer.strategy.root_device
-        if trainer.validating:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(c.in_validation for c in callbacks if isinstance(c, Interruption)):
             return TrainingError(
                 f"{device} ran out of memory in a validation, whose images are not cropped. Less "
                 "is needed by smaller images, and by 16 bits where the device has them "

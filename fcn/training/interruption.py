@@ -64,6 +64,7 @@ class Interruption(Callback):
         self.error: RuntimeError | None = None  # torch's error about a loader process
         self.pending = False  # whether the run ends after this step, so LastCheckpoint must save it
         self.between_steps = False  # whether the last optimizer step is complete, and no batch came
+        self.in_validation = False  # whether an exception has ended a validation
         self.handlers: dict[int, Any] = {}  # the signal handlers before ours, to be set again
 
     def on_train_start(self, *_: Any) -> None:
@@ -139,6 +140,7 @@ class Interruption(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Save the steps that were complete when the next batch could not be loaded."""
+        self.in_validation = trainer.validating  # Lightning forgets this before `fit` returns
         if self.between_steps and loader_died(exception):
             trainer.save_checkpoint(
                 last_checkpoint(Path(trainer.default_root_dir)), weights_only=False
