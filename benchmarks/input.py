@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> list[Table]:
     """Time our input pipeline and the reference presets in turn."""
     args = options(__doc__, images=120, batch=3, data_root=DATA).parse_args(argv)
 
-    from fcn.datamodule import Transformed
     from fcn.datasets.voc2012 import VOC2012
+    from fcn.loader_process import Transformed
     from fcn.transforms import collate, train_transform
 
     voc = VOCSegmentation(args.data_root, image_set="train")

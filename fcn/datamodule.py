@@ -11,7 +11,6 @@ the interruption, and the number of loader processes makes no difference.
 import math
 import multiprocessing
 import os
-import signal
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,12 +23,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fcn.datasets import Sample, SegmentationDataset, find_dataset
+from fcn.datasets import SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
 from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
-from fcn.transforms import MAX_SIZE, Transform, collate, eval_transform, is_size, train_transform
+from fcn.loader_process import Transformed, leave_interrupts, random_generator
+from fcn.transforms import MAX_SIZE, collate, eval_transform, is_size, train_transform
 
-SPAWNED_BYTES = 450e6  # of memory that a loader process takes where it is spawned, not forked
+SPAWNED_BYTES = 400e6  # of memory that a loader process takes where it is spawned, not forked
 
 
 class SegmentationDataModule(pl.LightningDataModule):
@@ -269,48 +269,6 @@ class ShuffledStream(Sampler[tuple[int, int]]):
                 current, order = epoch, random_generator(self.seed, epoch).permutation(self.size)
             yield epoch, int(order[place])
             position += self.world
-
-
-class Transformed(Dataset[Sample]):
-    """A data set with a transform.
-
-    Args:
-        data: the data set.
-        transform: applied to every sample.
-        seed: of the transform's random numbers. A key (epoch, index) then fixes them; a plain
-            index as the key is for transforms without any.
-    """
-
-    def __init__(
-        self, data: SegmentationDataset, transform: Transform, *, seed: int | None = None
-    ) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        if isinstance(key, int):
-            return self.transform(self.data[key])
-        epoch, index = key
-        sample = self.data[index]
-        # torchvision's transforms draw from torch's global generator. It is restored afterwards.
-        with torch.random.fork_rng(devices=[]):
-            assert self.seed is not None
-            torch.manual_seed(random_generator(self.seed, epoch, index).integers(2**63))
-            return self.transform(sample)
-
-
-def random_generator(*key: int) -> np.random.Generator:
-    """A generator whose numbers depend only on `key`, and are the same on every platform."""
-    return np.random.default_rng(np.random.SeedSequence(key))
-
-
-def leave_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the run itself. A terminal sends it to the loader processes, too.
-
-    They would end at once, and the run could not end its current step as it should.
-    """
-    for name in ("SIGINT", "SIGBREAK"):  # Ctrl-Break, on Windows
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def default_workers(cores: int, memory: float = math.inf) -> int:

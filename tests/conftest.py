@@ -5,6 +5,7 @@ torch and what imports it are imported inside functions. With `-n 2`, pytest's m
 this file before it starts its workers, and would import torch (ten seconds) only to run no test.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -21,6 +23,16 @@ from PIL import Image
 # own workers use the cores, and a sum of floats depends on how many threads share it. torch reads
 # this when it is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # one of them would import trio
+
+# What is imported stays, so looking for garbage meanwhile takes seconds and finds nothing.
+# `pytest_collection_finish` switches it on.
+gc.disable()
+
+# OmegaConf's loader is a subclass of this. Tests compose conf/ hundreds of times, and libyaml reads
+# it several times as fast as Python does.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # A command in the background of a script, as in CI, begins with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -185,6 +197,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("slow") else 3
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """From here on, collect garbage, but not among what has been imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 REPORTED, TOO_LONG = 2.0, 5.0  # seconds of CPU time of a test that is not marked as slow

@@ -6,6 +6,7 @@ float32, and the resolved values of every recipe, under the names that settings 
 
 import json
 import math
+import multiprocessing
 import signal
 import sys
 from pathlib import Path
@@ -91,11 +92,13 @@ def test_resumed_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     For one that is killed, tests/test_kills.py has this.
     """
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    others = set(multiprocessing.active_children())
     train_tiny(undisturbed, *FCN16S)
     assert losses(undisturbed) == pytest.approx(LOSSES["fcn16s adamw dropout"], abs=1e-5)
 
     with stopped(10, signal.SIGTERM):  # a validation is due after this step
         train_tiny(run, *FCN16S, "data.num_workers=1")
+    assert set(multiprocessing.active_children()) <= others  # the loader's process has ended
     assert f"go on with: python train.py resume={run}" in capsys.readouterr().out
     assert torch.load(last_checkpoint(run), weights_only=True)["global_step"] == 10
     with stopped(13, signal.SIGINT):

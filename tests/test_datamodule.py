@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import traceback
@@ -148,6 +149,16 @@ def test_loaders_leave_interrupts_to_the_run() -> None:
     assert init is not None
     init(0)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_what_a_spawned_process_is_handed_needs_no_lightning() -> None:
+    """It imports the file of everything that it unpickles. import-linter sees to those files."""
+    loader = shapes(num_workers=1).train_dataloader()
+    handed = pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
+    assert b"fcn.loader_process" in handed
+    assert b"fcn.transforms" in handed
+    assert b"fcn.datamodule" not in handed
+    assert b"lightning" not in handed
 
 
 def test_broken_image(own_voc: Path) -> None:

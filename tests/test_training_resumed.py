@@ -1,5 +1,6 @@
 """Settings that change when a run is resumed: each is applied to what the checkpoint restores."""
 
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable
@@ -167,7 +168,9 @@ def test_a_crash_after_a_finished_run_went_on(
     begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without changes it ends at once. After a crash, `resume=auto` and sweeps know of it."""
+    others = set(multiprocessing.active_children())
     run = go_on(begun, tmp_path, "data.num_workers=1")
+    assert set(multiprocessing.active_children()) <= others  # the loader's process has ended
     assert (rates(run), status(run)) == (rates(begun), "finished")
     monkeypatch.setattr(SegmentationModule, "training_step", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):

@@ -77,6 +77,10 @@ def fit(
         raise explained from error
     finally:
         gc.unfreeze()
+        # Lightning does not end the processes that load data when a validation is interrupted, or
+        # when there is no step left to take. In the next job of a sweep, for example, Python would
+        # then wait 5 s for each while it collects garbage.
+        trainer.fit_loop.teardown()
         for logger in trainer.loggers:
             # Only our logger for W&B has this. It is not imported here, since importing the package
             # wandb takes two seconds, also in runs without it.

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from fcn.datamodule import random_generator
+from fcn.loader_process import random_generator
 
 
 class DropoutSeeds(Callback):
