@@ -206,6 +206,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Nor while pytest and Python come to their end, which took them seconds."""
+    gc.freeze()
+
+
 REPORTED, TOO_LONG = 2.0, 5.0  # seconds of CPU time of a test that is not marked as slow
 cpu_times: dict[str, float] = {}  # of tests that are to be reported
 

@@ -53,6 +53,7 @@ def losses(run: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_run(run: Path, tmp_path: Path) -> None:
     """Its losses, files, names and scores, which evaluate.py gives again to the last digit."""
     assert losses(run) == pytest.approx(LOSSES["fcn8s"], abs=1e-5)

@@ -289,6 +289,7 @@ def test_onnx_files_that_are_refused(tmp_path: Path) -> None:
             evaluate_checkpoint(path, setting)
 
 
+@pytest.mark.slow
 def test_comparison(finished_run: Path, tmp_path: Path) -> None:
     """A run folder and a checkpoint; both as if judged alone, and the difference."""
     first, other = best_checkpoint(finished_run), tmp_path / "other"

@@ -92,6 +92,7 @@ def test_folder_of_a_new_run(tmp_path: Path, train: Recorder) -> None:
     assert list(tmp_path.iterdir()) == []  # Hydra's empty folder is gone
 
 
+@pytest.mark.slow
 def test_going_on_with_a_run(
     tmp_path: Path, train: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +139,7 @@ def test_broken_data_of_a_resumed_run(
 CHECK = "To see all that is wrong: python -m fcn.datasets.check data.limit=3"
 
 
+@pytest.mark.slow
 def test_ends(
     tmp_path: Path, train: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
