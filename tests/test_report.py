@@ -26,6 +26,8 @@ from fcn.evaluation.result import Result
 from fcn.evaluation.scores import ImageScores
 from fcn.metrics import segmentation_scores
 
+pytestmark = pytest.mark.xdist_group("report")  # one worker draws the pages and starts the browser
+
 VOID_TAGS = {"meta", "link", "img", "input", "path", "circle", "polyline"}
 
 
