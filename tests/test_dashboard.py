@@ -11,7 +11,7 @@ import yaml
 from fcn.dashboard import LOSS, SETTINGS, main
 from fcn.runs.metrics import read_metrics
 
-internal = pytest.importorskip("wandb_workspaces.workspaces.internal")
+pytestmark = pytest.mark.xdist_group("dashboard")
 
 Views = dict[str, dict[str, Any]]  # what was sent, by the name that the library gave the view
 
@@ -29,7 +29,11 @@ def answer(views: Views, query: str, variables: dict[str, Any]) -> dict[str, Any
 
 @pytest.fixture
 def views(monkeypatch: pytest.MonkeyPatch) -> Views:
-    """The library's one call of a server is answered in this process."""
+    """The library's one call of a server is answered in this process.
+
+    It is imported here, since that takes a second in a worker that runs no test of this file.
+    """
+    internal = pytest.importorskip("wandb_workspaces.workspaces.internal")
     found: Views = {}
     monkeypatch.setattr(internal, "execute_graphql", lambda _, *call: answer(found, *call))
     monkeypatch.setattr("wandb.Api", lambda: None)
