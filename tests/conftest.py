@@ -26,10 +26,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # one of them would import trio
 
-# What is imported stays, so looking for garbage meanwhile takes seconds and finds nothing.
-# `pytest_collection_finish` switches it on.
-gc.disable()
-
 # OmegaConf's loader is a subclass of this. Tests compose conf/ hundreds of times, and libyaml reads
 # it several times as fast as Python does.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -173,6 +169,14 @@ FINISHED = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-cpu", action="store_true", help="fail if a test takes too long")
+
+
+def pytest_configure() -> None:
+    """What is imported now stays, so looking for garbage meanwhile takes seconds and finds nothing.
+
+    `pytest_collection_finish` switches it on. forks.py, which imports this file, is not concerned.
+    """
+    gc.disable()
 
 
 def pytest_collectstart() -> None:

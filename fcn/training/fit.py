@@ -77,10 +77,6 @@ def fit(
         raise explained from error
     finally:
         gc.unfreeze()
-        # Lightning does not end the processes that load data when a validation is interrupted, or
-        # when there is no step left to take. In the next job of a sweep, for example, Python would
-        # then wait 5 s for each while it collects garbage.
-        trainer.fit_loop.teardown()
         for logger in trainer.loggers:
             # Only our logger for W&B has this. It is not imported here, since importing the package
             # wandb takes two seconds, also in runs without it.
@@ -89,6 +85,10 @@ def fit(
                 end_run(exit_code, Path(trainer.default_root_dir))
         if exit_code != 1 and is_main_process():
             summary = _write_summary(trainer, status)
+        # Lightning does not end the processes that load data when a validation is interrupted, or
+        # when there is no step left to take. In the next job of a sweep, for example, Python would
+        # then wait 5 s for each while it collects garbage.
+        trainer.fit_loop.teardown()
     return summary if is_main_process() else {}
 
 
