@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +118,34 @@ def test_each_error_stays_with_its_photograph(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a mistake")])
-def test_the_end_waits_for_what_has_begun_only(error: BaseException, jobs: Jobs) -> None:
-    writing, failing = threading.Event(), threading.Event()
+def test_the_end_waits_for_what_has_begun_only(
+    error: BaseException, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two photographs are to be written, and the writing of one has begun, when the error comes."""
+    writing, ending = threading.Event(), threading.Event()
     written = []
+
+    class Pool(ThreadPoolExecutor):
+        """The first to be shut down is the writer. It has no more to do before `ending` is set."""
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ending.set()
+            super().shutdown(wait)
 
     def step(number: int) -> None:
         if number == 1:
             assert writing.wait(PATIENCE)
-            failing.set()
             raise error
 
     def write(image: Tensor, mask: Tensor, target: Path) -> None:
         writing.set()
         with atomic_write(target) as part:
-            assert failing.wait(PATIENCE)
+            assert ending.wait(PATIENCE)
             part.write_bytes(b"complete")
         written.append(target)
 
+    monkeypatch.setattr(predictor, "ThreadPoolExecutor", Pool)
     with pytest.raises(type(error)):
         predict_files(jobs, network(step), write, batch_size=2)
     assert written == list(jobs.values())[:1]
