@@ -65,6 +65,7 @@ def test_all_commands_without_posix(windows: tuple[Path, str]) -> None:
         "run/evaluation/report.html",
         "run/predictions/ü.png",
         "again/ü_overlay.jpg",
+        "tiny.onnx",
     ):
         assert (folder / result).is_file(), result
     for job in ("sweep/0", "stages/fcn32s", "stages/fcn16s", "stages/fcn8s"):
