@@ -211,7 +211,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Nor while pytest and Python come to their end, which took them seconds."""
+    """Collect no garbage while pytest and Python come to their end: that took three seconds."""
     gc.freeze()
 
 
