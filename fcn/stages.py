@@ -24,7 +24,8 @@ from typing import Any
 from fcn.checkpoint import best_checkpoint
 from fcn.cli import CONF, command_line, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
-from fcn.runs.sweep import find_job, finished_before, resumable
+from fcn.runs.folder import setting_name
+from fcn.runs.sweep import find_job, finished_before, resumable, several_processes
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STAGES = ("fcn32s", "fcn16s", "fcn8s")
@@ -62,7 +63,16 @@ def train_stages(given: Sequence[str]) -> int:
 
     Returns:
         The exit code of the last stage that was trained: not 0 if it has failed or was stopped.
+
+    Raises:
+        ConfigError: a setting is not possible here, or this is one of several processes.
     """
+    if several_processes():
+        raise ConfigError(
+            "WORLD_SIZE or SLURM_STEP_NUM_TASKS is above 1: start fcn.stages once, and not through "
+            "torchrun or srun; with trainer=ddp it starts the processes itself. If the cluster sets"
+            " them for every job, unset them first"
+        )
     folders = [o.partition("=")[2] for o in given if o.startswith("hydra.run.dir=")]
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
     if folders and "${" in folders[-1]:
@@ -72,7 +82,7 @@ def train_stages(given: Sequence[str]) -> int:
     weights = None
     for stage in STAGES:
         settings = settings_of(stage, given, weights)
-        run = find_job(folder, settings)
+        run = find_stage(folder, settings)
         if run is None or not finished_before(run):
             if run is not None and resumable(run):
                 arguments = [quoted(f"resume={run}")]
@@ -83,10 +93,19 @@ def train_stages(given: Sequence[str]) -> int:
             if code != 0:
                 print(f"stage {stage} has not finished. The same command goes on with it")
                 return code
-            run = find_job(folder, settings)
+            run = find_stage(folder, settings)
             assert run is not None  # train.py has just finished it
         weights = best_checkpoint(run)
     return 0
+
+
+def find_stage(folder: Path, settings: Sequence[str]) -> Path | None:
+    """The run of a stage that was started with these settings, or None.
+
+    Hydra's own settings, such as hydra.verbose=true, are no part of overrides.yaml.
+    """
+    hydra = ("hydra.", "hydra/")
+    return find_job(folder, [o for o in settings if not setting_name(o).startswith(hydra)])
 
 
 def find_folder(first: list[str]) -> Path:
@@ -96,7 +115,7 @@ def find_folder(first: list[str]) -> Path:
         first: the settings of the first stage.
     """
     root = Path("runs") / "stages"
-    before = (f for f in sorted(root.glob("*"), reverse=True) if find_job(f, first))
+    before = (f for f in sorted(root.glob("*"), reverse=True) if find_stage(f, first))
     return next(before, root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 

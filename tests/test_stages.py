@@ -42,6 +42,17 @@ def test_settings_of_the_stages() -> None:
             settings_of("fcn32s", [wrong], None)
 
 
+def without_training(arguments: list[str], code: int) -> int:
+    """What train.py leaves in a run folder that it ends with this code."""
+    settings, folder = arguments[:-1], arguments[-1].partition("=")[2]
+    Path(folder).mkdir(parents=True)
+    given = [setting for setting in settings if not setting.startswith("hydra")]
+    OmegaConf.save(OmegaConf.create(given), Path(folder, "overrides.yaml"))
+    if code == 0:
+        write_json(Path(folder, "summary.json"), {"status": "finished"})
+    return code
+
+
 def test_stages_that_fail_and_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,14 +61,7 @@ def test_stages_that_fail_and_begin_again(
 
     def run_train(arguments: list[str]) -> int:
         calls.append(arguments)
-        *settings, folder = arguments
-        run = Path(folder.partition("=")[2])
-        run.mkdir(parents=True)
-        OmegaConf.save(OmegaConf.create(settings), run / "overrides.yaml")
-        code = next(codes)
-        if code == 0:
-            write_json(run / "summary.json", {"status": "finished"})
-        return code
+        return without_training(arguments, next(codes))
 
     monkeypatch.setattr(stages, "run_train", run_train)
     monkeypatch.chdir(tmp_path)
@@ -70,6 +74,32 @@ def test_stages_that_fail_and_begin_again(
     settings = ["model=fcn8s", "name=fcn8s", weights, "seed=1"]
     assert calls[3] == [*settings, f"hydra.run.dir={folder}/fcn8s"]
     assert "fcn8s: finished before" in capsys.readouterr().out
+
+
+def test_settings_of_hydra_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They reach train.py, which does not write them to overrides.yaml."""
+    calls: list[list[str]] = []
+
+    def run_train(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return without_training(arguments, 0)
+
+    monkeypatch.setattr(stages, "run_train", run_train)
+    monkeypatch.chdir(tmp_path)
+    given = ["hydra.verbose=true", "hydra/job_logging=none"]
+    assert [train_stages(given) for _ in range(2)] == [0, 0]
+    assert len(calls) == 3
+    assert set(given) <= set(calls[2])
+
+
+def test_one_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them would train the same stages, each in folders of its own."""
+    monkeypatch.setattr(stages, "run_train", lambda arguments: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE or .* start fcn\.stages once"):
+        train_stages(["seed=1"])
 
 
 def test_folder_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
