@@ -28,12 +28,13 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fcn.errors import ConfigError, FCNError, reason
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# Errors of Hydra and OmegaConf, which a user can correct on the command line.
-MENDABLE = (HydraException, OmegaConfBaseException)
+# Errors of Hydra, OmegaConf and YAML, which a user can correct on the command line or in conf/.
+MENDABLE = (HydraException, OmegaConfBaseException, YAMLError)
 # Settings whose values are paths. A path may hold any character.
 PATHS = re.compile(
     r"\+*(ckpt|input|output|resume|calibrate|model\.weights|data\.dataset\.(images|masks|train|val)"
@@ -45,7 +46,7 @@ PATHS = re.compile(
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
 VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")  # of a sweep; commas within quotes are text
 RESUMED = re.compile(r"""resume=(?!(auto|null|'auto'|"auto")$)""")  # an argument that names a run
-forced_arguments: set[str] = set()  # those that `forced` has changed
+forced_arguments: dict[str, str] = {}  # those that `forced` has changed, as they were given
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -117,7 +118,7 @@ def forced(argument: str) -> str:
     single = re.fullmatch(r"(?!hydra\.)[a-z]\w*(\.\w+)*", key) and not (CONF / key).is_dir()
     if not equals or not single or RESUMED.match(argument):
         return argument
-    forced_arguments.add(f"++{argument}")
+    forced_arguments[f"++{argument}"] = argument
     return f"++{argument}"
 
 
@@ -350,23 +351,29 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
 
 
 def _of_hydra(error: BaseException) -> str:
-    """The one or two useful lines of a message of Hydra's or OmegaConf's."""
+    """The one or two useful lines of a message of Hydra's, OmegaConf's or YAML's."""
     if isinstance(error, OSError) and error.filename:  # no error of Hydra's own has a file
         return f"hydra.run.dir, or hydra.sweep.dir: {error.filename}: {reason(error)}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__).strip()
+    if isinstance(error, YAMLError):  # its message names the file and the line
+        return f"a file of settings does not read as YAML: {' '.join(str(error).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         why = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
+        given = forced_arguments.get(error.override, error.override)
         return (
-            f"{error.override}: this does not read as setting=value ({why}). A text with = ( ) or "
+            f"{given}: this does not read as setting=value ({why}). A text with = ( ) or "
             "[ ] in it needs quotes of its own: \"key='a text'\""
         )
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", lines[0])
     if several:
+        given, advice = forced_arguments.get(several[1], several[1]), "Give one of them"
+        # The other scripts take no -m, and a sweep cannot go on with one run.
+        if Path(sys.argv[0]).name == "train.py" and not any(map(RESUMED.match, sys.argv)):
+            advice = "To train with each of them, add -m: python train.py -m ..."
         return (
-            f"{several[1]}: these are several values. To train with each of them, add -m: python "
-            "train.py -m ...; a list is written in brackets, key=[1,2]"
+            f"{given}: these are several values. {advice}; a list is written in brackets, key=[1,2]"
         )
     first = lines[0].replace("Could not override", "There is no setting")
     key = re.search(r"'([\w.]+)'", first)

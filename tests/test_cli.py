@@ -109,13 +109,63 @@ GRAMMAR = "this does not read as setting=value ("
         ("--epochs=1", f"--epochs=1: {GRAMMAR}LexerNoViable"),
     ],
 )
-def test_mistakes_on_the_command_line(override: str, message: str, capsys: Capture) -> None:
+def test_mistakes_on_the_command_line(
+    override: str, message: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", override])
     with pytest.raises(SystemExit), short_messages():
         compose([override])
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert len(error.splitlines()) <= 2
     assert "_loaders" not in error  # a part of others, no choice
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "predict.py tta.scales=0.75,1",
+            "tta.scales=0.75,1: these are several values. Give one",
+        ),
+        ("train.py resume=r seed=1,2", "seed=1,2: these are several values. Give one of them; a"),
+        ("train.py resume=r seed=[1,", f"seed=[1,: {GRAMMAR}"),
+    ],
+)
+def test_mistakes_where_there_is_no_sweep(
+    command: str, message: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice does not mention -m, and the setting is shown as it was given."""
+    script, *settings = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *settings])
+    with pytest.raises(SystemExit):
+        cli.run(lambda: compose(sys.argv[1:], script.removesuffix(".py")))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert " -m" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nclasses: [road, sky\nb: 2", "line 3, column 2"),
+        ("a: 1\n\tb: 2", "line 2, column 1"),
+        ("a: 1\na: 2", "duplicate key a"),
+        ("a: \0", "position 3"),
+    ],
+)
+def test_mistakes_in_a_file_of_settings(
+    text: str, message: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.yaml").write_text(text)
+    monkeypatch.setattr(cli, "CONF", tmp_path)
+    with pytest.raises(SystemExit), short_messages():
+        compose([])
+    error = capsys.readouterr().err
+    assert error.startswith("error: a file of settings does not read as YAML: ")
+    assert str(tmp_path / "train.yaml") in error
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 def test_missing_values() -> None:
