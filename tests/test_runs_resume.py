@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def write_run(run: Path, settings: dict[str, Any]) -> Path:
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     return run
+
+
+def test_settings_that_another_user_keeps_private(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = PermissionError(13, "Permission denied", str(run / "config.yaml"))
+    monkeypatch.setattr(OmegaConf, "load", MagicMock(side_effect=private))
+    with pytest.raises(ConfigError) as error:
+        resumed_config(run, [])
+    assert str(error.value) == f"resume={run}: its config.yaml cannot be read: Permission denied"
 
 
 def test_changes_of_a_resumed_run(run: Path) -> None:

@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import CONF, PATHS, RENAMED, literal, plain, quoted, resolved
-from fcn.errors import ConfigError
+from fcn.errors import ConfigError, reason
 from fcn.runs.folder import is_training, newest_first, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
@@ -107,13 +107,14 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> DictConfig:
         ConfigError: this is no run folder, a change is not possible, or config.yaml names something
             to call that is not accepted (see the head of this file).
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
+    path = run / "config.yaml"
     try:
-        cfg = OmegaConf.load(run / "config.yaml")
-    except (YAMLError, UnicodeDecodeError) as error:  # it was edited by hand
-        why = " ".join(str(error).split())
+        cfg = OmegaConf.load(path) if path.is_file() else None
+    except (OSError, YAMLError, UnicodeDecodeError) as error:  # or belongs to another user
+        why = " ".join(reason(error).split())
         raise ConfigError(f"resume={run}: its config.yaml cannot be read: {why}") from error
+    if cfg is None:
+        raise ConfigError(f"resume={run}: no run folder (it has no config.yaml)")
     if not isinstance(cfg, DictConfig) or "resume" not in cfg:
         raise ConfigError(f"resume={run}: its config.yaml does not hold the settings of a run")
     _convert_old_settings(cfg)
