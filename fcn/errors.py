@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -120,8 +121,8 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_text(name: str, value: Any, *, wanted: str = "a text", optional: bool = False) -> None:
-    """Refuse what is not a string with at least one visible character."""
-    right = isinstance(value, str) and value.strip() != "" and "\0" not in value
+    """Refuse what is neither a string with at least one visible character nor a path."""
+    right = isinstance(value, str | Path) and str(value).strip() != "" and "\0" not in str(value)
     _check(name, value, right, wanted, optional)
 
 

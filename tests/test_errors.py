@@ -1,6 +1,7 @@
 """The checks of arguments: what passes, and what the messages say."""
 
 from collections.abc import Callable
+from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 from urllib.error import URLError
@@ -28,6 +29,7 @@ def test_what_passes() -> None:
     check_flag("flip", True)
     check_flag("flip", False)
     check_text("root", " a b ")
+    check_text("root", Path("a"))
     for check, options in ((check_whole, FIVE), (check_number, {"above": 0}), (check_text, {})):
         check("a", None, optional=True, **options)
     check_choice("pool", None, ("max",), optional=True)
