@@ -84,21 +84,40 @@ def best_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / "best.ckpt"
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     """The best checkpoint of a run folder, or the weights in a folder that export.py wrote.
 
-    Any other path is that of a checkpoint itself.
+    Any other path is that of a checkpoint itself, which need not exist.
+
+    Args:
+        path: of a checkpoint or a folder.
+        key: the setting that has it, for messages.
 
     Raises:
         ConfigError: `path` is neither a path nor a text.
+        WeightsError: the system refuses to look there, as in a folder of another user.
     """
-    if not isinstance(path, Path):
-        check_text("ckpt", path, wanted="a checkpoint, or a run folder")
+    check_text(key, path, wanted="a checkpoint, or a run folder")
     path = Path(path).expanduser()
-    exported_weights = path / MODEL_FOLDER[0]
-    if exported_weights.is_file():
-        return exported_weights
-    return best_checkpoint(path) if path.is_dir() else path
+    try:
+        if path.is_dir():
+            exported_weights = path / MODEL_FOLDER[0]
+            path = exported_weights if exported_weights.is_file() else best_checkpoint(path)
+        path.stat()  # unlike is_dir and is_file, it raises an error in every version of Python
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is up to the caller to say so: `path` may be the name of something else
+    except OSError as error:
+        raise WeightsError(f"{key}={path}: {reason(error)}") from error
+    return path
+
+
+def missing_file(key: str, path: Path) -> WeightsError:
+    """The error that says that there is no checkpoint at `path`, and what there is instead."""
+    run, hint = path.parent.parent, ""
+    if run.is_dir() and path == best_checkpoint(run):
+        last = last_checkpoint(run)
+        hint = f", only {last}" if last.is_file() else f". Is {run} the folder of a run?"
+    return WeightsError(f"{key}={path}: no such file{hint}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -108,11 +127,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         WeightsError: there is no file, or it is broken, not ours, or could run code.
     """
     if not path.is_file():
-        run, hint = path.parent.parent, ""
-        if run.is_dir() and path == best_checkpoint(run):
-            last = last_checkpoint(run)
-            hint = f", only {last}" if last.is_file() else f". Is {run} the folder of a run?"
-        raise WeightsError(f"ckpt={path}: no such file{hint}")
+        raise missing_file("ckpt", path)
     if path.suffix == ".pt2":
         raise WeightsError(
             f"ckpt={path}: a .pt2 is a program for other software, and torch.export.load can run "

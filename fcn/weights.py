@@ -6,7 +6,7 @@ a coarser stride, or from one of the authors' own Caffe nets (Long et al., CVPR 
 
     load_weights(network, "IMAGENET1K_V1")                          # torchvision's; downloaded
     load_weights(network, "vgg19.safetensors")                      # names as torchvision's
-    load_weights(network, "runs/fcn16s/.../checkpoints/best.ckpt")  # FCN-16s starts FCN-8s
+    load_weights(network, "runs/fcn16s/2026-01-31_12-00-00")        # FCN-16s starts FCN-8s
     load_weights(network, "fcn8s_from_caffe.pth")                   # needs alignment="caffe"
 
 Every layer of the VGG must fit, or an error names it. conv6 and conv7 are named in a warning if
@@ -16,8 +16,8 @@ first values, and are returned. The last layer of ImageNet's classifier is not u
 
 import logging
 import socket
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -26,11 +26,12 @@ from torchvision.models import VGG16_Weights, WeightsEnum, get_model_weights
 
 from fcn.checkpoint import (
     CAFFE_LAYERS,
-    MODEL_FOLDER,
     StateDict,
     brief,
+    find_checkpoint,
     from_caffe,
     is_published,
+    missing_file,
     read_tensors,
     rename,
 )
@@ -53,7 +54,8 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
         network: is changed in place.
         source: the name of a torchvision weight set for this VGG; or the path of a .pth or
             .safetensors file whose layers are named as in torchvision or torchfcn; or the path of
-            a checkpoint of this project.
+            a checkpoint of this project, of a run folder (its best checkpoint), or of a folder
+            that export.py wrote.
 
     Returns:
         The names of the layers of head and decoder that were not loaded, and so keep their first
@@ -133,21 +135,21 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
 
     Raises:
         ConfigError: `source` is neither a path nor a text.
-        WeightsError: there is neither a file nor a weight set of that name.
+        WeightsError: there is neither a file nor a weight set of that name, or the system refuses
+            to look for the file.
     """
-    if not isinstance(source, Path):
-        check_text("model.weights", source)
-    path = Path(source).expanduser()
-    if (path / MODEL_FOLDER[0]).is_file():  # a folder of export.py
-        return path / MODEL_FOLDER[0]
+    check_text("model.weights", source)
+    path = find_checkpoint(source, "model.weights")
     if path.is_file():
         return path
-    weights = get_model_weights(backbone).__members__.get(str(source))
-    if weights is not None:
-        return weights
+    named: Mapping[str, WeightsEnum] = {}
+    with suppress(ValueError):  # a VGG of the user's own, registered without weight sets
+        named = get_model_weights(backbone).__members__
+    if str(source) in named:
+        return named[str(source)]
     if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
-        raise WeightsError(f"model.weights={source}: no such file")
-    names = ", ".join(w.name for w in get_model_weights(backbone))
+        raise missing_file("model.weights", path)
+    names = ", ".join(dict.fromkeys(w.name for w in named.values())) or "none"
     raise WeightsError(
         f"model.weights={source}: neither a file nor a name that torchvision has for "
         f"{backbone} ({names}); null is a random start"

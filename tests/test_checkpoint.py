@@ -6,6 +6,7 @@ import zipfile
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -83,6 +84,16 @@ def test_a_run_folder_means_its_best_checkpoint(
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     assert find_checkpoint("~") == tmp_path / "checkpoints" / "best.ckpt"
+
+
+def test_a_path_that_the_system_refuses_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one in a folder of another user, or one with a name that is too long."""
+    refusal = PermissionError(13, "Permission denied", "run")
+    monkeypatch.setattr(Path, "stat", MagicMock(side_effect=refusal))
+    with pytest.raises(WeightsError, match=r"^ckpt=run: Permission denied$"):
+        find_checkpoint("run")
+    with pytest.raises(WeightsError, match=r"^model\.weights=run: Permission denied$"):
+        find_weights("vgg11", "run")
 
 
 def test_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.models._api import BUILTIN_MODELS
 
 from fcn.errors import ConfigError, WeightsError, WriteError
 from fcn.network import FCN
@@ -248,6 +249,28 @@ def test_unknown_name_and_missing_file() -> None:
     for path in ("nowhere/vgg", "vgg19.pth"):
         with pytest.raises(WeightsError, match=re.escape(f"model.weights={path}: no such file")):
             find_weights("vgg16", path)
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    """Its best checkpoint, as for ckpt=RUN."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    last = save(folder, FCN_32S, "last.ckpt")
+    with pytest.raises(WeightsError) as error:
+        find_weights("vgg11", tmp_path)
+    best = folder / "best.ckpt"
+    assert str(error.value) == f"model.weights={best}: no such file, only {last}"
+    save(folder, FCN_32S, "best.ckpt")
+    assert find_weights("vgg11", str(tmp_path)) == best
+
+
+def test_vgg_of_a_user_without_named_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vgg_mine(weights=None, progress=True):  # type: ignore[no-untyped-def]
+        """torchvision finds the weight sets of a VGG by the type of `weights`."""
+
+    monkeypatch.setitem(BUILTIN_MODELS, "vgg_mine", vgg_mine)
+    with pytest.raises(WeightsError, match=r"V1: neither .* for vgg_mine \(none\); null"):
+        find_weights("vgg_mine", "IMAGENET1K_V1")
 
 
 @pytest.fixture
