@@ -71,8 +71,12 @@ def constant(
     time_used: Fraction = no_limit,
     warmup_steps: int = 0,
 ) -> LambdaLR:
-    """The same rate throughout, after an optional warm-up."""
-    return _schedule(optimizer, total_steps, time_used, warmup_steps, lambda progress: 1.0)
+    """The same rate throughout, after an optional warm-up.
+
+    It does not ask for the time that has passed: with DDP, the processes would have to agree on it
+    in every step.
+    """
+    return _schedule(optimizer, total_steps, no_limit, warmup_steps, lambda progress: 1.0)
 
 
 def _schedule(

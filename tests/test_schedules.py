@@ -62,6 +62,13 @@ def test_rates(
     assert rates(make, len(wanted), **options) == pytest.approx(wanted)
 
 
+def test_constant_rates_ask_for_no_time() -> None:
+    """With DDP, each time the processes would have to agree on it."""
+    asked: list[int] = []
+    assert rates(constant, 3, time_used=lambda: float(asked.append(1) or 0)) == [1.0] * 3
+    assert asked == []
+
+
 def test_bad_arguments() -> None:
     for make, wrong in (
         (poly, {"power": 0}),
