@@ -181,8 +181,9 @@ def trace(config: DictConfig, images: int, largest: tuple[int, int] | None = Non
     batches before it stay.
     """
     module, low = build(config), LOW.get(config.trainer.precision)
-    with FakeTensorMode():
-        remove_data(module)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the module's tensors are none yet
+        # As tensors of the CPU, because autocast and fused optimizers refuse torch's meta device.
+        module.to_empty(device="cpu")
         optimizer: Any = module.configure_optimizers()  # without a schedule, only the optimizer
         learned = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
@@ -225,19 +226,6 @@ def build(config: DictConfig) -> SegmentationModule:
     with torch.device("meta"):
         module = cli.build(config, "model", weights=None, class_names=names, optimizer=optimizer)
     return module.double() if config.trainer.precision == "64-true" else module
-
-
-def remove_data(module: nn.Module) -> None:
-    """Replace parameters and buffers by tensors without data. Call it under FakeTensorMode.
-
-    They count as tensors of the CPU: autocast and fused optimizers refuse torch's meta device.
-    """
-    for name, old in [*module.named_parameters(), *module.named_buffers()]:
-        layer, _, attribute = name.rpartition(".")
-        new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
-        setattr(module.get_submodule(layer), attribute, new)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
