@@ -75,8 +75,7 @@ class SegmentationModule(pl.LightningModule):
         **network: Any,
     ) -> None:
         check_whole("num_classes", num_classes, 2, 255, optional=True)
-        if not isinstance(weights, Path):
-            check_text("weights", weights, optional=True)
+        check_text("weights", weights, optional=True)
         check_number("head_lr_multiplier", head_lr_multiplier, above=0)
         check_number("bias_lr_multiplier", bias_lr_multiplier, above=0)
         super().__init__()
@@ -219,11 +218,9 @@ class SegmentationModule(pl.LightningModule):
         # fsum rounds once, so that the sum does not depend on which process saw which image.
         self.val_loss = math.fsum(self.val_losses.compute().flatten().tolist())
         self.val_loss /= max(1, int(confusion.sum()))
-        named: dict[str, float] = {}
-        for name in SCORES:
-            named[f"val/{name}"] = self.scores[name]
-        for name, iou in zip(self.class_names, self.scores["iou"], strict=True):
-            named[f"val/iou/{name}"] = iou
+        ious = zip(self.class_names, self.scores["iou"], strict=True)
+        named = {f"val/{name}": self.scores[name] for name in SCORES}
+        named |= {f"val/iou/{name}": iou for name, iou in ious}
         named["val/loss"] = self.val_loss
         # For checkpoints and early stopping, as float32. Each process has the same numbers.
         self.log_dict(named, logger=False, sync_dist=True)
