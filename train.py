@@ -101,7 +101,6 @@ def advice(cfg: DictConfig, datamodule: "SegmentationDataModule", size: int) -> 
     from fcn import memory
     from fcn.training.settle import largest_image
 
-    assert datamodule.train_data is not None
     return memory.advice(cfg, size, largest_image(datamodule.train_data))
 
 

@@ -57,6 +57,9 @@ class SegmentationDataModule(pl.LightningDataModule):
         DataError: in `prepare_data`, `setup` or while loading: the data is missing or broken.
     """
 
+    train_data: SegmentationDataset  # `setup` opens both
+    val_data: SegmentationDataset
+
     def __init__(
         self,
         *,
@@ -107,8 +110,6 @@ class SegmentationDataModule(pl.LightningDataModule):
             labels = labels.labels(**getattr(dataset, "keywords", {}))
         self.classes: tuple[str, ...] = labels.classes
         self.palette: tuple[tuple[int, int, int], ...] = labels.palette  # RGB, 0 to 255
-        self.train_data: SegmentationDataset | None = None
-        self.val_data: SegmentationDataset | None = None
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -146,25 +147,24 @@ class SegmentationDataModule(pl.LightningDataModule):
         Raises:
             DataError: a split is incomplete, or the two share images.
         """
-        if stage in ("fit", None) and self.train_data is None:
+        if stage in ("fit", None) and not hasattr(self, "train_data"):
             self.train_data = self.open(self.train_split)
-        if stage in ("fit", "validate", None) and self.val_data is None:
+        if stage in ("fit", "validate", None) and not hasattr(self, "val_data"):
             self.val_data = self.open(self.val_split)
-        if self.train_data is not None and self.val_data is not None:
+        if hasattr(self, "train_data") and hasattr(self, "val_data"):
             check_disjoint(self.train_data.ids, self.val_data.ids)
 
     def state_dict(self) -> dict[str, int]:
         """A number for each of the two lists of ids, by which a checkpoint knows its images."""
+        opened = {name: getattr(self, f"{name}_data", None) for name in ("train", "val")}
         return {
             f"{name}_images": zlib.crc32("\n".join(data.ids).encode(errors="backslashreplace"))
-            for name, data in (("train", self.train_data), ("val", self.val_data))
+            for name, data in opened.items()
             if data is not None
         }
 
     def sizes(self) -> str:
         """How many images there are to train on and to validate on, as a phrase."""
-        assert self.train_data is not None
-        assert self.val_data is not None
         return f"{len(self.train_data)} images to train on, {len(self.val_data)} to validate on"
 
     def open(self, split: str, *, download: bool = False) -> SegmentationDataset:
@@ -179,7 +179,6 @@ class SegmentationDataModule(pl.LightningDataModule):
         It never ends: the length of a run is given in steps or in time, and `trainer.max_epochs` is
         converted to steps before the first one.
         """
-        assert self.train_data is not None, "call setup('fit') first"
         rank, world = self._process()
         start = 0
         if self.trainer is not None:
@@ -189,14 +188,11 @@ class SegmentationDataModule(pl.LightningDataModule):
             len(self.train_data), seed=self.seed, start=start, rank=rank, world=world
         )
         data = Transformed(self.train_data, self.augment, seed=self.seed)
-        return self._loader(
-            data, batch_size=self.batch_size, sampler=stream, workers=self.num_workers
-        )
+        return self._loader(data, self.batch_size, stream, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """The loader of the validation split."""
-        assert self.val_data is not None, "call setup('validate') first"
-        beside_training = self.train_data is not None and loaders_are_spawned()
+        beside_training = hasattr(self, "train_data") and loaders_are_spawned()
         return self.eval_dataloader(self.val_data, most_workers=1 if beside_training else 256)
 
     def eval_dataloader(self, data: SegmentationDataset, *, most_workers: int = 256) -> DataLoader:
@@ -217,9 +213,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         unchanged = Transformed(data, eval_transform())
         order = range(len(data) * rank // world, len(data) * (rank + 1) // world)
         workers = min(self.num_workers, most_workers)
-        return self._loader(
-            unchanged, batch_size=self.eval_batch_size, sampler=order, workers=workers
-        )
+        return self._loader(unchanged, self.eval_batch_size, order, workers)
 
     def _process(self) -> tuple[int, int]:
         """The rank of this process, and how many processes there are."""
@@ -227,7 +221,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(self, data: Dataset, *, batch_size: int, sampler: Any, workers: int) -> DataLoader:
+    def _loader(self, data: Dataset, batch_size: int, sampler: Any, workers: int) -> DataLoader:
         return DataLoader(
             data,
             batch_size=batch_size,

@@ -238,8 +238,6 @@ def before_training(datamodule: "SegmentationDataModule") -> None:
         DataError: something must be mended; see `find_errors`.
     """
     train_data, val_data = datamodule.train_data, datamodule.val_data
-    assert train_data is not None
-    assert val_data is not None
     if not hasattr(train_data, "read_labels"):
         return
     started = time.monotonic()

@@ -83,7 +83,6 @@ def settle_length(
             be shorter than its least number of steps, or validate nothing.
     """
     data, settings = config["data"], config["trainer"]
-    assert datamodule.train_data is not None
     images = len(datamodule.train_data)
     if data["batch_size"] == "auto":
         data["batch_size"] = _find_batch_size(config, datamodule.train_data, module, trainer)
@@ -99,7 +98,6 @@ def settle_length(
     least, most = settings.get("min_steps") or 0, settings["max_steps"]
     if least > most != -1:
         refuse("trainer.min_steps", least, f"at most {most}, the number of steps of this run")
-    assert datamodule.val_data is not None
     share = settings.get("limit_val_batches")
     here = len(datamodule.val_data) // trainer.world_size  # Lightning rounds down, too
     batches = math.ceil(here / data["eval_batch_size"])
@@ -123,7 +121,6 @@ def settle_class_weights(
     given = config["model"].get("class_weights")
     if given is None:
         return
-    assert datamodule.train_data is not None
     survey = Survey(datamodule.train_split, datamodule.train_data)
     if survey.errors:
         raise survey.errors[0]
