@@ -40,15 +40,12 @@ def voc_palette(n: int = 256) -> tuple[tuple[int, int, int], ...]:
     highest bits first. The colours of neighbouring labels therefore differ strongly: 0 is black, 1
     is (128, 0, 0), ..., 255 is (224, 224, 192).
     """
-    colours = []
-    for label in range(n):
-        red = green = blue = 0
-        for bit in range(3):
-            red |= (label >> 3 * bit & 1) << 7 - bit
-            green |= (label >> 3 * bit + 1 & 1) << 7 - bit
-            blue |= (label >> 3 * bit + 2 & 1) << 7 - bit
-        colours.append((red, green, blue))
-    return tuple(colours)
+
+    def channel(label: int, first: int) -> int:
+        """Every third bit of a label, from `first` up, as the highest bits of a byte."""
+        return sum((label >> 3 * bit + first & 1) << 7 - bit for bit in range(3))
+
+    return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(n))
 
 
 def list_path(folder: Path, split: str) -> Path:
