@@ -11,8 +11,6 @@ On disk, below `root`, as the official archive unpacks:
 
 from pathlib import Path
 
-import numpy as np
-
 from fcn.datasets import Labels, reading
 from fcn.datasets.download import Archive
 from fcn.datasets.voc2012 import LISTS, voc_palette
@@ -73,7 +71,7 @@ class ADE20K(reading.Pairs):
     ) -> None:
         self.classes, self.palette = self.labels(other=other)
         reading.check_split("ADE20K", split, self.splits)
-        self.other = other
+        self.mask_void = None if other else 0
         folder = ARCHIVE.find(root, download)
         images = folder / "images" / FOLDERS[split]
         masks = folder / "annotations" / FOLDERS[split]
@@ -81,8 +79,3 @@ class ADE20K(reading.Pairs):
         if not files:
             raise DataError(f"{images}: no .jpg here")
         super().__init__({file.stem: (file, masks / f"{file.stem}.png") for file in files})
-
-    def read_mask(self, path: Path) -> np.ndarray:
-        if self.other:
-            return reading.read_mask(path, 151, void=None)
-        return reading.read_mask(path, 150, void=0)

@@ -12,8 +12,6 @@ On disk, below `root`:
 
 from pathlib import Path
 
-import numpy as np
-
 from fcn.datasets import reading
 from fcn.errors import DataError
 
@@ -53,6 +51,7 @@ class CamVid(reading.Pairs):
     palette: tuple[tuple[int, int, int], ...] = tuple(CLASSES.values())
     licence = "not known; ask the authors of CamVid before any commercial use"
     splits: tuple[str, ...] = ("train", "val", "test")
+    mask_void = 11
 
     def __init__(
         self, *, split: str = "train", root: str | Path | None = None, download: bool = False
@@ -70,6 +69,3 @@ class CamVid(reading.Pairs):
         images, masks = folder / split, folder / f"{split}annot"
         ids = reading.read_ids(folder / f"{split}.txt", files=True)
         super().__init__({name: (images / f"{name}.png", masks / f"{name}.png") for name in ids})
-
-    def read_mask(self, path: Path) -> np.ndarray:
-        return reading.read_mask(path, len(self.classes), void=11)

@@ -142,7 +142,7 @@ class Folder(reading.Pairs):
         check_number("data.dataset.val_share", val_share, above=0, below=1)
         check_whole("data.dataset.seed", seed, 0, 2**63)
         reading.check_split("Folder", split, self.splits)
-        self._void = void if isinstance(void, int) else None
+        self.mask_void = void if isinstance(void, int) else None
         # The colour of each class, and of void, in coloured masks; empty if masks hold labels.
         self._colour_of = dict(enumerate(self.palette)) if palette is not None else {}
         self._grey = all(r == g == b for r, g, b in self._colour_of.values())
@@ -183,7 +183,7 @@ class Folder(reading.Pairs):
             return reading.to_mask(
                 reading.labels_of(picture, path),
                 len(self.classes),
-                void=self._void,
+                void=self.mask_void,
                 path=path,
                 hint=hint if self._colours else None,
             )
@@ -194,9 +194,9 @@ class Folder(reading.Pairs):
         if unknown:
             found = ", ".join(map(_colour_text, unknown[:3]))
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            hint = ""
-            if self._void is not None and _number(*[self._void] * 3) in unknown:
-                hint = f"; if these are void, data.dataset.void=[{','.join([str(self._void)] * 3)}]"
+            hint, void = "", self.mask_void
+            if void is not None and _number(void, void, void) in unknown:
+                hint = f"; if these are void, data.dataset.void=[{void},{void},{void}]"
             elif picture.mode == "P":
                 hint = "; null if the mask holds labels"
             message = f"{path}: not in data.dataset.palette: {found}{more}{hint}"
@@ -252,7 +252,7 @@ class Folder(reading.Pairs):
         picture = self._read_picture(path)
         if self._holds_labels(picture):
             return appearance(picture, path)
-        first = 1 if self._void == 0 else 0
+        first = 1 if self.mask_void == 0 else 0
         colours = {k if k == VOID else first + k: c for k, c in self._colour_of.items()}
         return Appearance(is_grey=False, colours=colours)
 

@@ -282,8 +282,9 @@ def _hint(unknown: np.ndarray, num_classes: int) -> str:
 class Pairs(Dataset[Sample]):
     """A data set of files: an image and a mask for each id. Its subclasses say where these are.
 
-    A subclass names its `classes` and their colours in `palette`, and reads its masks in another
-    way if they are no pictures of the labels 0, 1, 2, ... with VOID.
+    A subclass names its `classes` and their colours in `palette`. It sets `mask_void` if its files
+    have another label for void pixels, and reads its masks in another way if they are no pictures
+    of the labels 0, 1, 2, ...
 
     Args:
         pairs: the files of image and mask for each id, in the order of the data set.
@@ -297,6 +298,7 @@ class Pairs(Dataset[Sample]):
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     void: int = VOID
+    mask_void: int | None = VOID  # the label of void in the files of the masks; None: there is none
 
     def __init__(
         self,
@@ -346,7 +348,7 @@ class Pairs(Dataset[Sample]):
 
     def read_mask(self, path: Path) -> np.ndarray:
         """The labels (H, W) uint8 in a mask's file."""
-        return read_mask(path, len(self.classes))
+        return read_mask(path, len(self.classes), void=self.mask_void)
 
 
 def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -> str:
