@@ -10,7 +10,6 @@ There is no registry: a data set is any class that satisfies `SegmentationDatase
 import re
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 from torchvision import tv_tensors
@@ -41,6 +40,7 @@ class SegmentationDataset(Protocol):
 
     `classes[k]` and `palette[k]` (RGB, 0 to 255) belong to label k; `void` is never one of these
     labels. `ids` has one name for each sample, in order; the data module may shorten this list.
+    The constructor takes `split`, `root` and `download` by name. It may have further arguments.
     Data that is missing or damaged raises a `DataError` with the file's name: in the constructor if
     a quick look shows it, else when the sample is read. No sample is skipped silently.
 
@@ -56,10 +56,6 @@ class SegmentationDataset(Protocol):
     palette: tuple[tuple[int, int, int], ...]
     void: int
     ids: list[str]
-
-    def __init__(
-        self, *, split: str, root: str | Path | None = None, download: bool = False
-    ) -> None: ...
 
     def __len__(self) -> int: ...
 
