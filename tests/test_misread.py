@@ -115,6 +115,10 @@ MASKS: dict[str, tuple[bytes, str]] = {
     "text.pgm": (b"P2 2 1 7\n0 3\n", f"this mask has values up to 7, {STRETCHED}"),
     "x.pgm": (b"P5 8 8 5\n" + LABELS.tobytes(), f"this mask has values up to 5, {STRETCHED}"),
     "numbered anew.gif": (saved(LABELS // 3 * 252 + LABELS, "GIF"), r"numbers \[0, 1, 2, 3\] for"),
+    "two values.gif": (saved(LABELS % 2 * 2, "GIF"), r"numbers \[0, 1\] for .* \[0, 2\]"),
+    "one value.gif": (saved(0 * LABELS + 2, "GIF"), r"numbers \[0\] for the grey values \[2\]"),
+    "1 and void.gif": (saved(LABELS % 2 * 254 + 1, "GIF"), r"numbers \[0, 1\] for .* \[1, 255\]"),
+    "only void.gif": (saved(0 * LABELS + 255, "GIF"), r"numbers \[0\] for the grey values \[255\]"),
     "transparent.png": (encoded(TRANSPARENT, "PNG"), "has transparent pixels; save it without alp"),
     "half.tif": (saved(LABELS * np.float32(0.5), "TIFF"), "holds fractions"),
     "deep.png": (deep_png(np.ones((8, 8, 3), np.uint16)), "colours in 16 bits is not read"),
@@ -157,5 +161,14 @@ def test_masks_that_are_read(tmp_path: Path) -> None:
     pixels = bytes([0x2C, *[0] * 4, 4, 0, 1, 0, 0, 2, 3, 0x44, 0x34, 0x05, 0])
     path.write_bytes(b"GIF89a\4\0\1\0" + table + pixels + b"\x3b")
     assert read_mask(path, 4).tolist() == [[0, 1, 2, 3]]
+    # The same table, and pixels of one value, which it may lack.
+    for value in range(4):
+        codes = (4 | value << 3 | 5 << 6).to_bytes(2, "little")  # start, value, end: 3 bits each
+        pixels = bytes([0x2C, *[0] * 4, 1, 0, 1, 0, 0, 2, 2, *codes, 0])
+        path.write_bytes(b"GIF89a\1\0\1\0" + table + pixels + b"\x3b")
+        assert read_mask(path, 4).tolist() == [[value]]
+    for white in (1, 255):
+        path.write_bytes(saved(LABELS % 2 * np.uint8(white), "GIF"))
+        np.testing.assert_array_equal(read_mask(path, 4), LABELS % 2)
     path.write_bytes(saved(np.array([[0, 1, 2]], np.uint8)))
     assert read_mask(path, 2, void=0).tolist() == [[255, 0, 1]]

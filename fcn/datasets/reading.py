@@ -208,7 +208,10 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
         values = np.unique(labels).tolist()
         colours = palette_of(picture)[values]  # (values, 3)
         grey, is_grey = colours[:, 0].tolist(), (colours == colours[:, :1]).all()
-        if is_grey and grey != values and len(set(grey)) == len(values) > 2:
+        # A table of black and white belongs to the labels 0 and 1; what it lacks is black.
+        black_and_white = [255 if value == 1 else 0 for value in values]
+        is_certain = grey in (values, black_and_white) or len(set(grey)) < len(values)
+        if is_grey and not is_certain:
             raise DataError(
                 f"{path}: this GIF has numbers {values} for the grey values {grey}, and either may "
                 "be the labels; save masks as PNG"
