@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from test_bad_images import png
+from test_bad_images import encoded, png
 from test_folder import write
 from torch import Tensor
 
@@ -268,6 +268,7 @@ RANGES: list[Any] = [
     ([("16-bit", 0, 0)], None, r"fill only 0%.*\[0,255\]"),
     ([("float", 0, 0.9), ("float", 0.01, 0.1)], None, None),
     ([("float", 0, 0.1)], None, r"fill only 10% .*value_range=\[0,0\.1\]"),
+    ([("float", -5, -5)], None, r"exceed .*value_range=\[-10,0\]"),  # it becomes grey
     ([("float", -0.005, 1.009)], None, None),  # a resized image
     ([("float", 0, 250)], None, r"exceed the range from 0 to 1; .*value_range=\[0,255\]"),
     ([("16-bit", 200, 4000)], [0, 65535], None),
@@ -296,6 +297,25 @@ def test_smaller_copies_are_no_pages(tmp_path: Path) -> None:
     for name in ("x.tif", "x.mpo"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
         assert read_image(tmp_path / name).shape == (30, 40, 3), name
+
+
+def test_smaller_copy_before_its_picture(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    small, large = (Image.new("RGB", size, "red") for size in ((20, 15), (40, 30)))
+    large.encoderinfo = {"tiffinfo": {254: 0}}  # type: ignore[attr-defined]
+    small.save(path, save_all=True, append_images=[large], tiffinfo={254: 1})
+    assert read_image(path).shape == (30, 40, 3)
+    assert image_size(path) == ((30, 40), 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what is missing
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_tiff_that_is_cut_off(tmp_path: Path, share: float) -> None:
+    path = write(tmp_path, "x", Image.effect_noise((40, 30), 80).convert("RGB"), "tif")
+    content = encoded(Image.open(path), "TIFF", compression="tiff_lzw")
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DataError, match=r"x\.tif: cannot read this image: .* cut off"):
+        read_image(path)
 
 
 def opened(root: Path, **settings: Any) -> Folder:

@@ -137,8 +137,10 @@ def _why_not_opened(path: Path, error: Exception) -> str:
         directory = ImageFileDirectory_v2(head)
         file.seek(directory.next)
         directory.load(file)
+        if COMPRESSION not in directory:  # every TIFF has this tag
+            return "this TIFF is damaged or cut off"
         bands, bits = directory.get(misread.BANDS, 1), directory.get(misread.BITS, (1,))[0]
-        compression = directory.get(COMPRESSION, 1)
+        compression = directory[COMPRESSION]
         return (
             f"it is a TIFF of {bands} bands of {bits} bits in compression {compression}, which "
             "Pillow does not read; save 1, 3 or 4 (RGBA) bands of 8 bits, or 1 band of 16 bits or "
@@ -246,12 +248,13 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], int]:
-    """Height and width of an image, upright; and its EXIF orientation, 1 to 8.
+    """Height and width of the one picture in a file, upright; and its EXIF orientation, 1 to 8.
 
     Only the head of the file is read. The EXIF block of a PNG may lie behind its pixels, which
     Pillow would decode to find it; such a block is not seen here.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
+        _choose_page(picture)
         width, height = picture.size
         has_exif = "exif" in picture.info or picture.format != "PNG"
         orientation = _orientation(picture) if has_exif else 1

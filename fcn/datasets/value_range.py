@@ -179,8 +179,8 @@ def _proposal(facts: Sequence[Facts], usual: tuple[float, float]) -> str:
     tops = [*(float(top) for top in known if highest <= top), highest]
     filled = [top for top in tops if lowest >= 0 and highest - lowest >= SMALL_SHARE * top]
     best: Range = (0, filled[0]) if filled else (lowest, highest)
-    if lowest == highest:
-        best = (0, tops[0])
+    if lowest == highest:  # no range can spread them, but one below 0 need not become black
+        best = (0, tops[0]) if lowest >= 0 else (2 * lowest, 0)
     text = f"data.dataset.value_range={_written(best)} spreads them from black to white"
     if not all(near):
         far = ends[near.index(False)]
