@@ -239,6 +239,8 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str, names: str) -> Non
 def test_pictures_outside_of_the_folders_of_the_splits(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_pair(tmp_path, "0", split)
+    write(tmp_path / "images", "._0", MASK)  # as macOS leaves beside files on other disks
+    assert opened(tmp_path).ids == ["train/0", "val/0"]
     write(tmp_path / "images", "0", MASK)
     refused(tmp_path, "images: there are pictures outside of train and val")
 
@@ -268,6 +270,18 @@ def test_one_folder_and_suffixes(tmp_path: Path) -> None:
     refused(tmp_path, "no picture whose name ends with _x", **here, mask_suffix="_x")
     message = r"first files are a_sat\.jpg and a_mask\.png\. With data"
     refused(tmp_path, message, **here, image_suffix="_sat", mask_suffix="mask")
+
+
+def test_one_folder_and_a_suffix_of_the_images_only(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path, f"{name}_img", Image.new("RGB", (12, 8)), "jpg")
+        write(tmp_path, name, MASK)
+    data = opened(tmp_path, images=".", masks=".", image_suffix="_img")
+    assert data.ids == ["a", "b"]
+    assert np.array_equal(data[1]["mask"], MASK)
+    (tmp_path / "b.png").unlink()
+    message = r"1 of 2 masks missing, the first .*b\.\*"
+    refused(tmp_path, message, images=".", masks=".", image_suffix="_img")
 
 
 def test_forms_of_unicode(tmp_path: Path) -> None:
@@ -320,6 +334,9 @@ SETTINGS: list[Any] = [
     ({"images": 5}, "images=5: must be the folder"),
     ({"train": ""}, "train=: must be null or a text list"),
     ({"seed": -1}, "seed=-1"),
+    ({"image_suffix": None}, "image_suffix=null: must be a text"),
+    ({"mask_suffix": 0}, "mask_suffix=0: must be a text"),
+    ({"void": "255"}, "void=255: must be null, the number .*, but is a text; remove the quotes"),
 ]
 
 

@@ -41,7 +41,7 @@ class Folder(reading.Pairs):
         root: what relative paths start from; None: the current folder.
         download: has no effect, as there is nothing to download.
         images, masks: the two folders, absolute or relative to `root`. They may be the same one, if
-            `mask_suffix` tells the masks from the images.
+            a suffix tells the masks from the images.
         image_suffix, mask_suffix: what follows the id in the names of the files: with "_mask", the
             mask of a.jpg is a_mask.png.
         classes: their names, in the order of the labels.
@@ -96,7 +96,7 @@ class Folder(reading.Pairs):
                 "background is a class, void is not",
             )
         if void is not None and not is_byte(void) and not (is_colour(void) and palette):
-            wanted = "null, a label up to 255, or, with a palette, a colour [R, G, B]"
+            wanted = "null, the number of a label up to 255, or, with a palette, a colour [R, G, B]"
             refuse("data.dataset.void", void, wanted)
         if void in range(1, len(names)):
             raise ConfigError(f"data.dataset.void={void} is the label of a class")
@@ -135,8 +135,9 @@ class Folder(reading.Pairs):
         self.classes, self.palette = self.labels(classes=classes, palette=palette, void=void)
         check_text("data.dataset.images", images, wanted="the folder of the images")
         check_text("data.dataset.masks", masks, wanted="the folder of the masks")
-        check_text("data.dataset.image_suffix", image_suffix or "x", wanted="a text")
-        check_text("data.dataset.mask_suffix", mask_suffix or "x", wanted="a text")
+        for name, suffix in (("image_suffix", image_suffix), ("mask_suffix", mask_suffix)):
+            if suffix != "":
+                check_text(f"data.dataset.{name}", suffix)
         check_text("data.dataset.train", train, wanted="a text list of ids", optional=True)
         check_text("data.dataset.val", val, wanted="a text list of ids", optional=True)
         check_number("data.dataset.val_share", val_share, above=0, below=1)

@@ -49,7 +49,7 @@ class Files(dict[str, Path]):
                         raise DataError(f"{parts[part]} and {path} are of one split; keep one")
                     parts[part] = path
             if {"train/", "val/"} <= parts.keys():
-                if any(map(is_picture, self.folder.glob("*"))):
+                if any(map(is_picture, self.folder.glob("[!.]*"))):
                     raise DataError(
                         f"{self.folder}: there are pictures outside of train and val too"
                     )
@@ -71,9 +71,14 @@ def all_ids(of_images: Files, of_masks: Files) -> list[str]:
     Raises:
         DataError: no image has a mask.
     """
-    are_masks = set(of_masks.values())  # they may lie in the folder of the images
-    found = {name for name, path in of_images.items() if path not in are_masks}
-    if not found & of_masks.keys():
+    # Both may lie in one folder. A file that is in both belongs to the longer suffix.
+    longer = max(of_images, of_masks, key=lambda files: len(files.suffix))
+    taken = set(longer.values())
+    images, masks = (
+        {name for name, path in files.items() if files is longer or path not in taken}
+        for files in (of_images, of_masks)
+    )
+    if not images & masks:
         split = [files.folder for files in (of_images, of_masks) if "" not in files.parts]
         if len(split) == 1:
             raise DataError(
@@ -82,10 +87,10 @@ def all_ids(of_images: Files, of_masks: Files) -> list[str]:
             )
         raise DataError(
             f"{of_images.folder}: no image has a mask of its name in {of_masks.folder}; the first "
-            f"files are {min(of_images.values()).name} and {min(are_masks).name}. With "
+            f"files are {min(of_images.values()).name} and {min(of_masks.values()).name}. With "
             "data.dataset.mask_suffix=_x, the mask of a.jpg is a_x.png"
         )
-    return sorted(found | of_masks.keys())
+    return sorted(images | masks)
 
 
 def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
