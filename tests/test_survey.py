@@ -157,6 +157,7 @@ CONTRADICTIONS: list[Any] = [
     # The palette of a program that makes files smaller: a number for each grey value there is.
     ([palette_picture(LABELS, [(0, 0, 0), (2, 2, 2)]), GREY_LABELS, LABELS], THREE, "palette"),
     ([palette_picture(LABELS, [(0, 0, 0), (99, 99, 99)]), GREY_LABELS, LABELS], THREE, ""),
+    ([Image.fromarray(LABELS == 1), BORDER, BORDER], {}, "by a palette, or because it has 1 bit"),
     # Colours of data.dataset.palette, and one mask in grey; or the other way round.
     ([COLOURED, COLOURED, np.full_like(LABELS, 255)], COLOURS, IS_GREY),
     ([COLOURED, COLOURED, LABELS], COLOURS, ""),
@@ -213,6 +214,16 @@ def test_generated_data_is_not_read_before_training(capsys: Capsys) -> None:
     before_training(datamodule)
     assert capsys.readouterr().out == ""
     assert Survey("train", datamodule.open("train")).pixels.sum() == 3 * 48 * 48
+
+
+def test_no_weights_of_classes_without_the_training_masks(
+    tiny_voc: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    for split, number in (("none", 0), ("train", 1)):
+        check.check(Data(dataset=VOC2012, root=tiny_voc, train_split=split), tmp_path)
+        out = capsys.readouterr().out
+        assert "val: 4 pairs, 4 good" in out
+        assert out.count("model.class_weights=balanced would be") == number
 
 
 def test_balanced_weights() -> None:

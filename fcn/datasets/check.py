@@ -71,8 +71,12 @@ def some_samples(survey: Survey) -> list[Sample]:
     return [survey.data[index] for index in chosen[:PICTURED]]
 
 
-def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterator[str]:
-    """The lines of a table: pixels, share and images of each class in each split."""
+def class_table(surveys: Sequence[Survey], train_split: str) -> Iterator[str]:
+    """The lines of a table: pixels, share and images of each class in each split.
+
+    The weights of the classes follow if the first split is the one to train on.
+    """
+    data = surveys[0].data
     names = {k: one_line(name, 60) for k, name in enumerate(data.classes)} | {data.void: "void"}
     wide = max(map(len, names.values()))
     heads = (f"{s.split + ' pixels':>18} {'%':>6} {'images':>7}" for s in surveys)
@@ -83,10 +87,9 @@ def class_table(surveys: Sequence[Survey], data: SegmentationDataset) -> Iterato
             share = 100 * s.pixels[k] / max(s.pixels.sum(), 1)
             line += f"{s.pixels[k]:>18,} {share:>6.2f} {s.masks[k]:>7,}"
         yield line
-    weights = ", ".join(
-        f"{w:.4g}" for w in balanced_weights(surveys[0].pixels[: len(data.classes)])
-    )
-    yield f"model.class_weights=balanced would be [{weights}]"
+    if surveys[0].split == train_split:
+        weights = balanced_weights(surveys[0].pixels[: len(data.classes)])
+        yield f"model.class_weights=balanced would be [{', '.join(f'{w:.4g}' for w in weights)}]"
     for s in surveys:
         unseen = [one_line(name, 60) for name in s.unseen_classes()]
         if unseen:
@@ -183,10 +186,9 @@ def _report(datamodule: "SegmentationDataModule", output: Path) -> list[DataErro
         errors += [error for survey in surveys for error in survey.errors]
     samples = [sample for survey in surveys for sample in some_samples(survey)]
     if samples:
-        data = surveys[0].data
-        print(*class_table(surveys, data), sep="\n")
+        print(*class_table(surveys, datamodule.train_split), sep="\n")
         with atomic_write(output / "data_check.png") as part:
-            draw(samples, data).save(part, "PNG")
+            draw(samples, surveys[0].data).save(part, "PNG")
         print(f"some samples: {output / 'data_check.png'}")
         turned = sum(pair.turned for survey in surveys for pair in survey.pairs.values())
         if turned:

@@ -81,17 +81,18 @@ def contradiction(appearances: Mapping[Path, Appearance]) -> str | None:
                 f"{', '.join(map(str, values))} of the grey one can be labels, or the brightness "
                 "of the colours. Save all masks in one way"
             )
-    # A program that makes PNG files smaller numbers the grey values that are in a mask.
+    # A program that makes PNG files smaller numbers the grey values that are in a mask; and a
+    # file of 1 bit shows its label 1 as 255.
     labels = {value for path in grey for value in appearances[path].colours}
     for path in coloured:
         colours = appearances[path].colours
         shades = {r for r, g, b in colours.values() if r == g == b}
         if len(shades) == len(colours) and shades <= labels:
             return (
-                f"{path}: this mask has a palette, which shows its labels "
-                f"{', '.join(map(str, sorted(colours)))} as the grey values "
-                f"{', '.join(map(str, sorted(shades)))}, and these are labels in {grey[0]} or "
-                "another grey mask. Save all masks in one way"
+                f"{path}: this mask shows its labels {', '.join(map(str, sorted(colours)))} as the "
+                f"grey values {', '.join(map(str, sorted(shades)))}, by a palette, or because it "
+                f"has 1 bit, and these are labels in {grey[0]} or another grey mask. Save all "
+                "masks in one way"
             )
     return None
 
