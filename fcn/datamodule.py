@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fcn.datasets import SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
-from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, refuse
+from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, reason, refuse
 from fcn.loader_process import Transformed, leave_interrupts, random_generator
 from fcn.transforms import MAX_SIZE, collate, eval_transform, is_size, train_transform
 
@@ -80,8 +80,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         blur: float | None = None,
         seed: int = 0,
     ) -> None:
-        if not callable(dataset):
-            refuse("dataset", dataset, "a class or function that opens a split")
+        # Classes are known before any data is on disk: they are attributes of the data set's class,
+        # or, where they depend on its arguments, what its class method `labels` returns for these.
+        labels: Any = getattr(dataset, "func", dataset)
+        if hasattr(labels, "labels"):
+            labels = labels.labels(**getattr(dataset, "keywords", {}))
+        if not (callable(dataset) and hasattr(labels, "classes") and hasattr(labels, "palette")):
+            refuse("dataset", dataset, "the class of a data set, or a functools.partial of one")
         if not isinstance(root, Path):
             check_text("root", root, optional=True)
         check_flag("download", download)
@@ -103,11 +108,6 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = system_workers() if num_workers is None else num_workers
         self.limit, self.seed = limit, seed
-        # Classes are known before any data is on disk: they are attributes of the data set's class,
-        # or, where they depend on its arguments, what its class method `labels` returns for these.
-        labels: Any = getattr(dataset, "func", dataset)
-        if hasattr(labels, "labels"):
-            labels = labels.labels(**getattr(dataset, "keywords", {}))
         self.classes: tuple[str, ...] = labels.classes
         self.palette: tuple[tuple[int, int, int], ...] = labels.palette  # RGB, 0 to 255
 
@@ -169,7 +169,10 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def open(self, split: str, *, download: bool = False) -> SegmentationDataset:
         """One split as it is on disk, or its first `limit` images."""
-        data = self.make_dataset(split=split, root=self.root, download=download)
+        try:
+            data = self.make_dataset(split=split, root=self.root, download=download)
+        except PermissionError as e:  # a folder that may not be listed
+            raise DataError(f"{e.filename}: {reason(e)}") from e
         data.ids = data.ids[: self.limit]
         return data
 

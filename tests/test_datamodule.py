@@ -1,5 +1,6 @@
 """Loaders: which image comes when depends only on the seed and the position in the stream."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -173,6 +174,17 @@ def test_broken_image(own_voc: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_folder_that_may_not_be_listed(tiny_voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listdir(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", listdir)  # root may list everything
+    datamodule = SegmentationDataModule(dataset=VOC2012, root=tiny_voc)
+    folder = tiny_voc / "VOCdevkit" / "VOC2012" / "JPEGImages"
+    with pytest.raises(DataError, match=f"^{re.escape(str(folder))}: Permission denied$"):
+        datamodule.setup("fit")
+
+
 def test_overlap_and_empty_splits_are_refused(tiny_voc: Path) -> None:
     datamodule = SegmentationDataModule(dataset=VOC2012, root=tiny_voc, train_split="trainval")
     with pytest.raises(DataError, match=r"4 of 4 .*trained on too: 2007_000033"):
@@ -182,7 +194,7 @@ def test_overlap_and_empty_splits_are_refused(tiny_voc: Path) -> None:
 
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "dataset": ["voc"],
+    "dataset": ["voc", lambda **options: Shapes(**options)],
     "root": [" ", 5],
     "download": ["yes"],
     "train_split": [""],
