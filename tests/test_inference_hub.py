@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -127,6 +128,37 @@ def test_a_card_about_which_little_is_known(tmp_path: Path) -> None:
         assert text in card_in(folder)
 
 
+def test_a_card_of_odd_settings(tmp_path: Path) -> None:
+    """They may be of another program. What they do not say is not known."""
+    path = write_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(path, weights_only=True)
+    for changes in (
+        {"config": "x"},
+        {"config": {"data": "x"}},
+        {"config": {"data": {"dataset": "x"}}},
+        {"config": {"data": {"dataset": {"class": ["x"]}}}},
+        {"global_step": "x"},
+    ):
+        torch.save(content | changes, path)
+        card = model_card(read_checkpoint(path), path)
+        assert "| recipe | not known |" in card
+        assert ("| optimizer steps | not known |" in card) == ("global_step" in changes)
+
+
+def test_the_size_is_that_of_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else is in its folder."""
+    output = tmp_path / "out"
+    output.mkdir()
+    with (output / "film.mp4").open("wb") as file:
+        file.truncate(5 * 2**20)
+    if os.name != "nt":  # where not everybody may make a link
+        (output / "lost").symlink_to("nothing")
+    run(write_checkpoint(tmp_path / "x.ckpt"), f"output={output}")
+    assert capsys.readouterr().out.startswith(f"{output}, 0 MB: takes the place")
+
+
 def test_complete_or_not_there(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -208,6 +240,18 @@ def test_save_pretrained(folder: Path, tmp_path: Path) -> None:
     assert not _are_in(network.state_dict(), folder / MODEL_FOLDER[0])
 
 
+def test_saving_keeps_files_of_others(tmp_path: Path) -> None:
+    """Such as those of a project, whose folder is no place for a network."""
+    files = {name: tmp_path / name for name in ("README.md", "config.json")}
+    for name, path in files.items():
+        path.write_text(f"own {name}", encoding="utf-8")
+    new = FCN(3, backbone="vgg_tiny", head_width=8, head_kernel=3)
+    with pytest.raises(ConfigError, match=r"README\.md would be replaced, but belongs"):
+        new.save_pretrained(tmp_path)
+    for name, path in files.items():
+        assert path.read_text(encoding="utf-8") == f"own {name}"
+
+
 def test_push_to_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is pushed is the folder, and `from_pretrained` with its name on the hub reads it."""
     asked: list[Any] = []
@@ -228,7 +272,33 @@ def test_push_to_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert network.push_to_hub("somebody/fcn") == "https://example.org/somebody/fcn"
     assert {path.name for path in (tmp_path / "somebody/fcn").iterdir()} == set(MODEL_FOLDER)
     assert torch.equal(logits(FCN.from_pretrained("somebody/fcn")), logits(network))
-    assert asked == ["config.json", list(MODEL_FOLDER)]
+    assert asked == [list(MODEL_FOLDER)]
+
+
+@pytest.mark.parametrize("config", ["{broken", '{"head_width": 40000, "dropout": 0.9}'])
+def test_the_config_of_a_hub_is_for_readers(
+    config: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in it changes the network. What the hub's own class takes reaches the download."""
+    downloaded = Path(shutil.copytree(folder, tmp_path / "cache"))
+    (downloaded / "config.json").write_text(config, encoding="utf-8")
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(downloaded)
+
+    def file(repo_id: str, filename: str, **_: Any) -> str:
+        return str(downloaded / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", file)
+    monkeypatch.setattr("fcn.inference.hub.snapshot_download", download)
+    hub = {"revision": "v1", "cache_dir": tmp_path, "force_download": True}
+    hub |= {"local_files_only": True, "token": "secret"}
+    network = FCN.from_pretrained("somebody/fcn", **hub)
+    assert asked == [("somebody/fcn", hub | {"allow_patterns": list(MODEL_FOLDER)})]
+    assert network.dropout.p != 0.9
+    assert torch.equal(logits(network), logits(FCN.from_pretrained(folder)))
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,16 +30,16 @@ from fcn.checkpoint import (
     settings_of,
     write_model_folder,
 )
-from fcn.errors import ConfigError, WeightsError
+from fcn.errors import WeightsError, need_packages
 from fcn.inference.model_card import model_card
 from fcn.module import SegmentationModule
 from fcn.network import FCN as Network
 
-try:
-    from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-except ImportError as error:
-    message = "huggingface_hub is not installed: pip install -r requirements/hub.txt"
-    raise ConfigError(message) from error
+need_packages("huggingface_hub", extra="hub")
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download  # noqa: E402
+
+# Arguments of `from_pretrained` that are for `huggingface_hub.snapshot_download`.
+DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 class FCN(Network, PyTorchModelHubMixin):
@@ -68,50 +68,68 @@ class FCN(Network, PyTorchModelHubMixin):
         empty = {"config": {}, "precision": "32-true", "global_step": 0}
         return settings_of({"hyper_parameters": network, **empty})
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write export.py's three files. The mixin then finds nothing left to write."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Write the three files of export.py's folder, and with `push_to_hub` upload them, too.
+
+        The mixin's own function would first remove any config.json that is in the folder.
+
+        Args:
+            save_directory: is made if it does not exist.
+            repo_id: the name on the hub. None: the name of the folder.
+            options: of the function `push_to_hub`, which calls this one with `config` and
+                `model_card_kwargs`. These make no difference: config.json and README.md say what
+                is known of this network.
+
+        Raises:
+            ConfigError: the folder cannot be made, or holds a README.md or a config.json of others.
+            WriteError: a file cannot be written.
+        """
+        folder = Path(save_directory).expanduser()
         state = {f"network.{name}": value for name, value in self.state_dict().items()}
         settings = self._settings()
         if self.source is not None and _are_in(state, self.source):
             card = model_card(settings, self.source)
         else:  # it was trained on by somebody's own code: data, steps and scores are not known
             card = model_card(settings | {"config": {}, "global_step": 0}, None)
-        write_model_folder(settings, state, save_directory, card)
+        write_model_folder(settings, state, folder, card)
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: Any = "cpu",
+        strict: bool = True,
+        **options: Any,
+    ) -> Self:
         """Open a folder, a checkpoint or a run of this machine, or download a folder of the hub.
+
+        The settings are those in the weights' own file: config.json is for readers only.
 
         Args:
             pretrained_model_name_or_path: a path, or else a name on the hub.
-            options: changes to the network; and those of the mixin, such as `revision`.
-
-        Raises:
-            WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
-        """
-        if Path(pretrained_model_name_or_path).expanduser().exists():  # config.json is not needed
-            return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **options)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: Any = "cpu", strict: bool = True, **options: Any
-    ) -> Self:
-        """Open a folder, or download one, as any checkpoint is opened.
-
-        Args:
             map_location: the device of the network. The hub's own class has this argument, and the
                 next.
             strict: makes no difference, because every weight must always fit.
+            options: those of DOWNLOAD; and changes to the arguments of the network.
 
         Raises:
             WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
         """
-        hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        download = {name: options.pop(name, None) for name in hub}
-        if not Path(model_id).expanduser().exists():
-            model_id = snapshot_download(model_id, allow_patterns=list(MODEL_FOLDER), **download)
-        path = find_checkpoint(model_id)
+        place = Path(pretrained_model_name_or_path).expanduser()
+        download = {name: options.pop(name) for name in DOWNLOAD if name in options}
+        if not place.exists():
+            name = str(pretrained_model_name_or_path)
+            place = Path(snapshot_download(name, allow_patterns=list(MODEL_FOLDER), **download))
+        path = find_checkpoint(place)
         module = SegmentationModule.load_from_checkpoint(path, **options)
         arguments = {k: v for k, v in module.hparams.items() if k in signature(Network).parameters}
         network = cls(**arguments)

@@ -15,8 +15,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fcn.checkpoint import MODEL_FOLDER
+from fcn.checkpoint import MODEL_FOLDER, data_settings
 from fcn.datasets import data_licence
+from fcn.errors import WeightsError
 from fcn.figures.legend import one_line
 from fcn.runs.folder import output_folder, read_overrides
 from fcn.runs.metrics import read_metrics
@@ -41,14 +42,18 @@ def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
     """
     if path is not None and path.name == MODEL_FOLDER[0] and path.with_name("README.md").is_file():
         return path.with_name("README.md").read_text(encoding="utf-8")
-    network, config = checkpoint["hyper_parameters"], checkpoint["config"] or {}
+    network = checkpoint["hyper_parameters"]
+    # `read_checkpoint` accepts any plain values. Those of another kind than a run's say nothing.
+    for name, known, unknown in (("config", dict, {}), ("global_step", int, 0)):
+        if not isinstance(checkpoint[name], known):
+            checkpoint = {**checkpoint, name: unknown}
     scored_on, scores = find_scores(checkpoint, path) if path is not None else ("", {})
     environment = Environment(
         loader=PackageLoader("fcn.inference"), undefined=StrictUndefined, keep_trailing_newline=True
     )
     return environment.get_template("model_card.md").render(
         title=f"FCN-{network.get('stride', 8)}s on {network.get('backbone', 'vgg19')}",
-        facts={name: _cell(value) for name, value in _facts(checkpoint, config, path).items()},
+        facts={name: _cell(value) for name, value in _facts(checkpoint, path).items()},
         scored_on=scored_on,
         scores={_cell(name): value for name, value in scores.items()},
         classes=[_cell(name) for name in network["class_names"]],
@@ -56,17 +61,20 @@ def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
     )
 
 
-def _facts(checkpoint: Mapping[str, Any], config: Any, path: Path | None) -> dict[str, str]:
+def _facts(checkpoint: Mapping[str, Any], path: Path | None) -> dict[str, str]:
     """What the card's first table says: data and recipe."""
-    data = config.get("data") or {}
-    dataset = (data.get("dataset") or {}).get("class")
+    try:
+        data = data_settings(path or Path(), checkpoint)
+    except WeightsError:
+        data = {"dataset": {}}
+    dataset = data["dataset"].get("class")
     train, val = data.get("train_split"), data.get("val_split")
     splits = f", trained on `{train}`, validated on `{val}`" if train else ""
     steps = checkpoint["global_step"]
     return {
         "data": f"{dataset}{splits}" if dataset else UNKNOWN,
         "licence of the data": data_licence(dataset) if dataset else UNKNOWN,
-        "recipe": _recipe(path, config) if path is not None else UNKNOWN,
+        "recipe": _recipe(path, checkpoint["config"]) if path is not None else UNKNOWN,
         "optimizer steps": f"{steps:,}" if steps else UNKNOWN,
         "precision in training": checkpoint["precision"],
         "card written": date.today().isoformat(),
