@@ -86,6 +86,25 @@ def test_links_and_pipes(tmp_path: Path) -> None:
         read_image(pipe)  # as data=folder does, too
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows drops `link/..` from a path by itself")
+def test_the_folder_above_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that the system finds, above what the link leads to."""
+    here, other = tmp_path / "here", tmp_path / "other"
+    touch(tmp_path, "here/x.jpg", "other/x.jpg", "other/deep/y.jpg")
+    (here / "link").symlink_to(other / "deep")
+    monkeypatch.chdir(here)
+    for pattern, expected in (
+        ("link/../x.jpg", {other / "x.jpg": here / "out" / "x"}),
+        ("link/../*.jpg", {other / "x.jpg": here / "out" / "x"}),
+        ("*/../x.jpg", {other / "x.jpg": here / "out" / "other" / "x"}),
+        ("link/../deep", {other / "deep/y.jpg": here / "out" / "y"}),
+        ("../here/link", {here / "link/y.jpg": here / "out" / "y"}),  # the user's name of it
+    ):
+        assert find_photos(pattern, Path("out"))[0] == expected, pattern
+    jobs, _ = find_photos("x.jpg", Path("link/../out"))
+    assert jobs == {here / "x.jpg": other / "out" / "x"}
+
+
 def test_longest_side_of_an_overlay(tmp_path: Path) -> None:
     """The mask keeps its size, and the overlay has what a JPEG can have."""
     image = torch.zeros(3, 66_000, 2, dtype=torch.uint8)

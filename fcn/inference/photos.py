@@ -83,7 +83,7 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
             has not written.
     """
     check_text("input", pattern, wanted="a file, a folder or a glob")
-    given, output = Path(pattern).expanduser(), Path(os.path.abspath(output))
+    given, output = Path(pattern).expanduser(), absolute(output)
     if given.is_file():
         root, found = given.parent, [str(given)]
     elif given.is_dir():
@@ -96,10 +96,10 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     once: dict[tuple[str, str], Path] = {}
     for path in sorted(map(Path, found), key=lambda path: (len(path.parts), path)):
         key = os.path.realpath(path.parent), path.name
-        once.setdefault(key, Path(os.path.abspath(path)))
+        once.setdefault(key, absolute(path))
     paths = sorted(path for path in once.values() if not os.path.isdir(path))
     # A glob may lead out of its own root again: a/*/../../b/*.png
-    root = Path(os.path.commonpath([os.path.abspath(root), *(path.parent for path in paths)]))
+    root = Path(os.path.commonpath([absolute(root), *(path.parent for path in paths)]))
     photos, left_out = [], {}
     for path in paths:
         why = None if given.is_file() else _why_left_out(path, root, output)
@@ -113,6 +113,20 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     if any(map(is_video, photos)):
         need_packages("av", extra="video")  # also to know the results of earlier runs
     return _targets(photos, root, output), left_out
+
+
+def absolute(path: Path) -> Path:
+    """The same file or folder, absolute and without `..`, so that names are relative to the input.
+
+    `link/..` is the folder above what the link leads to. So links before the last `..` are
+    resolved, and those after it keep their names. On Windows, which drops `link/..` from a path by
+    itself, `realpath` does so too.
+    """
+    parts = path.parts
+    if ".." not in parts:
+        return Path(os.path.abspath(path))
+    end = len(parts) - parts[::-1].index("..")  # just behind the last one
+    return Path(os.path.realpath(Path(*parts[:end])), *parts[end:])
 
 
 def _why_left_out(path: Path, root: Path, output: Path) -> str | None:
