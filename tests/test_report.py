@@ -20,6 +20,7 @@ from fcn.datasets import Sample
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.evaluation import report
 from fcn.evaluation.boundaries import boundary_miou
+from fcn.evaluation.folder import write_folder
 from fcn.evaluation.report import run_name, write_report
 from fcn.evaluation.report_images import choose_images
 from fcn.evaluation.result import Result
@@ -262,6 +263,8 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
     assert all(map(math.isnan, result.metrics["boundary_miou"].values()))
     page = written(tmp_path / "report.html", data, result)
     assert "nan" not in page.text
+    assert "None are shown: no image has a score" in page.text
+    assert "report.images" not in page.text
     assert len(page.all("table", "dense")) == 0
 
 
@@ -280,6 +283,46 @@ def test_choice_of_images() -> None:
 def test_names_of_runs() -> None:
     assert run_name(Path("/x/runs/fcn8s/2026-01-31/checkpoints/best.ckpt")) == "fcn8s/2026-01-31"
     assert run_name(Path("/best.ckpt")) == "best.ckpt"
+    assert run_name(Path("/x/export/best/model.safetensors")) == "best"
+
+
+RUN, WEIGHTS = "/x/day/checkpoints", "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ((f"{RUN}/best.ckpt", "/y/best.ckpt"), ("x/day", "best.ckpt")),
+        ((f"{RUN}/best.ckpt", f"{RUN}/last.ckpt"), ("best.ckpt", "last.ckpt")),
+        ((f"/A/out/best/{WEIGHTS}", f"/B/out/best/{WEIGHTS}"), ("A/out/best", "B/out/best")),
+        ((f"/A/out/best/{WEIGHTS}", f"/A/out/last/{WEIGHTS}"), ("best", "last")),
+        (("/A/best.onnx", "/B/best.onnx"), ("A/best.onnx", "B/best.onnx")),
+        (("/A/best.onnx", "/A/best.onnx"), ("best.onnx", "best.onnx")),
+    ],
+)
+def test_a_title_tells_two_checkpoints_apart(
+    paths: tuple[str, str], names: tuple[str, str], tmp_path: Path
+) -> None:
+    data = FakeData(("ground", "cat"), numbered(1))
+    results = [data.scored(seed, checkpoint=path) for seed, path in enumerate(paths)]
+    page = written(tmp_path / "report.html", data, *results, images=0)
+    assert f"<h1>{' against '.join(names)}</h1>" in page.source
+
+
+def test_a_comparison_removes_only_what_an_evaluation_wrote(tmp_path: Path) -> None:
+    """Of files in the folder that have the names of an evaluation's, the user's own are kept."""
+    data, own = FakeData(("ground", "cat"), numbered(1)), tmp_path / "images.csv"
+    results = [data.scored(0), data.scored(1)]
+    own.write_text("own", encoding="utf-8")
+    for _ in range(2):  # the second time, the folder holds a comparison
+        write_folder(tmp_path, results, data, images=0, command="x")
+        assert own.read_text(encoding="utf-8") == "own"
+    (tmp_path / "metrics.json").write_text("[]", encoding="utf-8")  # another program's
+    write_folder(tmp_path, results, data, images=0, command="x")
+    assert own.read_text(encoding="utf-8") == "own"
+    write_folder(tmp_path, results[:1], data, images=0, command="x")
+    write_folder(tmp_path, results, data, images=0, command="x")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.html"}
 
 
 # In a browser: Debian's chromium and chromium-driver, and selenium.

@@ -84,19 +84,7 @@ def open_candidate(
             )
         accelerator = "cpu"
     given, precision = precision, precision or checkpoint["precision"]
-    check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
-    check_choice("precision", precision, PRECISIONS)
-    try:
-        trainer = pl.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision=precision,  # type: ignore[arg-type]
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
+    trainer = _trainer(accelerator, precision)
     device = trainer.strategy.root_device
     check_card(device)
     # Lightning turns 16-mixed into bf16-mixed on a CPU.
@@ -105,9 +93,8 @@ def open_candidate(
             other = {"32-true", str(trainer.precision)} & {*precisions_of(device)}
             wanted = f"{' or '.join(sorted(other))} on the device {device.type}"
             refuse("precision", precision, wanted)
-        return open_candidate(
-            path, accelerator=accelerator, precision=best_precision(device), wrap=wrap
-        )
+        precision = best_precision(device)
+        trainer = _trainer(accelerator, precision)
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
         module.network.set_layout(best_layout(device, precision, backward=False))
@@ -120,6 +107,27 @@ def open_candidate(
     if wrap is not None:
         module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
     return Candidate(path, {name: checkpoint[name] for name in SETTINGS}, module, trainer)
+
+
+def _trainer(accelerator: str, precision: str) -> pl.Trainer:
+    """A Trainer that writes nothing. Only Lightning knows the device of each accelerator.
+
+    Raises:
+        ConfigError: there is no such accelerator, or no such precision.
+    """
+    check_text("accelerator", accelerator, wanted="auto, cpu, gpu, mps or another of Lightning's")
+    check_choice("precision", precision, PRECISIONS)
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
 
 
 def chosen_data(

@@ -5,6 +5,7 @@
 This is the last step of evaluate.py. report.py makes the report.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,17 +37,30 @@ def write_folder(
     Raises:
         WriteError: something cannot be written.
     """
+    if len(results) > 1 and _holds_evaluation(output):  # its tables are of another checkpoint
+        for name in ("confusion.csv", "images.csv"):
+            with writing(output / name):
+                (output / name).unlink(missing_ok=True)
     metrics = results[0].metrics if len(results) == 1 else compare(*results)
     write_json(output / "metrics.json", metrics)
     if len(results) == 1:
         write_confusion(output / "confusion.csv", results[0].confusion, list(metrics["iou"]))
         write_images(output / "images.csv", results[0].images.rows)
-    else:  # those of an earlier evaluation in this folder would be of another checkpoint
-        for name in ("confusion.csv", "images.csv"):
-            with writing(output / name):
-                (output / name).unlink(missing_ok=True)
     write_report(output / "report.html", results, data, images=images, command=command)
     return metrics
+
+
+def _holds_evaluation(folder: Path) -> bool:
+    """Whether the metrics.json in a folder is that of an evaluation, which has tables beside it.
+
+    A comparison has none. Where its metrics.json is, or another program's, files with the names of
+    the tables are the user's own.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and {"checkpoint", "boundary_miou"} <= metrics.keys()
 
 
 def write_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fcn.checkpoint import MODEL_FOLDER
 from fcn.datasets import SegmentationDataset
 from fcn.evaluation.boundaries import WIDTHS
 from fcn.evaluation.report_images import choose_images, describe_image, encode
@@ -68,7 +69,7 @@ def write_report(
     Raises:
         WriteError: the file cannot be written.
     """
-    names = [run_name(Path(result.metrics["checkpoint"])) for result in results]
+    names = run_names([Path(result.metrics["checkpoint"]) for result in results])
     lettered = {"": results[0]} if len(results) == 1 else dict(zip("AB", results, strict=True))
     content = {
         "title": " against ".join(names) if len(names) > 1 else f"Evaluation of {names[0]}",
@@ -79,17 +80,38 @@ def write_report(
         **_classes(results, data.palette),
     }
     page = TEMPLATES.get_template("report.html")
-    empty = page.render(content, gallery={"chosen": 1, "shown": 0, "groups": []})
+    empty = page.render(content, gallery={"wanted": 1, "chosen": 1, "shown": 0, "groups": []})
     gallery = _gallery(lettered, data, images, LARGEST - len(_ascii_html(empty)))
     write_text(path, _ascii_html(page.render(content, gallery=gallery)))
 
 
+def run_names(checkpoints: Sequence[Path]) -> list[str]:
+    """The `run_name` of each of one or two checkpoints.
+
+    Where the two would have the same, it is the end of the path, as long as it takes to tell them
+    apart: best.ckpt and last.ckpt of one run, or A/export/best and B/export/best.
+    """
+    names = [run_name(path) for path in checkpoints]
+    paths = [_handed_on(path).absolute().parts for path in checkpoints]
+    length = 0
+    while len({*names}) < len({*paths}):
+        length += 1
+        names = [Path(*parts[-length:]).as_posix() for parts in paths]
+    return names
+
+
 def run_name(checkpoint: Path) -> str:
-    """`<name>/<date_time>` of a run's checkpoint, or the name of the file itself."""
-    parents = checkpoint.absolute().parents
+    """`<name>/<date_time>` of a run's checkpoint, or the name of the file or folder itself."""
+    path = _handed_on(checkpoint)
+    parents = path.absolute().parents
     if parents[0].name == "checkpoints" and len(parents) > 3:
         return f"{parents[2].name}/{parents[1].name}"
-    return checkpoint.name
+    return path.name
+
+
+def _handed_on(checkpoint: Path) -> Path:
+    """The folder that export.py wrote, if these are the weights in one. Others stay as they are."""
+    return checkpoint.parent if checkpoint.name == MODEL_FOLDER[0] else checkpoint
 
 
 def _ascii_html(html: str) -> Markup:
@@ -116,7 +138,8 @@ def _gallery(
         room: the bytes that they may take together.
 
     Returns:
-        `groups` of (title, HTML of each figure), how many were `chosen`, and how many are `shown`.
+        `groups` of (title, HTML of each figure), how many images were `wanted`, how many `chosen`,
+        which have a score, and how many are `shown`.
     """
     miou = np.array([[row[2] for row in result.images.rows] for result in results.values()])
     titles, ranking = ("Worst", "Median", "Best"), miou[0]  # (N,)
@@ -129,7 +152,8 @@ def _gallery(
     for title, indices in zip(titles, chosen, strict=True):
         figures = [_figure(results, data, index, share) for index in indices]
         groups.append((title, [figure for figure in figures if figure]))
-    return {"groups": groups, "chosen": count, "shown": sum(len(html) for _, html in groups)}
+    shown = sum(len(html) for _, html in groups)
+    return {"groups": groups, "wanted": wanted, "chosen": count, "shown": shown}
 
 
 def _figure(

@@ -86,8 +86,7 @@ def error_map(label: Tensor, prediction: Tensor, void: int = VOID) -> Tensor:
         (3, H, W) uint8.
     """
     kind = torch.where(label == void, 2, (label != prediction).long())  # index into the colours
-    colours = torch.tensor((CORRECT, WRONG, IGNORED), dtype=torch.uint8)
-    return colours[kind].permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return colourise(kind, (CORRECT, WRONG, IGNORED))
 
 
 def labels_in(*masks: Tensor) -> list[int]:
