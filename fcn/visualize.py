@@ -44,17 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=".png, .pdf or .svg (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
+    output = options.output.expanduser()  # shells leave the ~ of --output=~/x.png as it is
     with short_messages():
         runs = read_runs(options.runs)
         try:
             if len(runs) == 1:
-                draw_curves(next(iter(runs.values())), options.output)
+                draw_curves(next(iter(runs.values())), output)
             else:
                 names = run_names(list(runs))
-                compare_runs(dict(zip(names, runs.values(), strict=True)), options.output)
+                compare_runs(dict(zip(names, runs.values(), strict=True)), output)
         except (WriteError, ValueError) as error:  # ValueError: matplotlib has no such format
             raise ConfigError(f"--output: {reason(error)}") from error
-        print(options.output)
+        print(output)
 
 
 def read_runs(folders: Sequence[Path]) -> dict[Path, Columns]:

@@ -68,6 +68,16 @@ def test_a_sweep_as_a_command(tmp_path: Path, monkeypatch: Patch, capsys: Capsys
     assert "12 has nothing to draw yet" in capsys.readouterr().err
 
 
+def test_a_picture_in_the_home_folder(tmp_path: Path, monkeypatch: Patch, capsys: Capsys) -> None:
+    """A shell leaves the ~ within a word as it is."""
+    for name in ("HOME", "USERPROFILE"):  # the latter on Windows
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(visualize, "draw_curves", lambda columns, path: path.touch())
+    main([str(write_run(tmp_path / "run", columns_of(3))), "--output=~/x.png"])
+    assert (tmp_path / "x.png").is_file()
+    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
+
+
 def test_run_names_are_unique_and_short(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("a/x", "b/x", "b/y", "c/b/x")]
     assert run_names(runs) == ["a/x", f"{tmp_path.name}/b/x", "y", "c/b/x"]
