@@ -61,7 +61,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     from fcn.evaluation.result import score
     from fcn.files import create_folder
     from fcn.inference.onnx_session import open_onnx
-    from fcn.inference.tta import TestTime
+    from fcn.inference.tta import TestTime, view_settings
     from fcn.precision import keep_freed_memory
     from fcn.runs.folder import output_folder
     from fcn.runs.process import quiet_lightning
@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
 
     quiet_lightning()
     keep_freed_memory()
-    tta = cli.plain(cfg.tta)
+    tta = view_settings(cli.plain(cfg.tta))
     plain = tta == {"flip": False, "scales": [1]} and cfg.tile is None
     options = {"accelerator": cfg.accelerator, "precision": cfg.precision}
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)

@@ -56,10 +56,9 @@ def export(cfg: DictConfig) -> Path:
         fcn.errors.FCNError: a setting or the checkpoint is wrong, a package is missing, or the
             file disagrees with the network. Nothing is left then.
     """
-    from fcn.checkpoint import find_checkpoint, read_checkpoint, write_model_folder
+    from fcn.checkpoint import MODEL_FOLDER, find_checkpoint, read_checkpoint, write_model_folder
     from fcn.inference.export import export_path, export_program
     from fcn.inference.model_card import model_card
-    from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import quantise
     from fcn.module import SegmentationModule
 
@@ -67,20 +66,15 @@ def export(cfg: DictConfig) -> Path:
     if cfg.argmax and cfg.format == "safetensors":
         raise ConfigError("argmax=true: format=safetensors writes weights, which give no mask")
     path = export_path(cfg.output, ckpt, cfg.format, int8=cfg.int8)
+    written = [path]
     module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
     if cfg.format == "safetensors":
         card = model_card(checkpoint, ckpt)
         write_model_folder(checkpoint, module.state_dict(), path, card)
+        written = [path / name for name in MODEL_FOLDER]
         says = "takes the place of a checkpoint; its README.md is the model card"
     else:
-        value_range, _ = image_settings(ckpt, checkpoint)
-        write = partial(
-            export_program,
-            module,
-            argmax=cfg.argmax,
-            value_range=value_range,
-            checkpoint=checkpoint,
-        )
+        write = partial(export_program, module, checkpoint=checkpoint, argmax=cfg.argmax)
         if cfg.int8:
             images = find_images(cfg, ckpt, checkpoint)
             with TemporaryDirectory() as folder:
@@ -93,7 +87,7 @@ def export(cfg: DictConfig) -> Path:
                 f"agrees with the network; scores differ by {difference:.2g} at most, {equal:.4%} "
                 "of the mask's pixels are equal"
             )
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    size = sum(file.stat().st_size for file in written)
     print(f"{path}, {size / 2**20:.0f} MB: {says}")
     return path
 
@@ -104,9 +98,8 @@ def find_images(cfg: DictConfig, ckpt: Path, checkpoint: Mapping[str, Any]) -> "
     Raises:
         fcn.errors.FCNError: they cannot be found.
     """
-    from fcn.checkpoint import image_type
+    from fcn.checkpoint import image_settings, image_type
     from fcn.evaluation.candidate import chosen_data
-    from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import data_images, folder_images
 
     given = cfg.calibrate

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fcn import cli
 from fcn.errors import ConfigError, DataError, check_choice, check_whole
@@ -53,7 +53,7 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.files import create_folder
     from fcn.inference import photos
     from fcn.inference.predictor import load_predictor, predict_files
-    from fcn.inference.tta import TestTime
+    from fcn.inference.tta import TestTime, view_settings
     from fcn.inference.video import predict_videos
     from fcn.precision import keep_freed_memory
 
@@ -70,8 +70,7 @@ def predict(cfg: DictConfig) -> Path:
         jobs, left_out = photos.voc_photos(root, cfg.split, cfg.comp, output), photos.LeftOut()
     else:
         jobs, left_out = photos.find_photos(cfg.input, output)
-    flip, scales = (OmegaConf.select(cfg, f"tta.{name}") for name in ("flip", "scales"))
-    network = TestTime(predictor.scores, flip=flip, scales=scales, tile=cfg.tile)
+    network = TestTime(predictor.scores, tile=cfg.tile, **view_settings(cfg.tta))
     videos = {path: jobs.pop(path) for path in list(jobs) if photos.is_video(path)}
     started = time.perf_counter()
     with create_folder(output):
@@ -93,8 +92,7 @@ def predict(cfg: DictConfig) -> Path:
     if failed:
         lines = [f"  {path}: {why}" for path, why in failed.items()]
         what = f"{len(jobs) + len(videos)} {'files' if videos else 'images'}"
-        message = "\n".join([f"{len(failed)} of {what} failed:", *lines])
-        raise DataError(message.encode(errors="replace").decode())  # names need not be UTF-8
+        raise DataError("\n".join([f"{len(failed)} of {what} failed:", *lines]))
     return output
 
 

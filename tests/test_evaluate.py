@@ -137,6 +137,8 @@ def unlike(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         ("accelerator=abacus", "accelerator=abacus"),
         ("split=test", ".*no split 'test'"),
         ("tile=8", "tile=8"),
+        ("+tta.tile=512", r"tta\.tile=512: must be .*; .* is tile=512$"),
+        ("+tta.foo=1", r"tta\.foo=1: must be tta\.flip or tta\.scales"),
         ("data.batch_size=0", "data.batch_size=0: must be"),
         ("data.limt=2", "data: got an unexpected .*'limt'$"),
         ("data.dataset.sise=2", "data: got an unexpected .*'sise'$"),
@@ -298,7 +300,8 @@ def test_comparison(finished_run: Path, tmp_path: Path) -> None:
     second = changed_checkpoint(finished_run, last_checkpoint(other), state_dict=weights)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "images.csv").touch()  # of an earlier evaluation
+    evaluated(f"ckpt={first}", f"output={out}", "report.images=0")
+    assert (out / "images.csv").is_file()
     metrics = evaluated(f"compare=[{finished_run},{second}]", f"output={out}")
     for key, ckpt in (("a", first), ("b", second)):
         alone = evaluated(f"ckpt={ckpt}", f"output={tmp_path / key}", "report.images=0")

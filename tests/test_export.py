@@ -21,10 +21,11 @@ import fcn.inference.export as exporting
 import fcn.inference.quantise as quantising
 from evaluate import evaluate
 from export import export
+from fcn.checkpoint import read_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.errors import ConfigError, WeightsError
 from fcn.inference.export import ExportError, export_path, export_program
-from fcn.inference.onnx_session import open_session
+from fcn.inference.onnx_session import METADATA, open_session
 from fcn.inference.predictor import OUT_OF_MEMORY, load_predictor, predict_files
 from fcn.inference.quantise import Images, folder_images, quantise
 from fcn.inference.tta import TestTime
@@ -226,7 +227,7 @@ def test_a_file_that_disagrees(ckpt: Path, tmp_path: Path, monkeypatch: pytest.M
 
     def export_with(change: Callable[[Tensor], list[Tensor]]) -> Any:
         monkeypatch.setattr(exporting, "_read_torch", lambda _: lambda image: change(module(image)))
-        return export_program(module, path)
+        return export_program(module, path, checkpoint=read_checkpoint(ckpt))
 
     outputs: list[Callable[[Tensor], list[Tensor]]] = [
         lambda scores: [scores * 1.01],
@@ -304,6 +305,19 @@ def test_an_onnx_file_that_needs_too_much_memory(tmp_path: Path) -> None:
     photo, network = tmp_path / "x.png", TestTime(lambda image: program(image)[0])
     Image.fromarray(noise(2, 2)).save(photo)
     assert predict_files({photo: tmp_path / "x"}, network, print) == {photo: OUT_OF_MEMORY}
+
+
+def test_the_data_root_of_an_onnx_file(tmp_path: Path) -> None:
+    """predict.py format=voc finds the images where the run had them."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[1] image) => (float[1] scores)'
+    model, path = onnx.parser.parse_model(text + " {scores = Identity(image)}"), tmp_path / "x.onnx"
+    known = dict.fromkeys(METADATA, "null") | {"class_names": '["a", "b"]', "void": "255"}
+    for data, root in (({"dataset": {"class": "x"}, "root": "/data"}, "/data"), ("x", None)):
+        onnx.helper.set_model_props(model, known | {"config": json.dumps({"data": data})})
+        onnx.save(model, path)
+        assert load_predictor(path, "cpu").data_root == root
 
 
 def test_files_that_are_not_ours(tmp_path: Path) -> None:

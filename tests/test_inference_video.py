@@ -13,7 +13,7 @@ from conftest import compose_config
 from PIL import Image
 from test_predict import noise, write_checkpoint
 
-from fcn.cli import quoted
+from fcn.cli import quoted, short_messages
 from fcn.errors import ConfigError, DataError
 from fcn.figures.masks import overlay
 from fcn.inference.photos import find_photos, open_video
@@ -143,7 +143,8 @@ def test_a_turned_video_with_sound(
     write_video(video, moments=[0, 20], rotation=90, sound=1)
     Image.fromarray(np.rot90(noise(48, 64))).save(tmp_path / "upright.png")
     for path in (video, tmp_path / "upright.png"):
-        run(ckpt, path, tmp_path / "out")
+        with short_messages():  # as in main(): the name is printed, whatever is in it
+            run(ckpt, path, tmp_path / "out")
     frames, _ = read_video(tmp_path / "out" / f"{video.stem}_overlay.mp4")
     expected = np.asarray(Image.open(tmp_path / "out" / "upright_overlay.jpg"))[:64, :48]
     assert frames.shape == (2, 64, 48, 3)

@@ -16,6 +16,7 @@ from torch import nn
 from evaluate import evaluate
 from fcn.checkpoint import best_checkpoint, read_checkpoint, write_safetensors
 from fcn.cli import quoted
+from fcn.datasets import pictures
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012, voc_palette
 from fcn.errors import ConfigError, DataError
@@ -212,6 +213,39 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
         with pytest.raises(ConfigError, match=message):
             predict(DictConfig(OmegaConf.merge(cfg, changes)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_that_tta_does_not_have(tmp_path: Path, ckpt: Path) -> None:
+    Image.new("RGB", (9, 7)).save(tmp_path / "x.png")
+    given = [f"input={tmp_path}", f"output={tmp_path / 'out'}"]
+    with pytest.raises(ConfigError, match=r"^tta\.tile=512: must be .*; .* is tile=512$"):
+        run(ckpt, *given, "+tta.tile=512")
+
+
+def test_values_in_a_small_part_of_their_range(
+    tmp_path: Path,
+    ckpt: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One warning, also where it is not the first image. Images without a fault are read once."""
+    decoded: list[Path] = []
+
+    def decode(path: Path, *given: Any, **options: Any) -> Any:
+        decoded.append(path)
+        return real(path, *given, **options)
+
+    real = pictures._decode
+    monkeypatch.setattr(pictures, "_decode", decode)
+    for number, factor in enumerate((257, 257, 16, 16)):  # in 16 bits; in 12 bits
+        values = noise(20, 30, number)[..., 0].astype(np.uint16) * factor
+        values[0, 0] = 65535  # a defect of the sensor
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    run(ckpt, f"input={tmp_path}", f"output={tmp_path / 'out'}")
+    assert [path.stem for path in decoded] == ["0", "1", "2", "2", "3"]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "2.png: their 16-bit values from " in warning
+    assert "hardly any contrast; data.dataset.value_range=[0,4095] spreads them" in warning
 
 
 def test_precision(tmp_path: Path, ckpt: Path) -> None:

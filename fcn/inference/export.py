@@ -1,7 +1,7 @@
 """Writing a trained network for other programs, and comparing the file with the network.
 
     path = export_path(None, Path("runs/.../checkpoints/best.ckpt"), "onnx")
-    agreement = export_program(module, path, argmax=True)     # .onnx, or torch.export's .pt2
+    export_program(module, path, checkpoint=checkpoint, argmax=True)  # .onnx, or torch's .pt2
 
 A program takes uint8 RGB (N, 3, H, W) of any N, H and W, and gives scores (N, K, H, W) and, with
 argmax, the mask (N, H, W) uint8. Before the file gets its name, it is run on images of several
@@ -10,9 +10,9 @@ sizes, and its scores are compared with the network's.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
+from fcn.checkpoint import image_settings
 from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text, need_packages
 from fcn.files import atomic_write, create_folder
 from fcn.inference.onnx_session import METADATA, Program, open_session
@@ -37,13 +38,6 @@ TOLERANCE = 1e-4
 
 class ExportError(FCNError):
     """An exported file does not do what the network does."""
-
-
-class Agreement(NamedTuple):
-    """How well the scores and masks of a file agree with those of the network."""
-
-    difference: float  # the largest difference of a score
-    equal: float  # the share of pixels with the same class, 0 to 1
 
 
 class ExportedNetwork(nn.Module):
@@ -94,20 +88,21 @@ def export_program(
     module: SegmentationModule,
     path: Path,
     *,
+    checkpoint: Mapping[str, Any],
     argmax: bool = False,
-    value_range: Sequence[float] | None = None,
-    checkpoint: Mapping[str, Any] | None = None,
-) -> Agreement:
+) -> tuple[float, float]:
     """Write the network as an ONNX file or a torch.export program, if that agrees with it.
 
     Args:
         module: stays on the CPU in float32, in evaluation mode.
         path: ends with .onnx or .pt2.
-        argmax: whether the program also gives the mask.
-        value_range: the values of an image's file that are 0 and 255 for the program. The file
-            holds them for the program that reads the image.
         checkpoint: what the module was built from. The file holds its data settings, so that
-            evaluate.py can score it.
+            evaluate.py can score it; and their `value_range`, the values of an image's file that
+            are 0 and 255 for the program, for whoever reads the image.
+        argmax: whether the program also gives the mask.
+
+    Returns:
+        As `compare`.
 
     Raises:
         ConfigError: a package is missing, or the folder cannot be made.
@@ -126,9 +121,9 @@ def export_program(
         "palette": settings.get("palette"),
         "void": module.void,
         "hyper_parameters": settings,
-        "value_range": value_range,
-        "config": (checkpoint or {}).get("config"),
-        "step": (checkpoint or {}).get("global_step"),
+        "value_range": image_settings(path, checkpoint)[0],
+        "config": checkpoint["config"],
+        "step": checkpoint["global_step"],
     }
     metadata = {name: json.dumps(about[name]) for name in METADATA}
     with create_folder(path.parent, path.name), atomic_write(path) as part:
@@ -136,8 +131,11 @@ def export_program(
         return compare(open_session(part)[0] if onnx else _read_torch(part), network)
 
 
-def compare(program: Program, network: nn.Module) -> Agreement:
+def compare(program: Program, network: nn.Module) -> tuple[float, float]:
     """Compare a program with the network that it was made from, on images of several sizes.
+
+    Returns:
+        The largest difference of a score, and the share of pixels with the same class, 0 to 1.
 
     Raises:
         ExportError: a score differs by more than rounding explains, or a pixel has another class
@@ -155,8 +153,8 @@ def compare(program: Program, network: nn.Module) -> Agreement:
             raise ExportError(f"the file gives {tuple(scores.shape)}, not {tuple(expected.shape)}")
         tolerance = TOLERANCE * expected.abs().max().item() + 1e-6
         difference = (scores - expected).abs().max().item()
-        first, *second = expected.sort(1, descending=True).values.unbind(1)  # each (N, H, W)
-        certain = first - second[0] > 2 * tolerance if second else first == first
+        first, second = expected.topk(2, 1).values.unbind(1)  # each (N, H, W)
+        certain = first - second > 2 * tolerance
         wrong = (mask[0] if mask else scores.argmax(1)) != expected.argmax(1)  # (N, H, W)
         if not difference <= tolerance or (wrong & certain).any():  # NaN is not <= either
             raise ExportError(
@@ -165,7 +163,7 @@ def compare(program: Program, network: nn.Module) -> Agreement:
             )
         largest = max(largest, difference)
         equal, pixels = equal + int((~wrong).sum()), pixels + wrong.numel()
-    return Agreement(largest, equal / pixels)
+    return largest, equal / pixels
 
 
 def _write_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, str]) -> None:

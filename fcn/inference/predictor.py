@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fcn.cards import check_card, has_tensor_cores
-from fcn.checkpoint import data_settings, image_type, read_checkpoint
+from fcn.checkpoint import image_settings, image_type, read_checkpoint
+from fcn.datasets import pictures
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, read_image
-from fcn.datasets.value_range import Range, check_range, range_problem
+from fcn.datasets.value_range import SMALL_SHARE, Range, measure, range_problem
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import (
     ConfigError,
     DataError,
-    WeightsError,
     WriteError,
     check_choice,
     check_whole,
@@ -53,6 +53,7 @@ from fcn.precision import (
     best_layout,
     best_precision,
     cast_weights,
+    main_device,
     precisions_of,
 )
 
@@ -153,7 +154,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         checkpoint, onnx = open_onnx(path)
         settings, kind = checkpoint["hyper_parameters"], image_type(checkpoint)
         names, palette = settings["class_names"], settings["palette"]
-        return Predictor(onnx, names, palette, checkpoint["value_range"], kind)
+        _, root = image_settings(path, checkpoint)
+        return Predictor(onnx, names, palette, checkpoint["value_range"], kind, root)
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
     trained = str(checkpoint["precision"])
@@ -180,23 +182,6 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     return Predictor(scores, module.class_names, palette, value_range, kind, root)
 
 
-def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
-    """The `value_range` of the data that a network was trained on, and the root of this data.
-
-    Both are None for a network whose checkpoint has no data settings, such as one of the authors'.
-
-    Raises:
-        ConfigError: there is a `value_range` that cannot work.
-    """
-    try:
-        data = data_settings(path, checkpoint)
-    except WeightsError:
-        return None, None
-    value_range = data["dataset"].get("value_range")
-    check_range(value_range)
-    return value_range, data.get("root")
-
-
 def find_device(name: str) -> torch.device:
     """The device of that name; auto: the fastest that is there.
 
@@ -205,11 +190,8 @@ def find_device(name: str) -> torch.device:
     """
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         refuse("device", name, "auto, cpu, mps, cuda or cuda:1")
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=main_device() if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
 
@@ -248,7 +230,7 @@ def predict_files(
     def read(path: Path) -> np.ndarray:
         nonlocal warned
         pixels = read_image(path, value_range, expected=expected, max_pixels=max_pixels)
-        warned = warned or _warn_about_range(path, max_pixels)
+        warned = warned or _warn_about_range(path, pixels, max_pixels)
         return pixels
 
     waiting: dict[torch.Size, Loaded] = {}  # by size of the image
@@ -296,18 +278,26 @@ def read_ahead(
     While the caller works on one, `reader` reads the next one. It reads no further ahead, so that
     memory does not depend on how many there are.
     """
-    current = None
-    for path in paths:
-        following = path, reader.submit(read, path)
+    begun = ((path, reader.submit(read, path)) for path in paths)
+    for current, _ in pairwise(chain(begun, [None])):  # the next one is begun by now
         if current:
             yield current
-        current = following
-    if current:
-        yield current
 
 
-def _warn_about_range(path: Path, max_pixels: int) -> bool:
-    """Whether the values of an image fill little of the range of their type; if so, a warning."""
+def _warn_about_range(path: Path, pixels: np.ndarray, max_pixels: int) -> bool:
+    """Whether the values of an image fill little of the range of their type; if so, a warning.
+
+    Args:
+        path: the file.
+        pixels: (H, W, 3) uint8, what `read_image` has made of these values.
+        max_pixels: as for `read_image`.
+    """
+    if pictures.image_type(path, max_pixels=max_pixels) == "8-bit":
+        return False
+    # To decode a file again takes long. A part of the pixels shows whether there is a reason to.
+    low, high = measure(pixels[::4, ::4], "8-bit", usual=True).usual or (0, 0)
+    if high - low > 255 * SMALL_SHARE:
+        return False
     problem = range_problem({path: image_facts(path, max_pixels=max_pixels)}, None)
     if problem:
         log.warning(
@@ -327,7 +317,7 @@ class _Batches:
     # The photographs that could not be segmented or written, and why, in the order in which their
     # turn came.
     failed: dict[Path, str] = field(default_factory=dict)
-    written: dict[Path, Future[None]] = field(default_factory=dict)  # those of the last batch
+    writing: list[Future[None]] = field(default_factory=list)  # the results of the last batch
 
     def predict(self, batch: Loaded) -> None:
         """Predict photographs of one size, and hand them over to be written."""
@@ -342,11 +332,16 @@ class _Batches:
             return
         self.finish()  # At most one batch waits to be written, or memory would grow on a slow disk.
         for (path, image), mask in zip(batch, masks, strict=True):
-            self.written[path] = self.writer.submit(self._write, image, mask, self.jobs[path])
+            self.writing.append(self.writer.submit(self._write, path, image, mask))
 
-    def _write(self, image: Tensor, mask: Tensor, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.write(image, mask, target)
+    def _write(self, path: Path, image: Tensor, mask: Tensor) -> None:
+        """Write the results of one photograph, in the thread."""
+        target = self.jobs[path]
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.write(image, mask, target)
+        except (OSError, WriteError) as error:  # only the cause, as the caller names the file
+            self.failed[path] = reason(error.__cause__ or error)
 
     def fail(self, paths: Iterable[Path], why: str) -> None:
         """Record photographs that failed, after the results of the batch before."""
@@ -354,10 +349,7 @@ class _Batches:
         self.failed |= dict.fromkeys(paths, why)
 
     def finish(self) -> None:
-        """Wait until the last batch is written, and note what could not be."""
-        for path, written in self.written.items():
-            try:
-                written.result()
-            except (OSError, WriteError) as error:  # only the cause, as the caller names the file
-                self.failed[path] = reason(error.__cause__ or error)
-        self.written = {}
+        """Wait until the last batch is written, and raise an error that is a mistake of ours."""
+        for future in self.writing:
+            future.result()
+        self.writing = []

@@ -1,12 +1,14 @@
 """Test-time augmentation: a network sees an image mirrored, at several sizes, and in tiles.
 
     network = TestTime(predictor.scores, flip=True, scales=(0.75, 1, 1.25), tile=768)
+    network = TestTime(predictor.scores, tile=cfg.tile, **view_settings(cfg.tta))
     mask = network.masks(image)     # (N, 3, H, W) uint8 -> (N, H, W) uint8
 
 predict.py and evaluate.py use it for their settings `tta.flip`, `tta.scales` and `tile`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,22 @@ from fcn.inference.tiles import CELL, ScoreFunction, scores_in_bands
 
 LARGE, LARGE_TILE = 2**22, 1024  # pixels; an image of more than LARGE gets tiles of this side
 LARGEST_SCALE = 8
+
+
+def view_settings(tta: Any) -> dict[str, Any]:
+    """The arguments `flip` and `scales` of `TestTime` from the scripts' group of settings `tta`.
+
+    What is missing there is None, which `TestTime` refuses.
+
+    Raises:
+        ConfigError: the group has another setting, which would change nothing.
+    """
+    group = tta if isinstance(tta, Mapping) else {}
+    for name in group:
+        if name not in ("flip", "scales"):
+            wanted = "tta.flip or tta.scales; the setting for tiles is tile=512"
+            refuse(f"tta.{name}", group[name], wanted)
+    return {name: group.get(name) for name in ("flip", "scales")}
 
 
 class TestTime(nn.Module):

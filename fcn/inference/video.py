@@ -58,7 +58,7 @@ def predict_videos(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             done = _predict_video(path, target, network, predictor, batch_size)
-            print(_printable(f"{path}: {done}"))
+            print(f"{path}: {done}")
         except FFmpegError as error:
             failed[path] = error.strerror or reason(error)
         except (DataError, OSError, WriteError) as error:  # the caller names the file
@@ -82,7 +82,7 @@ def _predict_video(
         _check(source, predictor)
         stream = source.streams.video[0]
         frames = _upright(source, stream)
-        bar = tqdm(total=stream.frames or None, desc=_printable(path.name), unit="frame")
+        bar = tqdm(total=stream.frames or None, desc=path.name, unit="frame")
         with av.open(str(part), "w", format="mp4") as result, bar:
             result.metadata["comment"] = MARK
             output = None
@@ -108,11 +108,6 @@ def _predict_video(
         sound = "; its sound was left out" if source.streams.audio else ""
     speed = number / (time.perf_counter() - started)
     return f"{number} frames, {speed:.2f} a second{sound}; see {result_file}"
-
-
-def _printable(text: str) -> str:
-    """A text with the name of a file in it, which need not be UTF-8."""
-    return text.encode(errors="replace").decode()
 
 
 def _check(source: Any, predictor: Predictor) -> None:
