@@ -23,6 +23,7 @@ Without tensor cores, channels last is slower: a GTX 1650 had 5 % of the speed i
 
 import ctypes
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def main_device(accelerator: str = "auto", devices: object = 1) -> torch.device:
         accelerator, devices: as in conf/trainer. A list of devices names them by their numbers.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        first = devices[0] if isinstance(devices, list) and devices else 0
+        first = devices[0] if isinstance(devices, Sequence) and devices else 0
         return torch.device("cuda", first if isinstance(first, int) else 0)
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")

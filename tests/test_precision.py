@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from fcn.checkpoint import best_checkpoint
@@ -75,6 +76,7 @@ def test_generations_of_cards(
     machine(monkeypatch, card=card)
     device = main_device("auto", [1])
     assert device == torch.device("cuda", 1)
+    assert main_device("auto", OmegaConf.create([1])) == device  # as conf/ has it
     assert best_precision(device) == precision
     assert best_layout(device, precision) == layout
     # Asked for all the same: nothing but tensor cores is fast on channels last.
