@@ -151,11 +151,8 @@ def write_text(path: Path, text: str) -> None:
 
     A file name in the text may hold bytes that are not UTF-8. They are written as `\\udcff`.
     """
-    with (
-        atomic_write(path) as part,
-        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text)
+    with atomic_write(path) as part:
+        part.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
