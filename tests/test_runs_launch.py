@@ -169,7 +169,9 @@ def test_jobs_of_a_sweep_are_a_group_for_their_loggers(
     monkeypatch.chdir(tmp_path)
     train = Recorder()
     given = ["name=x", "logger=wandb", "hydra.sweep.dir=mine", "logger.wandb.group=null,ours"]
-    assert train.start("-m", *given, "resume=auto") == 0
+    unnamed = "+logger.unnamed={group:null,name:null}"  # W&B itself then names each run
+    assert train.start("-m", *given, unnamed, "resume=auto") == 0
     found = [(cfg.logger.wandb.group, cfg.logger.wandb.name) for cfg, _, _ in train.calls]
     assert found == [("sweep_mine", "x_0"), ("ours", "x_1")]
+    assert [cfg.logger.unnamed.name for cfg, _, _ in train.calls] == [None, None]
     assert [run for _, run, _ in train.calls] == [Path("mine/0"), Path("mine/1")]

@@ -64,7 +64,8 @@ def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str
     for entry in (cfg.get("logger") or {}).values():
         if isinstance(entry, DictConfig) and "group" in entry:  # W&B's
             entry.group = entry.group or f"sweep_{folder.parent.name}"
-            entry.name = f"{entry.name}_{HydraConfig.get().job.num}"
+            # Without a name, W&B itself names each run.
+            entry.name = entry.name and f"{entry.name}_{HydraConfig.get().job.num}"
 
     def job(earlier: Path | None) -> float | None:
         if earlier is not None:
