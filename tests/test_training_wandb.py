@@ -154,6 +154,17 @@ def test_what_a_run_gets(
         TolerantWandbLogger(save_dir=tmp_path, log_model="yes")  # type: ignore[arg-type]
 
 
+def test_tags(tmp_path: Path, service: MagicMock) -> None:
+    """A single one would be read as a list of its letters."""
+    for tags, expected in ((None, []), (["a", "b"], ["a", "b"])):
+        TolerantWandbLogger(save_dir=tmp_path, tags=tags)
+        assert service.init.call_args.kwargs["tags"] == expected
+    for tags in ("baseline", 3):
+        wanted = rf"^tags={tags}: must be null or a list such as \[a,b\]$"
+        with pytest.raises(ConfigError, match=wanted):
+            TolerantWandbLogger(save_dir=tmp_path, tags=tags)  # type: ignore[arg-type]
+
+
 def test_settings_of_the_agent_take_what_the_sweep_sets() -> None:
     """Those in docs/training.md, with values of each parameter of conf/wandb_sweep.yaml."""
     text = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint
-from fcn.errors import check_flag, reason
+from fcn.errors import check_flag, reason, refuse
 
 SUMMARIES = {"train/loss_smooth": "min", "val/loss": "min", "val/miou": "max"}
 STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives it
@@ -31,13 +31,14 @@ class TolerantWandbLogger(WandbLogger):
 
     Args:
         save_dir: the folder for W&B's own files.
-        project, name, group, tags, notes: what W&B's dashboards show.
+        project, name, group, notes: what W&B's dashboards show.
+        tags: these too. None: none.
         id: the id of the W&B run. A run that is resumed has the same id, and so continues it.
         log_model: whether last.ckpt and best.ckpt become versions of W&B's artefact `model-<id>`,
             with the aliases `last` and `best`, when training has ended regularly.
 
     Raises:
-        ConfigError: `log_model` is neither True nor False.
+        ConfigError: `log_model` is neither True nor False, or `tags` is no list.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class TolerantWandbLogger(WandbLogger):
         project: str = "fcn",
         name: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
         notes: str | None = None,
         id: str | None = None,
         log_model: bool = False,
     ) -> None:
         check_flag("log_model", log_model)
+        if tags is not None and not isinstance(tags, list | tuple):
+            refuse("tags", tags, "null or a list such as [a,b]")
         self.save_folder, self.failed, self.warned = Path(save_dir), False, False
         # W&B's service would write to ~/.cache. All runs of a sweep share one service, which writes
         # to the folder of the first of them.
@@ -65,7 +68,7 @@ class TolerantWandbLogger(WandbLogger):
             "project": project,
             "name": name,
             "group": group,
-            "tags": list(tags),
+            "tags": list(tags or ()),
             "notes": notes,
             "id": id,
             "resume": "allow",
