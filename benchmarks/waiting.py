@@ -57,21 +57,19 @@ def train(*overrides: str) -> tuple[list[float], list[float]]:
 
     No checkpoint and no picture is written. The validation at the end is of one image.
     """
-    from pytorch_lightning.profilers import SimpleProfiler
-
-    from fcn.training import trainer
+    import fcn.training.fit
     from train import train
 
     written = ("best_checkpoint", "last_checkpoint", "panels", "curves")
     nothing = [f"callbacks.{name}=null" for name in written]
     nothing += ["logger=none", "trainer.profiler=simple", "trainer.limit_val_batches=1"]
     cfg = composed("train", "name=waiting", "model.weights=null", *nothing, *overrides)
-    profiler = SimpleProfiler()
-    kept = mock.patch.dict(trainer.PROFILERS, simple=lambda **_: profiler)
+    noted = mock.patch.object(fcn.training.fit, "fit", wraps=fcn.training.fit.fit)
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, kept, quiet:
+    with tempfile.TemporaryDirectory() as folder, noted as fit, quiet:
         train(cfg, Path(folder) / "run")
-    found = profiler.recorded_durations
+    trainer = fit.call_args.args[0]
+    found = trainer.profiler.recorded_durations
     return found[FETCH][1:], found[STEP][1:]
 
 

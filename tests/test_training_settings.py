@@ -1,6 +1,7 @@
 """Settings: what is in conf/ is accepted, and what cannot work is named before anything runs."""
 
 import inspect
+import re
 from itertools import zip_longest
 from typing import Any
 
@@ -148,6 +149,13 @@ def test_what_is_wrong(changes: str, message: str, defaults: DictConfig) -> None
     with pytest.raises(ConfigError, match=f"^{message}$") as caught:
         check(changed(defaults, changes))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_name_that_is_a_number(defaults: DictConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^name=2024: must be a text, not a number") as caught:
+        check(changed(defaults, "name=2024"))
+    (advice,) = re.findall(r'write "(.*)"$', str(caught.value))
+    assert cli.compose([advice]).name == "2024"
 
 
 @pytest.mark.parametrize(

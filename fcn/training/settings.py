@@ -70,6 +70,8 @@ def check_settings(config: Settings) -> None:
         if not isinstance(config.get(group), Mapping):
             raise ConfigError(f"{group}={config.get(group)!r}: no settings; see conf/{group}/")
     name = config.get("name")
+    if is_number(name):  # as Hydra reads it
+        refuse("name", name, f"a text, not a number: write \"name='{name}'\"")
     # A run folder may be copied to Windows. Older runs with other names can still be resumed.
     wrong = r"[/\\\0]" if config.get("resume") else r'[/\\:*?"<>|\0-\x1f]|[. ]$'
     if not isinstance(name, str) or name.strip() in ("", ".", "..") or re.search(wrong, name):
@@ -120,14 +122,10 @@ def check_optimizer(settings: Settings) -> None:
         ConfigError: the message begins with the setting and its value.
     """
     check_number("optimizer.lr", settings.get("lr"), above=0)
-    if "momentum" in settings:
-        check_number("optimizer.momentum", settings["momentum"], 0, below=1)
-    if "weight_decay" in settings:
-        check_number("optimizer.weight_decay", settings["weight_decay"], 0)
-    if "nesterov" in settings:
-        check_flag("optimizer.nesterov", settings["nesterov"])
-    if "fused" in settings:
-        check_choice("optimizer.fused", settings["fused"], ("auto", True, False), optional=True)
+    check_number("optimizer.momentum", settings.get("momentum", 0), 0, below=1)
+    check_number("optimizer.weight_decay", settings.get("weight_decay", 0), 0)
+    check_flag("optimizer.nesterov", settings.get("nesterov", False))
+    check_choice("optimizer.fused", settings.get("fused"), ("auto", True, False), optional=True)
     betas = settings.get("betas", [0, 0])
     fractions = isinstance(betas, list) and all(is_number(b) and 0 <= b < 1 for b in betas)
     if not fractions or len(betas) != 2:
@@ -166,6 +164,8 @@ def check_trainer(settings: Settings) -> None:
         raise ConfigError(f"trainer.gradient_clip_algorithm={algorithm}: {needs}")
     check_choice("trainer.precision", settings.get("precision"), ("auto", *PRECISIONS))
     check_choice("trainer.benchmark", settings.get("benchmark"), (True, False), optional=True)
+    profilers = ("simple", "advanced", "pytorch")  # the last one with a trace for Perfetto
+    check_choice("trainer.profiler", settings.get("profiler"), profilers, optional=True)
     exact = settings.get("deterministic", False)
     check_choice("trainer.deterministic", exact, (True, False, "warn"))
     for name in SWITCHES:

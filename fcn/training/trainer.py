@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning import profilers
 from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from fcn import cli
 from fcn.cards import check_card
-from fcn.errors import ConfigError, check_choice, refuse
+from fcn.errors import ConfigError, refuse
 from fcn.training import in_backward
 from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
@@ -23,12 +22,6 @@ from fcn.training.interruption import Interruption
 from fcn.training.resumed import ResumedSettings
 from fcn.training.run_record import RunRecord
 from fcn.training.seeding import DropoutSeeds
-
-PROFILERS = {
-    "simple": profilers.SimpleProfiler,
-    "advanced": profilers.AdvancedProfiler,
-    "pytorch": profilers.PyTorchProfiler,  # with a trace for Perfetto or chrome://tracing
-}
 
 
 def build_trainer(
@@ -66,7 +59,6 @@ def build_trainer(
             val_check_interval=trainer.val_check_interval * trainer.accumulate_grad_batches,
             num_sanity_val_steps=trainer.get("num_sanity_val_steps", 0),
             use_distributed_sampler=False,  # the data module gives each process its own images
-            profiler=make_profiler(trainer.get("profiler"), run),
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run,
             logger=list(loggers),
@@ -81,6 +73,9 @@ def build_trainer(
         )
     except (AttributeError, TypeError) as error:  # a value is of another type
         raise ConfigError(f"trainer: {error}") from error
+    if trainer.get("profiler") is not None:
+        profiler = built.profiler  # type: ignore[attr-defined]
+        profiler.dirpath, profiler.filename = run / "profile", trainer.profiler
     if built.precision != trainer.precision:  # Lightning turns 16-mixed into bf16-mixed on a CPU
         device = built.strategy.root_device.type
         wanted = f"32-true or {built.precision} on the device {device}"
@@ -95,16 +90,6 @@ def build_trainer(
             | {"strategy": "auto" if single else strategy.__name__}
         )
     return built
-
-
-def make_profiler(name: str | None, run: Path) -> profilers.Profiler | None:
-    """Lightning's profiler of that name, which writes into profile/ in the run folder.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    check_choice("trainer.profiler", name, [*PROFILERS], optional=True)
-    return None if name is None else PROFILERS[name](dirpath=run / "profile", filename=name)
 
 
 def refuse_sweep_over_devices(trainer: pl.Trainer) -> None:
