@@ -21,7 +21,7 @@ import torch
 from conftest import PROJECT, TINY, train_tiny
 from forks import at_call, fork, wait
 from test_runs_resume import assert_same
-from torch.utils.data import get_worker_info
+from torch.utils.data import _utils, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import fcn.module
@@ -279,7 +279,11 @@ def test_loader_killed_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         loader.join()
 
     at_call(SegmentationModule, "training_step", kill_loader, count=3, patch=monkeypatch)
+    monkeypatch.setattr(_utils.signal_handling, "_SIGCHLD_handler_set", False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in a process that had no loaders yet
     check_loader_error(tmp_path / "run", monkeypatch, saved=3)
+    # torch installs this only once, and later jobs of a sweep need it too.
+    assert callable(signal.getsignal(signal.SIGCHLD))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from fcn.checkpoint import last_checkpoint
 from fcn.module import SegmentationModule
 from fcn.runs.metrics import read_column, read_metrics
 from fcn.runs.resume import resumed_config
+from fcn.training.fit import fit
+from fcn.training.interruption import Interruption
 from train import train
 
 SCORES = ("loss", "miou", "pixel_acc", "mean_acc", "fwiou")
@@ -188,3 +191,15 @@ def test_real_photographs_and_weights(tmp_path: Path, real_voc_root: Path) -> No
     summary = train(compose_config("train", *options), tmp_path / "run")
     assert summary["steps"] == 1
     assert 0 < summary["val/miou"] < 1
+
+
+def test_peak_memory_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier job of a sweep, in the same process, may have had a larger network."""
+    device, trainer, reset = torch.device("cuda", 1), MagicMock(), MagicMock()
+    trainer.strategy.root_device, trainer.callbacks = device, [Interruption()]
+    trainer.fit.side_effect = lambda *_, **__: reset.fit()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr("fcn.training.fit._write_summary", lambda *_: {})
+    fit(trainer, MagicMock(), MagicMock(), None, lambda size: "")
+    assert reset.mock_calls == [call(device), call.fit()]

@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import FINISHED, train_tiny
+from forks import at_call
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 import fcn.module
 from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.datamodule import SegmentationDataModule
 from fcn.errors import Stopped, TrainingError
 from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.runs.metrics import read_column, read_metrics
-from fcn.runs.resume import resumed_config
+from fcn.runs.resume import read_summary, resumed_config
 from fcn.training.interruption import SIGNALS, Interruption
 from fcn.training.loss_statistics import LossStatistics
 from train import train
@@ -191,9 +196,10 @@ def test_best_checkpoint_of_a_moved_run(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals_are_noted_while_a_run_lasts(number: signal.Signals) -> None:
     before, interruption = signal.getsignal(number), Interruption()
-    interruption.on_train_start()
-    signal.raise_signal(number)  # os.kill would end the process, on Windows
-    interruption.teardown()
+    trainer: Any = SimpleNamespace(received_sigterm=False)
+    with interruption.signals_kept():
+        interruption.on_train_start(trainer)
+        signal.raise_signal(number)  # os.kill would end the process, on Windows
     assert interruption.received == number
     assert signal.getsignal(number) == before
 
@@ -202,7 +208,10 @@ def test_signals_are_noted_while_a_run_lasts(number: signal.Signals) -> None:
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Ctrl-C, which Lightning would leave ignored. The run that goes on validates alone."""
+    """By Ctrl-C, which Lightning would leave ignored. The run that goes on validates alone.
+
+    It does so when Lightning has moved the network from the GPU to the CPU.
+    """
     run, start = tmp_path / "run", SegmentationModule.on_validation_epoch_start
     handler = signal.getsignal(signal.SIGINT)
 
@@ -219,8 +228,18 @@ def test_stopped_in_the_last_validation(
     assert signal.getsignal(signal.SIGINT) == handler
     assert read_column(read_metrics(run / "metrics.csv"), "val/miou")[0] == [2]
 
+    calls: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), method(*args))[1])
+
+    note(SingleDeviceStrategy, "teardown")
+    note(SingleDeviceStrategy, "model_to_device")
+    note(SegmentationModule, "on_validation_epoch_start")
     summary = train(resumed_config(run, []), run)
     assert summary["status"] == "finished"
+    assert calls[-3:] == ["teardown", "model_to_device", "on_validation_epoch_start"]
     assert signal.getsignal(signal.SIGINT) == handler
     rows, expected = (read_metrics(folder / "metrics.csv") for folder in (run, finished_run))
     for row in (*rows, *expected):
@@ -230,11 +249,33 @@ def test_stopped_in_the_last_validation(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there, Lightning leaves SIGTERM alone")
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(SegmentationModule, "validation_step", 0), (SegmentationDataModule, "train_dataloader", 1)],
+)
+def test_sigterm_before_the_first_step(
+    owner: type, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning gets it, in its sanity check or while loaders start, and exits with code 0."""
+    run, options = tmp_path / "run", ["callbacks.loss_statistics=null", "data.eval_batch_size=1"]
+    at_call(owner, name, partial(signal.raise_signal, signal.SIGTERM), patch=monkeypatch)
+    with pytest.raises(Stopped, match=f"^SIGTERM at step {step}$"):
+        train_tiny(run, *options, "+trainer.num_sanity_val_steps=2")
+    summary = read_summary(run)  # its steps are counted without rows of metrics.csv, too
+    assert (summary["status"], summary["steps"]) == ("stopped", step)
+    assert last_checkpoint(run).is_file() == (step > 0)
+
+
+@pytest.mark.slow
 def test_time_is_up_between_accumulated_batches(tmp_path: Path) -> None:
     run, end = tmp_path / "run", ["trainer.max_steps=-1", "trainer.max_time={milliseconds: 1}"]
     end += ["trainer.accumulate_grad_batches=3", "trainer.val_check_interval=100"]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     summary = train_tiny(run, *end)
     assert (summary["status"], summary["steps"]) == ("finished", 1)
     assert summary["val/miou"] > 0
     assert torch.load(last_checkpoint(run), weights_only=True)["global_step"] == 1
     assert [row["step"] for row in read_metrics(run / "metrics.csv")] == ["1"]
+    # One of Lightning's would swallow a SIGTERM that comes between two jobs of a sweep.
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers

@@ -35,9 +35,10 @@ def memory_size(device: torch.device) -> int:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that were allocated on the GPU, or that this process held in RAM.
+    """The most bytes that a run had allocated on the GPU, or that this process held in RAM.
 
-    None where the system does not count them.
+    The system counts the RAM of a process from its start, so that a later job of a sweep may have
+    the peak of an earlier one. None where the system does not count it.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

@@ -54,7 +54,10 @@ class LastCheckpoint(Checkpoint):
         self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        # If the resumed run had no steps left, `on_train_start` was not called.
+        # If the resumed run had no steps left, `on_train_start` was not called. By now, Lightning
+        # has moved the network to the CPU; the batches still go to the device of the run.
+        if self.validation_due:
+            trainer.strategy.model_to_device()
         self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:

@@ -22,10 +22,11 @@ from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError, Stopped, TrainingError, WriteError
 from fcn.files import write_json
 from fcn.module import SegmentationModule
-from fcn.runs.process import is_main_process, memory_size
-from fcn.runs.summary import summarise
+from fcn.runs.metrics import read_column, read_metrics
+from fcn.runs.process import is_main_process, memory_size, peak_memory
+from fcn.runs.versions import git_revision, versions
 from fcn.training.clock import Clock
-from fcn.training.interruption import Interruption, ctrl_c_kept, loader_died, stop_of
+from fcn.training.interruption import interruption_of, loader_died, stop_of
 
 
 def fit(
@@ -48,7 +49,8 @@ def fit(
         others it is empty.
 
     Raises:
-        Stopped: a signal has ended the run. summary.json is written, and the run can be resumed.
+        Stopped: a signal has ended the run. summary.json is written, and the run can be resumed
+            if it has a checkpoint.
         TrainingError: the loss has diverged, memory ran out, or a loader process has died.
         WriteError: a file could not be written.
     """
@@ -58,8 +60,11 @@ def fit(
     # would pile up until then.
     gc.freeze()
     gc.collect()
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)  # of earlier runs in this process
     try:
-        with ctrl_c_kept():
+        with interruption_of(trainer).signals_kept():
             trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except BaseException as error:
         stop = stop_of(trainer, error)
@@ -110,8 +115,7 @@ def _explained(
         return WriteError(f"{error}\nThe checkpoint before it is undamaged; {_go_on(trainer)}")
     if ran_out_of_memory(error):
         device = trainer.strategy.root_device
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(c.in_validation for c in callbacks if isinstance(c, Interruption)):
+        if interruption_of(trainer).in_validation:
             return TrainingError(
                 f"{device} ran out of memory in a validation, whose images are not cropped. Less "
                 "is needed by smaller images, and by 16 bits where the device has them "
@@ -135,11 +139,36 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def _write_summary(trainer: pl.Trainer, status: str) -> dict[str, Any]:
-    """Write summary.json. `status` is "finished", or "stopped" by a signal."""
+    """Write summary.json: the last and the best scores, how fast the run was, which code made it.
+
+    Scores come from metrics.csv and not from this process, so that the summary of a resumed run
+    covers the steps before it was resumed, too.
+
+    Args:
+        trainer: after its `fit`.
+        status: "finished", or "stopped" by a signal.
+    """
     run = Path(trainer.default_root_dir)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     (clock,) = (callback for callback in callbacks if isinstance(callback, Clock))
-    summary = summarise(run, status) | {
+    rows = read_metrics(run / "metrics.csv")
+    validated = [row for row in rows if row.get("val/miou")]
+    last = validated[-1] if validated else {}
+    best = max(validated, key=lambda row: float(row["val/miou"]), default=None)
+    _, speeds = read_column(rows, "train/images_per_second")
+    _, smooth = read_column(rows, "train/loss_smooth")
+    summary = {
+        "status": status,
+        "steps": trainer.global_step,
+        **{name: float(value) for name, value in last.items() if name.startswith("val/") and value},
+        "best/val/miou": float(best["val/miou"]) if best else None,
+        "best/step": int(best["step"]) if best else None,
+        "train/loss_smooth": smooth[-1] if smooth else None,
+        # The harmonic mean: all images divided by all seconds.
+        "images_per_second": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "git_revision": git_revision(),
         "seconds": round(clock.time_elapsed(), 1),
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),

@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import Stopped
@@ -23,20 +24,6 @@ from fcn.training.clock import is_whole_step
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-
-
-@contextmanager
-def ctrl_c_kept() -> Iterator[None]:
-    """Have Ctrl-C do afterwards what it did before.
-
-    Lightning leaves it ignored after an interrupt, and a notebook could not be interrupted again.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGINT, before)
 
 
 class Interruption(Callback):
@@ -65,22 +52,39 @@ class Interruption(Callback):
         self.pending = False  # whether the run ends after this step, so LastCheckpoint must save it
         self.between_steps = False  # whether the last optimizer step is complete, and no batch came
         self.in_validation = False  # whether an exception has ended a validation
-        self.handlers: dict[int, Any] = {}  # the signal handlers before ours, to be set again
+        self.torch_handler: Callable[..., Any] | None = None  # torch's handler of SIGCHLD
 
-    def on_train_start(self, *_: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python allows signal handlers in the main thread only
+    @contextmanager
+    def signals_kept(self) -> Iterator[None]:
+        """Have signals do after `Trainer.fit` what they did before it, however it ends.
+
+        Lightning leaves Ctrl-C ignored after an interrupt, and a notebook could not be interrupted
+        again. torch's handler of SIGCHLD is an exception: it was not there before the first run of
+        a process, and must stay for the next ones, since torch installs it only once. Lightning
+        removes it when it restores all signals.
+        """
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            if self.torch_handler is not None:
+                before[signal.SIGCHLD] = self.torch_handler
+            for number, handler in before.items():
+                if in_main_thread() and handler is not None:  # None: it is not one of Python's
+                    signal.signal(number, handler)
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not in_main_thread():
+            return
         for number in SIGNALS:
-            self.handlers[number] = signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_signal)
+        if trainer.received_sigterm:  # by Lightning's handler; Lightning ends the run after a batch
+            self.received = signal.SIGTERM
         if hasattr(signal, "SIGCHLD"):
             torch_handler = signal.getsignal(signal.SIGCHLD)
             if callable(torch_handler):
-                our_handler = self._keep_error_of(torch_handler)
-                self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, our_handler)
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        while self.handlers:  # Lightning calls this after an exception, too
-            signal.signal(*self.handlers.popitem())
+                self.torch_handler = torch_handler
+                signal.signal(signal.SIGCHLD, self._keep_error_of(torch_handler))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -147,6 +151,18 @@ class Interruption(Callback):
             )
 
 
+def in_main_thread() -> bool:
+    """Whether this is the main thread, the only one in which Python allows signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def interruption_of(trainer: pl.Trainer) -> Interruption:
+    """The callback `Interruption` of a run."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    (interruption,) = (c for c in callbacks if isinstance(c, Interruption))
+    return interruption
+
+
 def loader_died(error: BaseException) -> bool:
     """Whether an error says that a loader process has died, for example for lack of memory."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
@@ -160,17 +176,18 @@ def stop_of(trainer: pl.Trainer, error: BaseException) -> BaseException | None:
     that, while the run itself waits for the first batch. last.ckpt has all steps nevertheless.
 
     Returns:
-        Stopped: the run can be resumed. KeyboardInterrupt: it ended at once, perhaps before the
-        first checkpoint.
+        Stopped: all steps so far are in last.ckpt, unless SIGTERM came before the first one.
+        KeyboardInterrupt: the run ended at once, perhaps before the first checkpoint.
     """
     if isinstance(error, Stopped):
         return error
+    if isinstance(error, SIGTERMException):  # it came before `Interruption` handled signals
+        return Stopped(signal.SIGTERM, trainer.global_step)
     if isinstance(error.__context__, KeyboardInterrupt):  # Lightning made SystemExit of it
         return error.__context__
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    (interruption,) = (c for c in callbacks if isinstance(c, Interruption))
-    if not loader_died(error) or interruption.received is None:
+    received = interruption_of(trainer).received
+    if not loader_died(error) or received is None:
         return None
     if not last_checkpoint(Path(trainer.default_root_dir)).is_file():
         return KeyboardInterrupt()
-    return Stopped(interruption.received, trainer.global_step)
+    return Stopped(received, trainer.global_step)
