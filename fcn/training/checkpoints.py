@@ -54,10 +54,7 @@ class LastCheckpoint(Checkpoint):
         self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        # If the resumed run had no steps left, `on_train_start` was not called. By now, Lightning
-        # has moved the network to the CPU; the batches still go to the device of the run.
-        if self.validation_due:
-            trainer.strategy.model_to_device()
+        # If the resumed run had no steps left, `on_train_start` was not called.
         self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
@@ -82,10 +79,12 @@ class LastCheckpoint(Checkpoint):
         """Do the validation that was due when the run was killed.
 
         Lightning 2.6 leaves that validation out when a run is resumed, and has no public way to
-        validate within `fit`. The lines below are those of its training loop
+        validate within `fit`. From `val_loop` on, the lines below are those of its training loop
         (pytorch_lightning/loops/training_epoch_loop.py, on_advance_end).
         """
         if self.validation_due:
+            # Before `on_fit_end`, Lightning moves the network to the CPU. Batches go to the GPU.
+            trainer.strategy.model_to_device()
             val_loop = trainer.fit_loop.epoch_loop.val_loop
             val_loop.restarting = False
             trainer.validating = True
