@@ -98,8 +98,9 @@ def find_images(cfg: DictConfig, ckpt: Path, checkpoint: Mapping[str, Any]) -> "
     Raises:
         fcn.errors.FCNError: they cannot be found.
     """
-    from fcn.checkpoint import image_settings, image_type
+    from fcn.checkpoint import image_type
     from fcn.evaluation.candidate import chosen_data
+    from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import data_images, folder_images
 
     given = cfg.calibrate

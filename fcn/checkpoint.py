@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fcn.datasets.value_range import FULL_RANGE, Range, check_range
+from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write, create_folder
@@ -266,23 +266,6 @@ def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("dataset"), dict):
         raise WeightsError(f"{path} has no data settings; choose the data with data=...")
     return {name: value for name, value in data.items() if name != "class"}
-
-
-def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
-    """The `value_range` of the data that a network was trained on, and the root of this data.
-
-    Both are None for a network whose checkpoint has no data settings, such as one of the authors'.
-
-    Raises:
-        ConfigError: there is a `value_range` that cannot work.
-    """
-    try:
-        data = data_settings(path, checkpoint)
-    except WeightsError:
-        return None, None
-    value_range = data["dataset"].get("value_range")
-    check_range(value_range)
-    return value_range, data.get("root")
 
 
 def image_type(checkpoint: Mapping[str, Any]) -> str | None:

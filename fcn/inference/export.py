@@ -20,10 +20,10 @@ from torch.export import Dim
 from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
-from fcn.checkpoint import image_settings
 from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text, need_packages
 from fcn.files import atomic_write, create_folder
 from fcn.inference.onnx_session import METADATA, Program, open_session
+from fcn.inference.predictor import image_settings
 from fcn.module import SegmentationModule
 from fcn.runs.folder import output_folder
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fcn.cards import check_card, has_tensor_cores
-from fcn.checkpoint import image_settings, image_type, read_checkpoint
+from fcn.checkpoint import data_settings, image_type, read_checkpoint
 from fcn.datasets import pictures
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, read_image
-from fcn.datasets.value_range import SMALL_SHARE, Range, measure, range_problem
+from fcn.datasets.value_range import SMALL_SHARE, Range, check_range, measure, range_problem
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import (
     ConfigError,
     DataError,
+    WeightsError,
     WriteError,
     check_choice,
     check_whole,
@@ -180,6 +182,23 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     palette = module.hparams.get("palette")
     kind = image_type(checkpoint)
     return Predictor(scores, module.class_names, palette, value_range, kind, root)
+
+
+def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
+    """The `value_range` of the data that a network was trained on, and the root of this data.
+
+    Both are None for a network whose checkpoint has no data settings, such as one of the authors'.
+
+    Raises:
+        ConfigError: there is a `value_range` that cannot work.
+    """
+    try:
+        data = data_settings(path, checkpoint)
+    except WeightsError:
+        return None, None
+    value_range = data["dataset"].get("value_range")
+    check_range(value_range)
+    return value_range, data.get("root")
 
 
 def find_device(name: str) -> torch.device:
