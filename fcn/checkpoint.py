@@ -25,8 +25,7 @@ their first convolution expects BGR from 0 to 255.
 """
 
 import json
-import pickle
-import re
+import os
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -41,7 +40,7 @@ from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write, create_folder
-from fcn.pickles import check_pickles
+from fcn.pickles import brief, check_pickles
 from fcn.vgg import STD
 
 StateDict = dict[str, Tensor]
@@ -98,7 +97,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
         WeightsError: the system refuses to look there, as in a folder of another user.
     """
     check_text(key, path, wanted="a checkpoint, or a run folder")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # leaves ~nobody as it is; Path's own raises an error
     try:
         if path.is_dir():
             exported_weights = path / MODEL_FOLDER[0]
@@ -357,12 +356,13 @@ def write_model_folder(
         card: what README.md says about the network.
 
     Raises:
-        ConfigError: the folder cannot be made, or it has a README.md or a config.json of another
-            kind, such as that of a project.
+        ConfigError: the folder cannot be made, or it has files of these names that belong to
+            something else, such as another project or another program's network.
         WriteError: a file cannot be written.
     """
     weights, config, readme = (folder / name for name in MODEL_FOLDER)
-    foreign = [path for path in (readme, config) if path.is_file() and not weights.is_file()]
+    known = weights.is_file() and _is_ours(weights)
+    foreign = [path for path in (weights, readme, config) if path.is_file() and not known]
     if foreign:
         raise ConfigError(
             f"output={folder}: {foreign[0]} would be replaced, but belongs to no exported network"
@@ -443,9 +443,7 @@ def _load(path: Path) -> Any:
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("fcn", "{}"))
-            tensors = load_file(path)
+            about, tensors = _metadata(path), load_file(path)
             return {**about, "state_dict": tensors} if about else tensors
         zipped = check_pickles(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -453,17 +451,15 @@ def _load(path: Path) -> Any:
         raise WeightsError(f"{path} cannot be read: {brief(error)}") from error
 
 
-def brief(error: BaseException) -> str:
-    """Why a file could not be read, in a few words.
+def _is_ours(weights: Path) -> bool:
+    """Whether a .safetensors file is one that this project has written."""
+    try:
+        return bool(_metadata(weights))
+    except (SafetensorError, OSError, ValueError):  # it is damaged
+        return False
 
-    torch's own message about an unsafe file is long, and advises to load it all the same.
-    """
-    if isinstance(error, pickle.UnpicklingError):
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            return "not written by torch.save, or damaged"
-        return f"it holds {code[1]}, no plain value, and to load that could run code"
-    if isinstance(error, OSError):
-        return reason(error)
-    text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return text if " " in text else f"damaged ({type(error).__name__})"
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a .safetensors file of ours says about its network; empty: it is not one of ours."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("fcn", "{}"))

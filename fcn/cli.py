@@ -10,6 +10,7 @@ This file imports Hydra, but not torch, so that `python train.py --help` answers
 """
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -66,6 +67,8 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sweep = bool({"-m", "--multirun"} & set(sys.argv))
     with short_messages():
+        if sweep and Path(sys.argv[0]).name in ("evaluate.py", "predict.py", "export.py"):
+            raise ConfigError("-m: only train.py runs sweeps; start this once for each value")
         sys.argv[1:] = [quoted(argument, sweep=sweep) for argument in sys.argv[1:]]
         if resumed := [argument for argument in sys.argv[1:] if RESUMED.match(argument)]:
             if sweep:
@@ -98,7 +101,8 @@ def short_messages() -> Iterator[None]:
             raise
         raise SystemExit(1) from None
     except Exception as error:
-        if not isinstance(error, (FCNError, *MENDABLE)) and not _raised_by_hydra(error):
+        mendable = isinstance(error, (FCNError, *MENDABLE)) or _raised_by_hydra(error)
+        if not mendable and not _refused_path(error):
             raise
         print(f"error: {short_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -166,10 +170,12 @@ def _reader_has_gone() -> bool:
 
 
 def short_message(error: BaseException) -> str:
-    """The message of our own error if one is the cause, else the useful part of Hydra's."""
+    """The message of our own error if one is the cause, else the useful part of another's."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FCNError):
         cause = cause.__cause__
+    if cause is None and _refused_path(error) and not _raised_by_hydra(error):
+        return f"{error.filename}: {reason(error)}"
     return _of_hydra(error) if cause is None else str(cause)
 
 
@@ -356,7 +362,7 @@ def _of_hydra(error: BaseException) -> str:
         return f"hydra.run.dir, or hydra.sweep.dir: {error.filename}: {reason(error)}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__).strip()
-    if isinstance(error, YAMLError):  # its message names the file and the line
+    if isinstance(error, YAMLError | UnicodeDecodeError):  # YAML's names the file and the line
         return f"a file of settings does not read as YAML: {' '.join(str(error).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
@@ -390,6 +396,15 @@ def _of_hydra(error: BaseException) -> str:
     return f"{first}\n`--cfg job` shows every setting, `--help` the groups; +key=value adds one."
 
 
+def _refused_path(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the system refuses a path: one in a folder of another user, or with too long a name.
+
+    Most checks whether a file exists raise such an error.
+    """
+    refusals = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, OSError) and error.errno in refusals and error.filename is not None
+
+
 def _raised_by_hydra(error: Exception) -> bool:
     """Whether Hydra or OmegaConf raised the error themselves, and not a function that they called.
 
@@ -398,5 +413,5 @@ def _raised_by_hydra(error: Exception) -> bool:
     """
     frames = (frame for frame, _ in walk_tb(error.__traceback__))
     modules = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
-    *_, last = (module for module in modules if module not in ("pathlib", "os"))
+    *_, last = (module for module in modules if module not in ("pathlib", "os", "codecs"))
     return last in ("hydra", "omegaconf")

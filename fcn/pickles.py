@@ -1,17 +1,22 @@
-"""What is checked in a .ckpt or .pth before torch.load reads it.
+"""What is checked in a .ckpt or .pth before torch.load reads it, and why it could not be read.
 
     zipped = check_pickles(Path("last.ckpt"))     # raises an error if the file is no good
+    print(brief(error))                           # what is wrong, in a few words
 
 torch's reader for weights only runs no code, but it compares no checksums, and it makes a bytearray
 of any size that a pickle names.
 """
 
+import pickle
+import re
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from pickletools import genops
 from typing import IO
 from zipfile import ZipFile, is_zipfile
+
+from fcn.errors import reason
 
 
 def check_pickles(path: Path) -> bool:
@@ -65,3 +70,19 @@ def _check_pickle(file: IO[bytes]) -> None:
         for code, value, _ in genops(file):
             if code.name == "GLOBAL" and str(value).endswith(" bytearray"):
                 raise TypeError("it holds a bytearray, for which a few bytes may ask for gigabytes")
+
+
+def brief(error: BaseException) -> str:
+    """Why a file could not be read, in a few words.
+
+    torch's own message about an unsafe file is long, and advises to load it all the same.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            return "not written by torch.save, or damaged"
+        return f"it holds {code[1]}, no plain value, and to load that could run code"
+    if isinstance(error, OSError):
+        return reason(error)
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return text if " " in text else f"damaged ({type(error).__name__})"

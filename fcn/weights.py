@@ -27,7 +27,6 @@ from torchvision.models import VGG16_Weights, WeightsEnum, get_model_weights
 from fcn.checkpoint import (
     CAFFE_LAYERS,
     StateDict,
-    brief,
     find_checkpoint,
     from_caffe,
     is_published,
@@ -38,6 +37,7 @@ from fcn.checkpoint import (
 from fcn.datasets.download import TIMEOUT, locked
 from fcn.errors import WeightsError, WriteError, check_text
 from fcn.network import FCN, SKIPS, head_layers
+from fcn.pickles import brief
 from fcn.vgg import MEAN, STD
 
 log = logging.getLogger(__name__)

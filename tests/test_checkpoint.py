@@ -84,6 +84,7 @@ def test_a_run_folder_means_its_best_checkpoint(
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     assert find_checkpoint("~") == tmp_path / "checkpoints" / "best.ckpt"
+    assert find_checkpoint("~no_user/x.ckpt") == Path("~no_user/x.ckpt")  # there is no such user
 
 
 def test_a_path_that_the_system_refuses_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ def of_hydra(cause: Exception) -> Exception:
         (ConfigError("lr=0: must be a number above 0"), 1, "error: lr=0: must be a number above 0"),
         (of_hydra(DataError("a.jpg is broken")), 1, "error: a.jpg is broken"),
         (of_hydra(KeyError("a")), 1, "error: 'a'"),
+        (PermissionError(13, "Permission denied", "a/b"), 1, "error: a/b: Permission denied"),
         (KeyboardInterrupt(), 130, "\nstopped"),
         (SystemExit(143), 143, ""),
     ],
@@ -69,7 +70,7 @@ def test_what_a_script_prints_and_its_exit_code(
 
 def test_other_errors_keep_their_traceback() -> None:
     """A broken pipe too, if it is not that of our own output."""
-    for error in (ZeroDivisionError, BrokenPipeError):
+    for error in (ZeroDivisionError, BrokenPipeError, PermissionError, IsADirectoryError):
         with pytest.raises(error), short_messages():
             raise error
     with pytest.raises(KeyError) as caught, short_messages():
@@ -166,6 +167,32 @@ def test_mistakes_in_a_file_of_settings(
     assert str(tmp_path / "train.yaml") in error
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_file_of_settings_that_is_not_utf8(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.yaml").write_bytes("name: Äcker".encode("latin-1"))
+    monkeypatch.setattr(cli, "CONF", tmp_path)
+    with pytest.raises(SystemExit), short_messages():
+        compose([])
+    assert "does not read as YAML: 'utf-8' codec" in capsys.readouterr().err
+
+
+def test_a_path_that_is_too_long(capsys: Capture) -> None:
+    with pytest.raises(SystemExit), short_messages():
+        Path("x" * 300).is_dir()
+    assert capsys.readouterr().err == f"error: {'x' * 300}: File name too long\n"
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "predict.py", "export.py"])
+def test_only_training_has_sweeps(
+    script: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "ckpt=x", "-m"])
+    with pytest.raises(SystemExit):
+        cli.run(lambda: pytest.fail("it has begun"))
+    assert capsys.readouterr().err.startswith("error: -m: only train.py runs sweeps")
 
 
 def test_missing_values() -> None:

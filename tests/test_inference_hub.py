@@ -14,6 +14,7 @@ import torch
 from conftest import compose_config, train_tiny
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from test_predict import noise, write_checkpoint
 
 from evaluate import evaluate
@@ -250,6 +251,19 @@ def test_saving_keeps_files_of_others(tmp_path: Path) -> None:
         new.save_pretrained(tmp_path)
     for name, path in files.items():
         assert path.read_text(encoding="utf-8") == f"own {name}"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_saving_keeps_the_network_of_another_program(damaged: bool, tmp_path: Path) -> None:
+    """Most networks on the hub have files of these names."""
+    others = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(1)}, others)
+    if damaged:
+        others.write_bytes(others.read_bytes()[:20])
+    before = others.read_bytes()
+    with pytest.raises(ConfigError, match=r"model\.safetensors would be replaced, but belongs"):
+        FCN(3, backbone="vgg_tiny", head_width=8, head_kernel=3).save_pretrained(tmp_path)
+    assert others.read_bytes() == before
 
 
 def test_push_to_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

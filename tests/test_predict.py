@@ -202,7 +202,7 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
         ({"ckpt": 3}, "ckpt=3: must be a checkpoint, or a run folder"),
         ({"tile": 10}, "tile=10: must be"),
         ({"max_pixels": 0}, "max_pixels=0: must be null or a whole number"),
-        ({"tta": 3}, r"tta\.flip=null: must be"),
+        ({"tta": 3}, "tta=3: must be a group of settings"),
         ({"output": photo}, r"output=.*x\.png"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number from 1"),
         ({"precision": "half"}, "precision=half: must be null or one of 32-true"),
@@ -220,6 +220,8 @@ def test_a_setting_that_tta_does_not_have(tmp_path: Path, ckpt: Path) -> None:
     given = [f"input={tmp_path}", f"output={tmp_path / 'out'}"]
     with pytest.raises(ConfigError, match=r"^tta\.tile=512: must be .*; .* is tile=512$"):
         run(ckpt, *given, "+tta.tile=512")
+    with pytest.raises(ConfigError, match=r"^tta=null: must be a group of settings"):
+        run(ckpt, *given, "tta=null")
 
 
 def test_values_in_a_small_part_of_their_range(

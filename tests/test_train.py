@@ -1,6 +1,7 @@
 """train.py: what it writes and what it refuses."""
 
 import csv
+import importlib
 import json
 import runpy
 import sys
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from fcn.checkpoint import last_checkpoint
 from fcn.module import SegmentationModule
+from fcn.runs import process
 from fcn.runs.metrics import read_column, read_metrics
 from fcn.runs.resume import resumed_config
 from fcn.training.fit import fit
@@ -191,6 +193,13 @@ def test_real_photographs_and_weights(tmp_path: Path, real_voc_root: Path) -> No
     summary = train(compose_config("train", *options), tmp_path / "run")
     assert summary["steps"] == 1
     assert 0 < summary["val/miou"] < 1
+
+
+def test_no_figure_of_memory_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, there is no module `resource`; and psutil for Linux needs it."""
+    for name in ("resource", "psutil"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert importlib.reload(process).peak_memory() is None
 
 
 def test_peak_memory_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,8 +154,10 @@ def test_what_is_wrong(changes: str, message: str, defaults: DictConfig) -> None
 def test_name_that_is_a_number(defaults: DictConfig) -> None:
     with pytest.raises(ConfigError, match=r"^name=2024: must be a text, not a number") as caught:
         check(changed(defaults, "name=2024"))
-    (advice,) = re.findall(r'write "(.*)"$', str(caught.value))
+    (advice,) = re.findall(r'as in "(.*)"$', str(caught.value))
     assert cli.compose([advice]).name == "2024"
+    with pytest.raises(ConfigError, match=r"^name=100000\.0: .*: write it in quotes, as in"):
+        check(changed(defaults, "name=1e5"))
 
 
 @pytest.mark.parametrize(

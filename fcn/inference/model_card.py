@@ -41,7 +41,7 @@ def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
             there is no such file, so that they are not known.
     """
     if path is not None and path.name == MODEL_FOLDER[0] and path.with_name("README.md").is_file():
-        return path.with_name("README.md").read_text(encoding="utf-8")
+        return path.with_name("README.md").read_text(encoding="utf-8", errors="replace")
     network = checkpoint["hyper_parameters"]
     # `read_checkpoint` accepts any plain values. Those of another kind than a run's say nothing.
     for name, known, unknown in (("config", dict, {}), ("global_step", int, 0)):

@@ -36,7 +36,7 @@ OWN_RESULT = "it is a result of an earlier run"
 def results_folder(output: str | None, checkpoint: Path) -> Path:
     """The folder for results: `output`, or predictions/ in the run that a checkpoint is of."""
     check_text("output", output, wanted="a folder", optional=True)
-    return Path(output).expanduser() if output else output_folder(checkpoint, "predictions")
+    return Path(os.path.expanduser(output)) if output else output_folder(checkpoint, "predictions")
 
 
 def result_path(target: Path, ending: str) -> Path:
@@ -83,7 +83,7 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
             has not written.
     """
     check_text("input", pattern, wanted="a file, a folder or a glob")
-    given, output = Path(pattern).expanduser(), absolute(output)
+    given, output = Path(os.path.expanduser(pattern)), absolute(output)
     if given.is_file():
         root, found = given.parent, [str(given)]
     elif given.is_dir():

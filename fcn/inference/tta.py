@@ -28,14 +28,15 @@ def view_settings(tta: Any) -> dict[str, Any]:
     What is missing there is None, which `TestTime` refuses.
 
     Raises:
-        ConfigError: the group has another setting, which would change nothing.
+        ConfigError: this is no group, or it has another setting, which would change nothing.
     """
-    group = tta if isinstance(tta, Mapping) else {}
-    for name in group:
+    if not isinstance(tta, Mapping):
+        refuse("tta", tta, "a group of settings")
+    for name in tta:
         if name not in ("flip", "scales"):
             wanted = "tta.flip or tta.scales; the setting for tiles is tile=512"
-            refuse(f"tta.{name}", group[name], wanted)
-    return {name: group.get(name) for name in ("flip", "scales")}
+            refuse(f"tta.{name}", tta[name], wanted)
+    return {name: tta.get(name) for name in ("flip", "scales")}
 
 
 class TestTime(nn.Module):

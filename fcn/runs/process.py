@@ -3,8 +3,8 @@
 import logging
 import sys
 import warnings
+from contextlib import suppress
 
-import psutil
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -31,6 +31,8 @@ def memory_size(device: torch.device) -> int:
     """The bytes of a GPU's memory; for any other device, those of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
     return psutil.virtual_memory().total
 
 
@@ -42,9 +44,13 @@ def peak_memory() -> int | None:
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    try:
+    with suppress(ImportError):
         import resource  # Linux and macOS have this
-    except ImportError:
+
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with suppress(ImportError):  # a figure of memory is no reason to stop
+        import psutil
+
         return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has this
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None

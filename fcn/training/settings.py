@@ -70,8 +70,8 @@ def check_settings(config: Settings) -> None:
         if not isinstance(config.get(group), Mapping):
             raise ConfigError(f"{group}={config.get(group)!r}: no settings; see conf/{group}/")
     name = config.get("name")
-    if is_number(name):  # as Hydra reads it
-        refuse("name", name, f"a text, not a number: write \"name='{name}'\"")
+    if is_number(name):  # which is how Hydra reads 2024, 1e5 and 2024_01
+        refuse("name", name, "a text, not a number: write it in quotes, as in \"name='2024'\"")
     # A run folder may be copied to Windows. Older runs with other names can still be resumed.
     wrong = r"[/\\\0]" if config.get("resume") else r'[/\\:*?"<>|\0-\x1f]|[. ]$'
     if not isinstance(name, str) or name.strip() in ("", ".", "..") or re.search(wrong, name):
