@@ -177,6 +177,25 @@ def train_tiny(run: Path, *overrides: str, curves: bool = False) -> dict[str, An
     return train(cfg, run, list(overrides))
 
 
+def write_onnx(path: Path, metadata: dict[str, str] | None) -> None:
+    """An ONNX file that returns its input, with metadata as in a file of export.py.
+
+    Args:
+        path: of the file. Without the packages for ONNX, the test is skipped.
+        metadata: what differs, as JSON; None: the file has no metadata at all.
+    """
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from fcn.inference.onnx_session import METADATA
+
+    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[1] image) => (float[1] scores)'
+    model = onnx.parser.parse_model(text + " {scores = Identity(image)}")
+    if metadata is not None:
+        usual = dict.fromkeys(METADATA, "null") | {"class_names": '["a", "b"]', "void": "255"}
+        onnx.helper.set_model_props(model, usual | metadata)
+    onnx.save(model, path)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has ended (do not write there): 4 steps of 2 batches, fp32."""
