@@ -2,18 +2,22 @@
 
     python benchmarks/race.py --recipe camvid_fcn8s --data DIR --minutes 15
     python benchmarks/race.py --recipe voc_mini --data DIR --first 40
+    python benchmarks/race.py --recipe camvid_fcn8s --data DIR --steps 3600 --device cuda
 
-Each network trains for that long on the same cores, as its authors do. Ours trains as the recipe,
-the others as benchmarks/peers.py says: torchfcn on one whole image at a time, as it is, those of
-segmentation-models-pytorch (smp) on our crops, and once more with the recipe's loss, optimizer and
-frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The features of smp's are
-evened out (peers.even_out), as ours are by model.pool_scales. All compute in the precision that
-ours does, which is bfloat16 where the CPU has it, although their authors use float32.
+Each network trains for that long on the same cores, as its authors do, or for as many steps: on a
+fast GPU, minutes would compare how soon Python starts each operation, and not the networks. Ours
+trains as the recipe, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
+as it is, those of segmentation-models-pytorch (smp) on our crops, and once more with the recipe's
+loss, optimizer and frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The
+features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. All compute in
+the precision that ours does, which is bfloat16 where the device has it, although their authors use
+float32.
 
-Only training steps count as time: reading images and scoring do not. Scores are those of
-evaluate.py, at the images' own resolution: during the race on `--first` so many images, which the
-figure shows, and at the end on all of them, which table.md has. Both show all seeds that are in the
-output folder, which is refused where it holds runs under other conditions.
+Only training steps count as time: reading images and scoring do not. With --workers, images are
+read in other processes, which takes time from the steps where there are few cores. Scores are those
+of evaluate.py, at the images' own resolution: during the race on `--first` so many images, which
+the figure shows, and at the end on all of them, which table.md has. Both show all seeds that are in
+the output folder, which is refused where it holds runs under other conditions.
 """
 
 import argparse
@@ -48,11 +52,11 @@ from fcn.training.settle import settle_class_weights
 from fcn.transforms import Batch
 
 
-def contestants(recipe: str) -> list[str]:
+def contestants(recipe: str, device: str = "cpu") -> list[str]:
     """Ours first, with the VGG of the recipe, and those of smp with the same one."""
     backbone = composed("train", f"experiment={recipe}").model.backbone
     peers = [name for name in (*SMP_OUR_RECIPE, *SMP) if backbone in name]
-    return [ours_here("cpu", backbone), *peers, *TORCHFCN]
+    return [ours_here(device, backbone), *peers, *TORCHFCN]
 
 
 def opened(name: str, args: argparse.Namespace) -> SegmentationDataModule:
@@ -64,7 +68,7 @@ def opened(name: str, args: argparse.Namespace) -> SegmentationDataModule:
         given += ["data.batch_size=1", "data.crop_size=null", "data.scale=null", "data.flip=0"]
         given += ["data.jitter=null", "data.rotate=null", "data.blur=null"]
     cfg = composed("train", *given)
-    datamodule = instantiate(cfg.data, _convert_="all", num_workers=0)
+    datamodule = instantiate(cfg.data, _convert_="all", num_workers=args.workers)
     datamodule.setup("fit")
     return datamodule
 
@@ -77,9 +81,9 @@ def class_weights(recipe: str, changes: list[str], datamodule: SegmentationDataM
     return [] if weights is None else [f"model.class_weights={list(weights)}"]
 
 
-def compute_as_ours(network: nn.Module) -> None:
-    """Make the network compute in mixed precision from now on; its scores are float32."""
-    mixed = torch.autocast("cpu", torch.bfloat16)(network.forward)
+def compute_as_ours(network: nn.Module, device: str) -> None:
+    """Make the network compute in bfloat16 from now on; its scores are float32."""
+    mixed = torch.autocast(device, torch.bfloat16)(network.forward)
 
     def forward(image: Tensor) -> Tensor:
         return mixed(image).float()
@@ -90,7 +94,7 @@ def compute_as_ours(network: nn.Module) -> None:
 def schedule(
     name: str, contestant: Contestant, progress: Callable[[], float]
 ) -> LRScheduler | None:
-    """How its authors lower the rate; `progress` goes from 0 to 1 with the time."""
+    """How its authors lower the rate; `progress` goes from 0 to 1."""
     limits: dict[str, Any] = {"total_steps": math.inf, "time_used": progress}
     if name.startswith("ours") or name in SMP_OUR_RECIPE:
         return poly(contestant.optimizer, **limits, warmup_steps=50)  # the recipes'
@@ -108,13 +112,16 @@ def judge(contestant: Contestant, datamodule: SegmentationDataModule, images: in
         batch = next(batches)
         height, width = batch["mask"].shape[-2:]
         logits = contestant.logits(contestant.prepare(batch["image"], batch["mask"])[0])
-        confusion.update(logits[..., :height, :width].argmax(1), batch["mask"])
+        confusion.update(logits[..., :height, :width].argmax(1).cpu(), batch["mask"])
     contestant.network.train()
     return segmentation_scores(confusion.compute())["miou"]
 
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One contestant's points, (minutes, mean IoU of the first images), and the mean IoU of all."""
+    """One contestant's points and the mean IoU of all images in the end.
+
+    A point is (minutes or steps, mean IoU of the first images).
+    """
     ours, datamodule = name.startswith("ours"), opened(name, args)
     assert datamodule.val_data is not None
     changes = [*args.settings, *([f"optimizer.lr={args.rate}"] if args.rate else [])]
@@ -122,10 +129,10 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     own = [f"experiment={args.recipe}", *changes] if ours else changes
     classes = len(datamodule.classes)
     contestant = make(
-        name, "cpu", args.weights, *own, recipe=args.recipe, classes=classes, seed=args.seed
+        name, args.device, args.weights, *own, recipe=args.recipe, classes=classes, seed=args.seed
     )
-    if not ours and best_precision("cpu") == "bf16-mixed":
-        compute_as_ours(contestant.network)
+    if not ours and best_precision(args.device) == "bf16-mixed":
+        compute_as_ours(contestant.network, args.device)
     if name in (*SMP, *SMP_OUR_RECIPE):
         first = next(iter(datamodule.train_dataloader()))
         image, _ = contestant.prepare(first["image"], first["mask"])
@@ -133,23 +140,31 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     everything = len(datamodule.val_data)
     contestant.network.train()
     points: list[tuple[float, float]] = []
-    used, steps, marks = 0.0, 0, [args.minutes * k / args.marks for k in range(1, args.marks + 1)]
-    falling = schedule(name, contestant, lambda: used / 60 / args.minutes)
+    used, steps, marks = 0.0, 0, [k / args.marks for k in range(1, args.marks + 1)]
+
+    def progress() -> float:
+        return steps / args.steps if args.steps else used / 60 / args.minutes
+
+    falling = schedule(name, contestant, progress)
     for batch in datamodule.train_dataloader():
         began = time.perf_counter()
         contestant.step(*contestant.prepare(batch["image"], batch["mask"]))
-        if falling:
-            falling.step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         steps += 1
         used += time.perf_counter() - began
-        if used >= 60 * marks[len(points)]:
-            points.append((used / 60, judge(contestant, datamodule, min(args.first, everything))))
+        if falling:
+            falling.step()
+        if progress() >= marks[len(points)]:
+            score = judge(contestant, datamodule, min(args.first, everything))
+            points.append((steps if args.steps else used / 60, score))
             print(name, steps, points[-1], flush=True)
             if len(points) == args.marks:
                 break
     miou = judge(contestant, datamodule, everything)
     print(name, "all images:", miou, flush=True)
-    return {"name": name, "steps": steps, "points": points, "images": everything, "miou": miou}
+    result = {"name": name, "points": points, "images": everything, "miou": miou}
+    return {**result, "steps_taken": steps, "minutes_taken": used / 60}
 
 
 def named(run: dict[str, Any]) -> str:
@@ -173,7 +188,7 @@ def runs_of(output: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
-    """Mean IoU of the first so many images over minutes of training, a line for each run."""
+    """Mean IoU of the first so many images over minutes or steps, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,9 +196,10 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
-        minutes, mious = zip(*run["points"], strict=True)
-        axes.plot(minutes, [100 * miou for miou in mious], marker="o", label=named(run))
-    axes.set(xlabel="minutes of training", ylabel=f"mean IoU in %, {images} images")
+        when, mious = zip(*run["points"], strict=True)
+        axes.plot(when, [100 * miou for miou in mious], marker="o", label=named(run))
+    unit = "steps" if runs[0]["steps"] else "minutes of training"
+    axes.set(xlabel=unit, ylabel=f"mean IoU in %, {images} images")
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -194,13 +210,13 @@ def table(runs: list[dict[str, Any]]) -> str:
     """What each had reached in the end, on all images, in Markdown."""
     lines = ["| network, seed | minutes | steps | mean IoU |", "| --- | ---: | ---: | ---: |"]
     for run in sorted(runs, key=lambda run: -run["miou"]):
-        minutes, miou = run["points"][-1][0], 100 * run["miou"]
-        lines.append(f"| {named(run)} | {minutes:.1f} | {run['steps']:,} | {miou:.1f} |")
+        minutes, steps = run["minutes_taken"], run["steps_taken"]
+        lines.append(f"| {named(run)} | {minutes:.1f} | {steps:,} | {100 * run['miou']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Train each network for the same minutes, and write marks and figure."""
+    """Train each network for the same minutes or steps, and write marks and figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s"), required=True)
     parser.add_argument("--data", required=True)
@@ -209,6 +225,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of images and first weights")
     parser.add_argument("--first", type=int, default=101, help="images to judge on at the marks")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--steps", type=int, help="train for so many instead of for minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
     parser.add_argument("--only", nargs="+", help="contestants; without it, all of them")
     parser.add_argument(
@@ -221,11 +240,13 @@ def main() -> None:
     args = parser.parse_args()
     args.output = args.output or Path("runs", "race", args.recipe)
     args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
-    conditions = {n: getattr(args, n) for n in ("recipe", "minutes", "settings", "rate", "first")}
+    args.minutes = None if args.steps else args.minutes
+    told = ("recipe", "minutes", "steps", "device", "settings", "rate", "first")
+    conditions = {name: getattr(args, name) for name in told}
     conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work
     args.output.mkdir(parents=True, exist_ok=True)
-    names = contestants(args.recipe)
+    names = contestants(args.recipe, args.device)
     if unknown := set(args.only or ()) - set(names):
         parser.error(f"--only: there is no {unknown}, but {', '.join(names)}")
     for name in args.only or names:

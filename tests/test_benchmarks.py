@@ -170,10 +170,11 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def result(name: str, args: Any) -> dict[str, Any]:
         points = [(2, 0.1), (4.04, 0.2)]
-        return {"name": name, "steps": 1200, "points": points, "miou": 0.25 + args.seed / 10}
+        taken = {"steps_taken": 1200, "minutes_taken": points[-1][0]}
+        return {"name": name, "points": points, "miou": 0.25 + args.seed / 10, **taken}
 
     monkeypatch.setattr(race, "race", result)
-    monkeypatch.setattr(race, "contestants", lambda recipe: ["ours"])
+    monkeypatch.setattr(race, "contestants", lambda recipe, device: ["ours"])
     monkeypatch.setattr(race, "draw", lambda *_: None)
     given = ["--recipe", "voc_mini", "--data", "d", "--weights", "w.pth", "--output", tmp_path]
     start = partial(run_script, monkeypatch, race, *given)
@@ -183,6 +184,7 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == rows
     for changed, had in (
         (["--minutes", "5"], "minutes=10"),
+        (["--steps", "5"], "minutes=10, steps=None"),
         (["--settings", "data.crop_size=9"], r"settings=\[\]"),
         (["--recipe", "camvid_fcn8s"], "recipe=voc_mini"),
     ):
@@ -215,7 +217,8 @@ def test_torchfcn_sees_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     asked = []
     data = SimpleNamespace(setup=lambda stage: None)
     monkeypatch.setattr("hydra.utils.instantiate", lambda cfg, **_: asked.append(cfg) or data)
-    args = SimpleNamespace(recipe="camvid_fcn8s", settings=["data.rotate=10"], data="d", seed=0)
+    args = SimpleNamespace(recipe="camvid_fcn8s", settings=["data.rotate=10"], data="d")
+    args.seed, args.workers = 0, 0
     opened(next(iter(TORCHFCN)), args)
     names = ("batch_size", "crop_size", "scale", "flip", "jitter", "rotate", "blur")
     assert [asked[0][name] for name in names] == [1, None, None, 0, None, None, None]
@@ -272,7 +275,7 @@ def test_peers_learn_in_mixed_precision() -> None:
 
     network, image = nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
     expected = network(image)
-    compute_as_ours(network)
+    compute_as_ours(network, "cpu")
     scores = network(image)
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, expected)  # rounded to bfloat16 on the way
