@@ -201,18 +201,9 @@ def _forward_and_backward(
 def steps(bench: Bench, recipe: str, precision: str) -> str:
     """train.py with a recipe: the loss is finite, and the weights move."""
     require_precision(bench, precision)
-    given = ["name=gpu", *([] if recipe == "default" else [f"experiment={recipe}"])]
-    cfg = cli.compose(given)
-    if bench.stand_in:
-        size = 64
-        given += [*NARROW, *(["data.crop_size=64"] if cfg.data.crop_size else [])]
-    else:
-        size = cfg.data.dataset.get("size") or 500  # as large as the largest of VOC2012
     most = 8 if precision == "16-mixed" else 4  # GradScaler may leave out the first ones
-    given += ["data=shapes", "data.train_split=train", "data.val_split=val"]
-    given += [f"data.dataset.size={size}", "model.weights=null"]
-    given += [f"trainer.accumulate_grad_batches={min(cfg.trainer.accumulate_grad_batches, 2)}"]
-    given += [f"trainer.max_steps={most}", "trainer.max_epochs=null", *BARE]
+    given = [*on_shapes(recipe, stand_in=bench.stand_in), *BARE]
+    given += [f"trainer.max_steps={most}", "trainer.max_epochs=null"]
     given += ["trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"]
     given += [f"trainer.precision={precision}", f"trainer.accelerator={bench.device}"]
     columns = _train(bench, *given)
@@ -225,6 +216,21 @@ def steps(bench: Bench, recipe: str, precision: str) -> str:
     scores = columns["val/miou"]
     need(bool(np.isfinite(scores).any()), "the validation has no score")
     return f"{most} steps{left_out}, loss {loss[0]:.3f} to {loss[-1]:.3f}, and a validation"
+
+
+def on_shapes(recipe: str, *, stand_in: bool) -> list[str]:
+    """The settings of a recipe on generated shapes, which have other classes than its own data."""
+    given = ["name=gpu", *([] if recipe == "default" else [f"experiment={recipe}"])]
+    cfg = cli.compose(given)
+    if stand_in:
+        size = 64
+        given += [*NARROW, *(["data.crop_size=64"] if cfg.data.crop_size else [])]
+    else:
+        size = cfg.data.dataset.get("size") or 500  # as large as the largest of VOC2012
+    given += ["data=shapes", "data.train_split=train", "data.val_split=val"]
+    given += [f"data.dataset.size={size}", "model.weights=null", "model.class_weights=null"]
+    batches = min(cfg.trainer.accumulate_grad_batches, 2)
+    return [*given, f"trainer.accumulate_grad_batches={batches}"]
 
 
 def _train(bench: Bench, *settings: str) -> dict[str, np.ndarray]:
@@ -259,7 +265,7 @@ def waits(bench: Bench, precision: str) -> str:
     require_precision(bench, precision)
     if bench.device != "cuda":
         raise Skip("torch.cuda.set_sync_debug_mode is for CUDA only")
-    given = ["data=shapes", "data.dataset.size=320", "model.weights=null", *BARE]
+    given = ["name=gpu", "data=shapes", "data.dataset.size=320", "model.weights=null", *BARE]
     given += [f"trainer.precision={precision}", f"trainer.accelerator={bench.device}"]
     places = places_that_wait(bench, *given)
     hidden = {place: n for place, n in places.items() if "grad_scaler.py" not in place}

@@ -3,6 +3,7 @@
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from conftest import PROJECT, TINY
 from test_cards import has_card
 from torch.autograd import DeviceType
 
+from fcn import cli
 from fcn.module import SegmentationModule
 
 
@@ -265,6 +267,31 @@ def test_a_recipe_takes_steps_and_a_broken_one_does_not(
     monkeypatch.setattr(SegmentationModule, "configure_gradient_clipping", zero_gradients)
     with pytest.raises(gpu_rows.Wrong, match="no step had a finite gradient"):
         gpu_rows.steps(bench, "quickstart", "32-true")
+
+
+@pytest.mark.parametrize("recipe", ["default", "camvid_fcn8s"])
+def test_recipes_suit_the_classes_of_the_shapes(recipe: str) -> None:
+    """The class weights of CamVid's recipes are 11 numbers, and shapes have 8 classes."""
+    import gpu_rows
+
+    cfg = cli.compose(gpu_rows.on_shapes(recipe, stand_in=False))
+    assert cfg.data.dataset._target_.endswith("Shapes")
+    assert cfg.model.class_weights is None
+
+
+def test_the_steps_that_are_watched_have_a_name(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra's own value for it, the chosen model's, is only known to its command line."""
+    import gpu_rows
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        gpu_rows, "places_that_wait", lambda _, *given: Counter(asked.extend(given))
+    )
+    bench.device = "cuda"
+    assert gpu_rows.waits(bench, "32-true") == "none in 6 steps; GradScaler's own: 0 in a step"
+    assert cli.compose(asked).name == "gpu"
 
 
 def zero_gradients(module: Any, *_: Any, **__: Any) -> None:

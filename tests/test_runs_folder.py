@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from fcn import files
 from fcn.errors import ConfigError, WriteError
 from fcn.runs import folder as folders
+from fcn.runs import versions
 from fcn.runs.folder import create_run_folder, is_training, lock_run, read_overrides, started_with
 from fcn.runs.versions import git_revision
 
@@ -128,3 +129,9 @@ def test_git_revision() -> None:
     if revision is None:
         pytest.skip("no git checkout")
     assert len(revision.removesuffix("-dirty")) == 40
+
+
+def test_a_result_without_wandb_has_the_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "PACKAGES", ("torch", "a_package_that_is_not_there"))
+    found = versions.versions()
+    assert list(found) == ["python", "torch"]

@@ -5,15 +5,24 @@ They are written into checkpoints, summary.json and an evaluation's metrics.json
 
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "wandb")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """The versions of Python and of the packages that a result depends on.
+
+    A package that is not installed is left out: a run without W&B should not end at its first
+    checkpoint for want of W&B's version.
+    """
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_revision() -> str | None:
