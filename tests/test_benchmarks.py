@@ -196,6 +196,37 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run["weights"] == "IMAGENET1K_FEATURES"  # what the recipe names
 
 
+def test_a_race_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marks are steps, and the last one is the end; all images are judged then."""
+    import race
+
+    layer = nn.Conv2d(3, 2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    steps = []
+    contestant = SimpleNamespace(
+        network=layer,
+        optimizer=optimizer,
+        prepare=lambda image, mask: (image.float(), mask),
+        step=lambda image, mask: steps.append(optimizer.step()),
+        logits=lambda image: torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4),
+    )
+    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    batch = {"image": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "mask": mask}
+    half = {**batch, "mask": torch.tensor([[[0, 0, 1, 1]] * 4])}
+    data = SimpleNamespace(classes=("a", "b"), val_data=[0, 1])
+    data.train_dataloader = lambda: iter([batch] * 9)
+    data.val_dataloader = lambda: iter([batch, half])
+    monkeypatch.setattr(race, "opened", lambda *_: data)
+    monkeypatch.setattr(race, "class_weights", lambda *_: [])
+    monkeypatch.setattr(race, "make", lambda *_, **__: contestant)
+    args = SimpleNamespace(recipe="camvid_fcn8s", settings=[], rate=None, weights="w", seed=0)
+    args.steps, args.minutes, args.marks, args.first, args.device = 6, None, 2, 1, "cpu"
+    run = race.race("ours vgg16 float32", args)
+    assert (len(steps), run["steps_taken"]) == (6, 6)
+    assert run["points"] == [(3, pytest.approx(1)), (6, pytest.approx(1))]  # of the first image
+    assert run["miou"] == pytest.approx((24 / 32 + 0) / 2)
+
+
 def test_all_begin_with_the_same_features(tmp_path: Path) -> None:
     """torchvision's own files hold a classifier too, which the others' VGGs have no place for."""
     from peers import features
