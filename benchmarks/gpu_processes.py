@@ -110,5 +110,7 @@ def _finish(bench: Bench, process: subprocess.Popen) -> int:
 
 
 def _last_line(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return (text.strip().splitlines() or ["nothing was printed"])[-1]
+    """The last line that says something: Hydra ends a traceback with a hint of its own."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    return ["nothing was printed", *said][-1]

@@ -301,6 +301,16 @@ def zero_gradients(module: Any, *_: Any, **__: Any) -> None:
             callback.grad_norm = torch.zeros(())
 
 
+def test_the_last_line_of_a_failed_run_is_its_error(tmp_path: Path) -> None:
+    from gpu_processes import _last_line
+
+    log, hint = tmp_path / "log", "Set the environment variable HYDRA_FULL_ERROR=1 for a trace."
+    log.write_text(f"Traceback\nValueError: a=1\n\n{hint}\n", encoding="utf-8")
+    assert _last_line(log) == "ValueError: a=1"
+    log.write_text("\n", encoding="utf-8")
+    assert _last_line(log) == "nothing was printed"
+
+
 @pytest.mark.slow
 def test_a_process_that_fails_or_lasts_too_long(bench: Any, tmp_path: Path) -> None:
     from gpu_processes import _finish, _start

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from fcn.precision import (
     main_device,
     precisions_of,
 )
+from fcn.runs.process import quiet_lightning
 
 Card = tuple[str, tuple[int, int]]
 T4, RTX_4090 = ("Tesla T4", (7, 5)), ("NVIDIA GeForce RTX 4090", (8, 9))
@@ -41,6 +43,18 @@ def machine(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     able = {"avx512_bf16": bf16, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+
+
+def test_a_first_step_left_out_by_the_scaler_is_no_mistake_of_the_user() -> None:
+    """In 16-mixed, GradScaler may leave out the optimizer's first step, and the rate goes on."""
+    parameter = nn.Parameter(torch.zeros(1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_lightning()
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        torch.optim.lr_scheduler.ConstantLR(optimizer).step()
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 def test_best_precision(monkeypatch: pytest.MonkeyPatch) -> None:
