@@ -86,6 +86,20 @@ def test_links_and_pipes(tmp_path: Path) -> None:
         read_image(pipe)  # as data=folder does, too
 
 
+def test_a_closed_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A glob passes over it. The user that runs tests may be allowed everything."""
+    photos, closed = tmp_path / "photos", tmp_path / "photos" / "closed"
+    closed.mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    with pytest.raises(ConfigError, match=r"no image there.*\n.*1\n  .*closed: .*permission"):
+        find_photos(str(photos), tmp_path / "out")
+    touch(photos, "a.jpg")
+    jobs, left_out = find_photos(str(photos), tmp_path / "out")
+    assert [*left_out] == [closed]
+    assert len(jobs) == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows drops `link/..` from a path by itself")
 def test_the_folder_above_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the one that the system finds, above what the link leads to."""

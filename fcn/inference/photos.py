@@ -74,9 +74,9 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
-        left out: files that are no pictures, hidden pictures, results of earlier runs, pipes, and
-        videos if PyAV is not installed. Hidden files that are no pictures are not mentioned. A
-        single file is never left out.
+        left out: files that are no pictures, hidden pictures, results of earlier runs, pipes,
+        videos if PyAV is not installed, and folders that may not be opened. Hidden files that are
+        no pictures are not mentioned. A single file is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one, or what predict.py
@@ -100,7 +100,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     paths = sorted(path for path in once.values() if not os.path.isdir(path))
     # A glob may lead out of its own root again: a/*/../../b/*.png
     root = Path(os.path.commonpath([absolute(root), *(path.parent for path in paths)]))
-    photos, left_out = [], {}
+    closed = (path for path in (absolute(given), *once.values()) if _is_closed_folder(path))
+    photos, left_out = [], dict.fromkeys(closed, "its pictures cannot be listed: permission denied")
     for path in paths:
         why = None if given.is_file() else _why_left_out(path, root, output)
         if why is None:
@@ -113,6 +114,11 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     if any(map(is_video, photos)):
         need_packages("av", extra="video")  # also to know the results of earlier runs
     return _targets(photos, root, output), left_out
+
+
+def _is_closed_folder(path: Path) -> bool:
+    """Whether it is a folder that this user may not look into, which a glob passes over."""
+    return os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)
 
 
 def absolute(path: Path) -> Path:
