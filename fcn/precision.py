@@ -4,7 +4,7 @@
     precision = best_precision(device)    # trainer.precision=auto, for example "bf16-mixed"
     best_layout(device, precision)        # model.channels_last=auto: True or False
 
-Only CPUs could be measured well (docs/memory.md). For GPUs, these are the choices and their reasons:
+Only CPUs were timed (docs/memory.md). For GPUs, these are the choices and their reasons:
 
 - NVIDIA from Ampere on: bf16-mixed, channels last. Tensor cores; bfloat16 has the range of float32,
   so that the loss needs no scale.
