@@ -9,9 +9,8 @@ fast GPU, minutes would compare how soon Python starts each operation, and not t
 trains as the recipe, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
 as it is, those of segmentation-models-pytorch (smp) on our crops, and once more with the recipe's
 loss, optimizer and frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The
-features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. All compute in
-the precision that ours does, which is bfloat16 where the device has it, although their authors use
-float32.
+features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
+device has bfloat16, all compute in it, although their authors use float32.
 
 Only training steps count as time: reading images and scoring do not. With --workers, images are
 read in other processes, which takes time from the steps where there are few cores. Scores are those
