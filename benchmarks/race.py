@@ -237,6 +237,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="without it, runs/race/RECIPE")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps}: it must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU here")
     args.output = args.output or Path("runs", "race", args.recipe)
     args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
     args.minutes = None if args.steps else args.minutes

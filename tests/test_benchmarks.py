@@ -164,7 +164,9 @@ def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(stage.number == n for n, stage in enumerate(kept.stages[:4], start=1))
 
 
-def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_races_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A folder is of one race, and the highest mean IoU comes first in its table."""
     import race
 
@@ -190,6 +192,11 @@ def test_races_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         with pytest.raises(SystemExit, match=rf"ours_0\.json is of another race, with {had}: give"):
             start(*changed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for changed, named in ((["--steps", "0"], "--steps 0: it"), (["--device", "cuda"], "no GPU")):
+        with pytest.raises(SystemExit, match="2"):
+            start(*changed)
+        assert named in capsys.readouterr().err
     other = ["--recipe", "voc_mini", "--data", "d", "--output", tmp_path / "without"]
     run_script(monkeypatch, race, *other)
     run = json.loads((tmp_path / "without" / "ours_0.json").read_text())
