@@ -10,7 +10,8 @@ trains as the recipe, the others as benchmarks/peers.py says: torchfcn on one wh
 as it is, those of segmentation-models-pytorch (smp) on our crops, and once more with the recipe's
 loss, optimizer and frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The
 features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
-device has bfloat16, all compute in it, although their authors use float32.
+device has bfloat16, all compute in it, although their authors use float32. On tensor cores without
+it, such as Turing's, only ours computes in 16 bits.
 
 Only training steps count as time: reading images and scoring do not. With --workers, images are
 read in other processes, which takes time from the steps where there are few cores. Scores are those
@@ -154,7 +155,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
         used += time.perf_counter() - began
         if falling:
             falling.step()
-        if progress() >= marks[len(points)]:
+        if progress() >= marks[len(points)]:  # main refuses fewer steps than marks
             score = judge(contestant, datamodule, min(args.first, everything))
             points.append((steps if args.steps else used / 60, score))
             print(name, steps, points[-1], flush=True)
@@ -164,6 +165,22 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     print(name, "all images:", miou, flush=True)
     result = {"name": name, "points": points, "images": everything, "miou": miou}
     return {**result, "steps_taken": steps, "minutes_taken": used / 60}
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def named(run: dict[str, Any]) -> str:
@@ -220,14 +237,15 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s"), required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", help="a file; without it, what the recipe names")
-    parser.add_argument("--rate", type=float, help="in place of the recipe's optimizer.lr")
+    parser.add_argument("--rate", type=positive, help="in place of the recipe's optimizer.lr")
     parser.add_argument("--seed", type=int, default=0, help="of images and first weights")
-    parser.add_argument("--first", type=int, default=101, help="images to judge on at the marks")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--steps", type=int, help="train for so many instead of for minutes")
+    parser.add_argument("--first", type=count, default=101, help="images to judge on at the marks")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=positive, help="of training; without it, 10")
+    length.add_argument("--steps", type=count, help="train for so many instead of for minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--marks", type=int, default=4, help="times of judging, the end included")
+    parser.add_argument("--marks", type=count, default=4, help="times of judging, the end included")
     parser.add_argument("--only", nargs="+", help="contestants; without it, all of them")
     parser.add_argument(
         "--settings",
@@ -237,14 +255,16 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="without it, runs/race/RECIPE")
     args = parser.parse_args()
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps {args.steps}: it must be at least 1")
+    if args.steps and args.steps < args.marks:
+        parser.error(f"--steps {args.steps}: it must be at least --marks, which is {args.marks}")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: it must be at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU here")
     args.output = args.output or Path("runs", "race", args.recipe)
     args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
-    args.minutes = None if args.steps else args.minutes
-    told = ("recipe", "minutes", "steps", "device", "settings", "rate", "first")
+    args.minutes = None if args.steps else args.minutes or 10.0
+    told = ("recipe", "minutes", "steps", "device", "workers", "settings", "rate", "first")
     conditions = {name: getattr(args, name) for name in told}
     conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work

@@ -4,7 +4,8 @@
     precision = best_precision(device)    # trainer.precision=auto, for example "bf16-mixed"
     best_layout(device, precision)        # model.channels_last=auto: True or False
 
-Only CPUs were timed (docs/memory.md). For GPUs, these are the choices and their reasons:
+The choices were timed on CPUs (docs/memory.md); on a GPU, an H100, only bf16-mixed against 32-true.
+For GPUs, these are the choices and their reasons:
 
 - NVIDIA from Ampere on: bf16-mixed, channels last. Tensor cores; bfloat16 has the range of float32,
   so that the loss needs no scale.

@@ -185,15 +185,24 @@ def test_races_are_not_mixed(
     rows = ["| ours, 1 | 4.0 | 1,200 | 35.0 |", "| ours, 0 | 4.0 | 1,200 | 25.0 |"]
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == rows
     for changed, had in (
-        (["--minutes", "5"], "minutes=10"),
-        (["--steps", "5"], "minutes=10, steps=None"),
+        (["--minutes", "5"], r"minutes=10\.0"),
+        (["--steps", "5"], r"minutes=10\.0, steps=None"),
+        (["--workers", "2"], "workers=0"),
         (["--settings", "data.crop_size=9"], r"settings=\[\]"),
         (["--recipe", "camvid_fcn8s"], "recipe=voc_mini"),
     ):
         with pytest.raises(SystemExit, match=rf"ours_0\.json is of another race, with {had}: give"):
             start(*changed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for changed, named in ((["--steps", "0"], "--steps 0: it"), (["--device", "cuda"], "no GPU")):
+    for changed, named in (
+        (["--steps", "0"], "--steps: invalid count value: '0'"),
+        (["--steps", "3"], "--steps 3: it must be at least --marks, which is 4"),
+        (["--steps", "5", "--minutes", "5"], "not allowed with argument"),
+        (["--minutes", "-1"], "--minutes: invalid positive value: '-1'"),
+        (["--rate", "0"], "--rate: invalid positive value: '0'"),
+        (["--workers", "-1"], "--workers -1: it must be at least 0"),
+        (["--device", "cuda"], "no GPU"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             start(*changed)
         assert named in capsys.readouterr().err

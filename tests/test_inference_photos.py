@@ -89,13 +89,15 @@ def test_links_and_pipes(tmp_path: Path) -> None:
 def test_a_closed_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A glob passes over it. The user that runs tests may be allowed everything."""
     photos, closed = tmp_path / "photos", tmp_path / "photos" / "closed"
-    closed.mkdir(parents=True)
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    others = [photos / ".hidden", photos / "out"]
+    for folder in (closed, *others):
+        folder.mkdir(parents=True)
+    shut, access = {closed, *others}, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in shut and access(path, mode))
     with pytest.raises(ConfigError, match=r"no image there.*\n.*1\n  .*closed: .*permission"):
-        find_photos(str(photos), tmp_path / "out")
+        find_photos(str(photos), photos / "out")
     touch(photos, "a.jpg")
-    jobs, left_out = find_photos(str(photos), tmp_path / "out")
+    jobs, left_out = find_photos(str(photos), photos / "out")
     assert [*left_out] == [closed]
     assert len(jobs) == 1
 

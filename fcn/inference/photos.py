@@ -75,8 +75,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
         left out: files that are no pictures, hidden pictures, results of earlier runs, pipes,
-        videos if PyAV is not installed, and folders that may not be opened. Hidden files that are
-        no pictures are not mentioned. A single file is never left out.
+        videos if PyAV is not installed, and folders below a folder that may not be opened. Hidden
+        files that are no pictures are not mentioned. A single file is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one, or what predict.py
@@ -100,7 +100,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     paths = sorted(path for path in once.values() if not os.path.isdir(path))
     # A glob may lead out of its own root again: a/*/../../b/*.png
     root = Path(os.path.commonpath([absolute(root), *(path.parent for path in paths)]))
-    closed = (path for path in (absolute(given), *once.values()) if _is_closed_folder(path))
+    folders = (absolute(given), *once.values()) if given.is_dir() else ()
+    closed = (path for path in folders if _is_closed_folder(path, root, output))
     photos, left_out = [], dict.fromkeys(closed, "its pictures cannot be listed: permission denied")
     for path in paths:
         why = None if given.is_file() else _why_left_out(path, root, output)
@@ -116,9 +117,15 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     return _targets(photos, root, output), left_out
 
 
-def _is_closed_folder(path: Path) -> bool:
-    """Whether it is a folder that this user may not look into, which a glob passes over."""
-    return os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)
+def _is_closed_folder(path: Path, root: Path, output: Path) -> bool:
+    """Whether it is a folder that this user may not look into, which a glob passes over.
+
+    Hidden folders and those of results are not meant: their pictures would be left out in any case.
+    """
+    if any(part.startswith(".") for part in path.relative_to(root).parts):
+        return False
+    results = output in (path, *path.parents) and path != root
+    return os.path.isdir(path) and not results and not os.access(path, os.R_OK | os.X_OK)
 
 
 def absolute(path: Path) -> Path:
