@@ -52,7 +52,7 @@ from fcn.training.settle import settle_class_weights
 from fcn.transforms import Batch
 
 
-def contestants(recipe: str, device: str = "cpu") -> list[str]:
+def contestants(recipe: str, device: str) -> list[str]:
     """Ours first, with the VGG of the recipe, and those of smp with the same one."""
     backbone = composed("train", f"experiment={recipe}").model.backbone
     peers = [name for name in (*SMP_OUR_RECIPE, *SMP) if backbone in name]

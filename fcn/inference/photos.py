@@ -75,8 +75,8 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
     Returns:
         The photographs and their targets; and the other files that were found, and why they are
         left out: files that are no pictures, hidden pictures, results of earlier runs, pipes,
-        videos if PyAV is not installed, and folders below a folder that may not be opened. Hidden
-        files that are no pictures are not mentioned. A single file is never left out.
+        videos if PyAV is not installed, and in a folder, those below it that may not be opened.
+        Hidden files that are no pictures are not mentioned. A single file is never left out.
 
     Raises:
         ConfigError: there are no photographs, or a result would overwrite one, or what predict.py
