@@ -315,15 +315,19 @@ class SegmentationModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, **changes: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device | None = None,
+        **changes: Any,
     ) -> Self:
-        """Build the module of a .ckpt or .safetensors, or of a published net, on the CPU.
+        """Build the module of a .ckpt or .safetensors, or of a published net.
 
         No code that the file may hold is run. This replaces Lightning's own method, which imports
         and calls what the settings in a file name; before version 2.6.6 that may be any function.
 
         Args:
             checkpoint_path: the file.
+            map_location: the device that the module is moved to; None leaves it on the CPU.
             changes: arguments of `SegmentationModule` that replace those in the checkpoint.
 
         Raises:
@@ -340,7 +344,7 @@ class SegmentationModule(pl.LightningModule):
             why = " ".join(str(error).split())[:200]
             raise WeightsError(f"{path} does not build a network: {why}") from error
         module.on_load_checkpoint(checkpoint)
-        return module
+        return module.to(map_location)
 
 
 def _check_class_weights(weights: Any, num_classes: int) -> None:

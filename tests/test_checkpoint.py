@@ -112,6 +112,8 @@ def test_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
         assert checkpoint[name] == wanted[name]
     module = SegmentationModule.load_from_checkpoint(path)
     assert module.fresh_layers == ["score"]
+    # Lightning's own method has this argument too; "meta" stands for a GPU.
+    assert SegmentationModule.load_from_checkpoint(path, map_location="meta").device.type == "meta"
     tensors = {f"network.{name}": value for name, value in read_tensors(path).items()}
     for found in (checkpoint["state_dict"], module.state_dict(), tensors):
         torch.testing.assert_close(dict(found), wanted["state_dict"], rtol=0, atol=0)
