@@ -102,6 +102,7 @@ ODD |= {"trainer.max_steps": 2, "trainer.val_check_interval": 10**6}
 ODD |= {"trainer.log_every_n_steps": 2**31 - 1, "trainer.max_time": "0:00:01:00"}
 
 
+@pytest.mark.slow
 def test_two_steps(tmp_path: Path) -> None:
     assert outcome(lambda: train(with_values(CONFIGS[0], ODD), tmp_path / "run")) == ""
     assert (tmp_path / "run" / "summary.json").is_file()

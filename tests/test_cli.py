@@ -239,6 +239,7 @@ def test_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quoted(f"{key}=~/x") == f"{key}=/home/me/x"
 
 
+@pytest.mark.slow
 def test_hydra_reads_a_quoted_path_as_it_is() -> None:
     paths = ["a,b=(1)[d]{e}.jpg", "it's\\", "C:\\a\\", "${x}", "1e5", "2024", "a'b\"c", "東 京"]
     for path in paths:

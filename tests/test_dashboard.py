@@ -11,7 +11,8 @@ import yaml
 from fcn.dashboard import LOSS, SETTINGS, main
 from fcn.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.xdist_group("dashboard")
+# The library of the views takes seconds to import.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dashboard")]
 
 Views = dict[str, dict[str, Any]]  # what was sent, by the name that the library gave the view
 

@@ -207,6 +207,7 @@ def test_sound_may_be_longer_than_the_picture(tmp_path: Path) -> None:
     assert len(decoded(path)) == 1
 
 
+@pytest.mark.slow
 def test_times_of_b_frames_in_avi(tmp_path: Path, ckpt: Path) -> None:
     """AVI does not have them, and FFmpeg's guesses do not grow."""
     path = write_video(tmp_path / "a.avi", bf="3", b_strategy="0")

@@ -160,6 +160,7 @@ def test_advice_names_what_helps_and_nothing_else() -> None:
         assert useless not in text.partition("\n")[2]
 
 
+@pytest.mark.slow
 def test_advice_on_gradients_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def advised(*overrides: str) -> str:
         config = settings(*overrides)

@@ -117,6 +117,7 @@ def test_folders_that_hydra_cannot_make(
         assert capsys.readouterr().err == message
 
 
+@pytest.mark.slow
 def test_output_is_refused_before_the_work(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
