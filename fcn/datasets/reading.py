@@ -171,18 +171,24 @@ def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-def read_mask(path: Path, num_classes: int, *, void: int | None = VOID) -> np.ndarray:
+# How a message on unknown labels ends for a data set whose labels are fixed, such as VOC2012.
+OTHER_LABELS = "; masks with other labels than the data set's own are read with data=folder"
+
+
+def read_mask(
+    path: Path, num_classes: int, *, void: int | None = VOID, hint: str | None = None
+) -> np.ndarray:
     """A mask (H, W) uint8 from a picture of labels.
 
     Args:
         path: the file.
-        num_classes, void: as for `to_mask`.
+        num_classes, void, hint: as for `to_mask`.
 
     Raises:
         DataError: the file is damaged, is no picture of labels, or holds unknown labels.
     """
     labels = labels_of(read_picture(path, "mask"), path)
-    return to_mask(labels, num_classes, void=void, path=path)
+    return to_mask(labels, num_classes, void=void, path=path, hint=hint)
 
 
 def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
@@ -351,7 +357,7 @@ class Pairs(Dataset[Sample]):
 
     def read_mask(self, path: Path) -> np.ndarray:
         """The labels (H, W) uint8 in a mask's file."""
-        return read_mask(path, len(self.classes), void=self.mask_void)
+        return read_mask(path, len(self.classes), void=self.mask_void, hint=OTHER_LABELS)
 
 
 def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -> str:

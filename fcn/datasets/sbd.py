@@ -102,4 +102,6 @@ class SBD(reading.Pairs):
                 raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
         except Exception as e:  # a damaged file raises errors of nearly any type
             raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
-        return reading.to_mask(labels, len(self.classes), void=VOID, path=path)
+        return reading.to_mask(
+            labels, len(self.classes), void=VOID, path=path, hint=reading.OTHER_LABELS
+        )
