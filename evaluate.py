@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
             refuse(key, cfg[key], "a group of settings")
     check_whole("report.images", cfg.report.images)
 
-    from fcn.checkpoint import find_checkpoint, image_type
+    from fcn.checkpoint import find_checkpoint, image_type, missing_file
     from fcn.datasets.reading import Pairs
     from fcn.evaluation.candidate import check_classes, chosen_data, open_candidate
     from fcn.evaluation.folder import FILES, write_folder
@@ -75,6 +75,8 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     options["wrap"] = None if plain else partial(TestTime, tile=cfg.tile, **tta)
     candidates = []
     for path in map(find_checkpoint, chosen):
+        if not path.is_file():
+            raise missing_file("compare" if cfg.compare else "ckpt", path)
         exported = open_onnx(path) if path.suffix == ".onnx" else None
         candidates.append(open_candidate(path, **options, exported=exported))
     first = candidates[0]

@@ -63,6 +63,11 @@ def export(cfg: DictConfig) -> Path:
     from fcn.module import SegmentationModule
 
     ckpt = find_checkpoint(cfg.ckpt)
+    if ckpt.suffix == ".onnx":
+        raise ConfigError(
+            f"ckpt={ckpt}: an ONNX file is exported already. evaluate.py and predict.py take it; "
+            "here, give the checkpoint that it was made from"
+        )
     if cfg.argmax and cfg.format == "safetensors":
         raise ConfigError("argmax=true: format=safetensors writes weights, which give no mask")
     path = export_path(cfg.output, ckpt, cfg.format, int8=cfg.int8)

@@ -57,6 +57,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
     from fcn.runs.process import is_main_process, quiet_lightning
     from fcn.runs.resume import check_steps_left
     from fcn.training.fit import checkpoint_to_resume, fit
+    from fcn.training.no_logger import NoLogger
     from fcn.training.settings import check_settings
     from fcn.training.settle import settle_class_weights, settle_length, settle_precision
     from fcn.training.trainer import build_trainer, refuse_sweep_over_devices
@@ -85,7 +86,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             module.network.compile()
         if is_main_process() and not cfg.resume:
             run = stack.enter_context(new_run(run))
-        loggers = build_loggers(cfg, run, step) if is_main_process() else []
+        loggers = build_loggers(cfg, run, step) if is_main_process() else [NoLogger()]
         trainer = build_trainer(cfg, run, list(callbacks.values()), loggers)
         if is_main_process():
             write_settings(run, cfg, overrides or [])
@@ -118,7 +119,7 @@ def build_data_and_module(
     from fcn.datasets.survey import before_training
     from fcn.runs.process import is_main_process
     from fcn.schedules import no_limit
-    from fcn.training.settings import check_monitors, dummy_parameters
+    from fcn.training.settings import check_callbacks, dummy_parameters
     from fcn.weights import find_weights
 
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
@@ -126,7 +127,7 @@ def build_data_and_module(
     cli.build(cfg, "scheduler", _partial_=False, **trial)
     datamodule = cli.build(cfg, "data")
     names, palette = list(datamodule.classes), [list(colour) for colour in datamodule.palette]
-    check_monitors(callbacks or {}, names)
+    check_callbacks(callbacks or {}, names)
     makers = {name: cli.build(cfg, name) for name in ("optimizer", "scheduler")}
     module = cli.build(cfg, "model", weights=None, class_names=names, palette=palette, **makers)
     weights = None if cfg.resume else cfg.model.weights  # the run's checkpoint has all weights

@@ -44,6 +44,7 @@ from peers import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fcn.cli import short_messages
 from fcn.datamodule import SegmentationDataModule
 from fcn.metrics import ConfusionMatrix, segmentation_scores
 from fcn.precision import best_precision
@@ -282,4 +283,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with short_messages():
+        main()

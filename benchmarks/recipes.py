@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import fcn.network
 from evaluate import evaluate
 from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.cli import short_messages
 from fcn.files import write_json
 from fcn.metrics import SCORES
 from fcn.module import SegmentationModule
@@ -112,6 +113,7 @@ CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "averaged weights": ("callbacks=ema", "callbacks.ema.decay=0.99"),
     "narrower head": ("model.head_width=256",),
     "wider head": ("model.head_width=1024",),
+    "head of 3x3": ("model.head_kernel=3",),
     "flips at test time": (),
     "flips and two sizes at test time": (),
 }
@@ -174,7 +176,7 @@ class KeptStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.number == 1:
-            KeptStage.key = hashlib.sha1(x.numpy().tobytes()).digest()
+            KeptStage.key = hashlib.sha1(x.cpu().numpy().tobytes()).digest()
         if self.key in self.kept and 4 in self.kept[self.key]:
             return self.kept[self.key].get(self.number, x)  # pool3 and pool4; 1 and 2 are not read
         with torch.no_grad():
@@ -298,8 +300,9 @@ def begin(file: Path, folder: Path, row: Mapping[str, Any], command: str) -> Non
     Raises:
         SystemExit: what is there was made with another command, or nothing says with which one.
     """
-    known = json.loads(file.read_text(encoding="utf-8"))["command"] if file.is_file() else None
-    if known is None and not folder.exists():
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = written.get("command")
+    if not folder.exists() and "miou" not in written:  # an error ended it before it began
         write_json(file, {**row, "command": command})
     elif known != command:
         made = f"{file} was" if known else f"{folder} may have been"
@@ -325,4 +328,5 @@ def table(output: Path, rows: Mapping[str, Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with short_messages():
+        main()

@@ -40,7 +40,7 @@ from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
 from fcn.files import atomic_write, create_folder
-from fcn.pickles import brief, check_pickles
+from fcn.pickles import brief, check_pickles, check_written
 from fcn.vgg import STD
 
 StateDict = dict[str, Tensor]
@@ -160,12 +160,18 @@ def read_tensors(path: Path) -> StateDict:
     Raises:
         WeightsError: the file is broken, could run code, or holds no table of tensors.
     """
-    content = _load(path)
+    return read_tensors_and_settings(path)[0]
+
+
+def read_tensors_and_settings(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    """What `read_tensors` gives, and a checkpoint's arguments of its module; else {}."""
+    content, settings = _load(path), None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+        settings, content = content.get("hyper_parameters"), content["state_dict"]
     if not is_state_dict(content) or not content:
         raise WeightsError(f"{path} holds no state dict (a table of tensors by name)")
-    return {name.removeprefix("network."): value for name, value in content.items()}
+    tensors = {name.removeprefix("network."): value for name, value in content.items()}
+    return tensors, settings if isinstance(settings, dict) else {}
 
 
 def is_state_dict(content: Any) -> bool:
@@ -295,11 +301,13 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a .ckpt so that a kill leaves either the new file or the one before it.
 
     Raises:
-        WriteError: `path` cannot be written.
+        WriteError: `path` cannot be written, or the file could not be read again.
     """
-    with atomic_write(path, size=tensor_bytes(checkpoint)) as part, part.open("wb") as file:
+    with atomic_write(path, size=tensor_bytes(checkpoint)) as part:
         try:
-            torch.save(checkpoint, file)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+            check_written(part)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # such as a full disk, which torch hides
                 raise error.__context__ from None

@@ -11,6 +11,7 @@ lock ends with its process, and `remove_parts` removes what a killed process had
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -32,6 +33,12 @@ SUFFIX = ".part"
 # Seconds to wait for a lock, or for another program that has a file open. The worker processes of a
 # killed run may hold its lock for up to 5 seconds, until they notice that the run is gone.
 PATIENCE = 10.0
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class LockedError(Exception):

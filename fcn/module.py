@@ -185,7 +185,8 @@ class SegmentationModule(pl.LightningModule):
         logits = self.network.forward(batch["image"])
         prediction = logits.max(1).indices  # (N, K, H, W) -> (N, H, W); argmax takes twice as long
         self.confusion.update(prediction, mask)
-        self.val_losses.update(self.loss(logits, mask, pixels=1))
+        # (1,): torchmetrics gathers one scalar from a process as another shape than several.
+        self.val_losses.update(self.loss(logits, mask, pixels=1).reshape(1))
         return {"prediction": prediction.to(torch.uint8)}
 
     def on_validation_start(self) -> None:

@@ -1,6 +1,7 @@
-"""What is checked in a .ckpt or .pth before torch.load reads it, and why it could not be read.
+"""What is checked in a .ckpt or .pth, written or to be read, and why it could not be read.
 
     zipped = check_pickles(Path("last.ckpt"))     # raises an error if the file is no good
+    check_written(Path("last.ckpt"))              # after it was written: it can be read again
     print(brief(error))                           # what is wrong, in a few words
 
 torch's reader for weights only runs no code, but it compares no checksums, and it makes a bytearray
@@ -16,7 +17,9 @@ from pickletools import genops
 from typing import IO
 from zipfile import ZipFile, is_zipfile
 
-from fcn.errors import reason
+import torch
+
+from fcn.errors import WriteError, reason
 
 
 def check_pickles(path: Path) -> bool:
@@ -72,6 +75,25 @@ def _check_pickle(file: IO[bytes]) -> None:
                 raise TypeError("it holds a bytearray, for which a few bytes may ask for gigabytes")
 
 
+def check_written(path: Path) -> None:
+    """Refuse a checkpoint that was just written and could not be read again.
+
+    Only plain values and tensors can be read, and a user's callback may have put anything into it.
+    The tensors' own bytes are not read here, so that this takes milliseconds.
+
+    Raises:
+        WriteError: the message says what is in it, and what to do.
+    """
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WriteError(
+            f"a checkpoint could not be read again, and is not kept: {brief(error)}. Is that of a "
+            "callback of yours? Its state_dict() may give numbers, texts, lists, dicts and tensors,"
+            " such as float(x) for a NumPy value"
+        ) from error
+
+
 def brief(error: BaseException) -> str:
     """Why a file could not be read, in a few words.
 
@@ -84,5 +106,7 @@ def brief(error: BaseException) -> str:
         return f"it holds {code[1]}, no plain value, and to load that could run code"
     if isinstance(error, OSError):
         return reason(error)
+    if isinstance(error, LookupError):  # what torch's reader raises for a file of text, and others
+        return "not written by torch.save, or damaged"
     text = str(error).strip().partition("\n")[0].partition(". ")[0]
     return text if " " in text else f"damaged ({type(error).__name__})"

@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torchvision.models import VGG16_Weights, WeightsEnum, get_model_weights
 
 from fcn.checkpoint import (
@@ -31,7 +33,7 @@ from fcn.checkpoint import (
     from_caffe,
     is_published,
     missing_file,
-    read_tensors,
+    read_tensors_and_settings,
     rename,
 )
 from fcn.datasets.download import TIMEOUT, locked
@@ -65,7 +67,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
         WeightsError: nothing is found at `source`, or what is there does not fit; nothing has
             been loaded then.
     """
-    state, mean, std = read_weights(network.backbone, source)
+    state, mean, std, settings = read_weights(network.backbone, source)
     warning = ""
     theirs: dict[str, str] = {}  # our layers with the names that the file has for them
     imagenet = any(name.startswith("features.") for name in state)
@@ -82,6 +84,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
                 )
             theirs = {ours: layer for layer, ours in CAFFE_LAYERS.items()}
             state = from_caffe(state)
+        warning = _other_network(network, source, state, settings)
         optional = _new_in_finer_stride(network, state)
 
     _refuse_what_does_not_fit(network, source, state, optional, theirs)
@@ -91,6 +94,39 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     if warning:
         log.warning("%s: %s", source, warning)
     return [layer for layer in head_layers(network) if f"{layer}.weight" not in state]
+
+
+def _other_network(
+    network: FCN, source: str | Path, state: StateDict, settings: Mapping[str, Any]
+) -> str:
+    """How the network of a checkpoint computed otherwise with weights of the same shapes.
+
+    Args:
+        settings: the arguments of its module that the file holds, if any.
+
+    Returns:
+        A warning, or "".
+
+    Raises:
+        WeightsError: its maps were laid over each other in another way.
+    """
+    alignment = settings.get("alignment", network.alignment)
+    if alignment != network.alignment:
+        raise WeightsError(
+            f"{source} was trained with model.alignment={alignment}, not {network.alignment}"
+        )
+    others = []
+    pooling = "avg" if any(isinstance(m, nn.AvgPool2d) for m in network.modules()) else "max"
+    if settings.get("pooling", pooling) != pooling:
+        others.append(f"model.pooling={settings['pooling']}")
+    scales = settings.get("pool_scales")
+    if isinstance(scales, list | tuple) and len(scales) == len(network.pool_scales):
+        strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
+        pools = ["pool5", *(SKIPS[strides[0]] if len(strides) == 1 else ())]  # that it has read
+        theirs = dict(zip(network.pool_scales, scales, strict=True))
+        if any(theirs[pool] != network.pool_scales[pool] for pool in pools):
+            others.append(f"model.pool_scales={list(scales)}")
+    return f"trained with {' '.join(others)}, unlike this network" if others else ""
 
 
 def _refuse_what_does_not_fit(
@@ -158,22 +194,23 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
 
 def read_weights(
     backbone: str, source: str | Path
-) -> tuple[StateDict, Sequence[float], Sequence[float]]:
+) -> tuple[StateDict, Sequence[float], Sequence[float], Mapping[str, Any]]:
     """The tensors at `source`, under the names they have there (ours without `network.`).
 
     Returns:
-        The tensors, and the mean and the standard deviation of their normalisation of images.
+        The tensors; the mean and the standard deviation of their normalisation of images; and, for
+        a checkpoint of ours, the arguments of its module.
 
     Raises:
         WeightsError: they cannot be found, fetched or read. The message says what to do.
     """
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
-        state = read_tensors(weights)
+        state, settings = read_tensors_and_settings(weights)
         if weights.name != Path(CAFFE_SCALE.url).name:
-            return state, MEAN, STD
+            return state, MEAN, STD, settings
         # It is the file of that weight set, fetched by hand.
-        return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std
+        return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std, settings
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     patience = socket.getdefaulttimeout()
     try:
@@ -201,7 +238,7 @@ def read_weights(
     finally:
         socket.setdefaulttimeout(patience)
     transforms = weights.transforms()
-    return state, transforms.mean, transforms.std
+    return state, transforms.mean, transforms.std, {}
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from forks import fork, server, wait
 from torch import nn
 from torchvision.models import get_model
 
+from fcn.errors import DataError
+
 BENCHMARKS = str(PROJECT / "benchmarks")
 SMALL = ("model.head_width=8", "model.head_kernel=1", "model.backbone=vgg_tiny")
 
@@ -360,9 +362,16 @@ def test_rows_of_other_settings_are_not_taken_for_these(
             raise KeyboardInterrupt
         return metrics
 
+    def no_data(*_: Any) -> Any:
+        raise DataError("CamVid not found")
+
     monkeypatch.setattr(recipes, "run_row", run_row)
     given = ["--recipe", "camvid_fcn8s", "--data", "d", "--output", tmp_path, "--only"]
     start = partial(run_script, monkeypatch, recipes, *given)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "run_row", no_data)
+        with pytest.raises(DataError):  # nothing was made, so that other settings may begin
+            start("base", "--all", "data.root=typo")
     for _ in range(2):  # the same command goes on
         with pytest.raises(KeyboardInterrupt):
             start("base", "--all", "trainer.max_steps=1")

@@ -169,6 +169,7 @@ def nested(times: int, inner: Any) -> Any:
         ({"conv1_1.weight": torch.zeros(2, 2), "fc6.bias": 1}, FOREIGN),
         (b"", "cannot be read: ."),
         (b"hello", "cannot be read: ."),
+        (b"a\nb\n", "cannot be read: not written by torch.save, or damaged"),
         # As in `test_sizes`, few bytes that ask for much: without a limit, these take hours.
         (old_checkpoint(config=nested(40, 1)), NOT_PLAIN),
         (old_checkpoint(fresh_layers=nested(40, 1)), NOT_PLAIN),

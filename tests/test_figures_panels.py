@@ -11,6 +11,7 @@ from test_figures_masks import NAMES, PALETTE, colours_in
 from torch import Tensor
 
 from fcn.datasets.voc2012 import VOC2012
+from fcn.figures.legend import load_font
 from fcn.figures.masks import CORRECT, IGNORED, VOID_COLOUR, WRONG
 from fcn.figures.panels import draw_panels
 
@@ -88,3 +89,11 @@ def test_legend_has_the_classes_that_occur_and_void() -> None:
     assert set(VOC2012.palette) <= colours_in(full)
     assert full.width == few.width
     assert full.height > few.height + 40  # the legend takes more lines
+
+
+def test_names_in_letters_that_english_lacks() -> None:
+    """A sign that the font lacks is drawn as a box, the same for all of them."""
+    font = load_font(20)
+    box = bytes(font.getmask("\uffff"))
+    for letter in "éßłñкα":
+        assert bytes(font.getmask(letter)) != box, letter

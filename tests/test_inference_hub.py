@@ -89,6 +89,14 @@ def test_the_model_card(trained: Path, folder: Path, tmp_path: Path) -> None:
     assert "| IoU of background |" in evaluated
     of_last = model_card(read_checkpoint(last), last)  # the evaluation was of best.ckpt
     assert "Of the validation that the run made after step 4." in of_last
+    # Another run of this recipe has as many steps, and its checkpoint may come to lie here.
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    content = torch.load(best_checkpoint(other), weights_only=True)
+    content["state_dict"]["network.score.bias"] += 1
+    torch.save(content, best_checkpoint(other))
+    card_of_other = model_card(read_checkpoint(best_checkpoint(other)), best_checkpoint(other))
+    assert "Of the validation" in card_of_other
+    assert "Evaluated" not in card_of_other
     again = run(folder, f"output={tmp_path / 'again'}")  # keeps what the run's own folder said
     assert card_in(again) == card
 
@@ -127,6 +135,17 @@ def test_a_card_about_which_little_is_known(tmp_path: Path) -> None:
         r"2 classes: a\|b # c, d. Label 255",
     ):
         assert text in card_in(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"step": 3}', '{"step": 3, "checkpoint": "x.ckpt"}']
+)
+def test_a_card_beside_files_of_another_program(text: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "x.ckpt")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "metrics.json").write_text(text, encoding="utf-8")
+    checkpoint = read_checkpoint(path) | {"global_step": 3}
+    assert "Not known: the run of this checkpoint has no validation" in model_card(checkpoint, path)
 
 
 def test_a_card_of_odd_settings(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_logits_equal_torchfcns(
                 state[f"score_{pool}.weight"] = state[f"score_{pool}.weight"] / scale
         theirs.load_state_dict(state)
 
-        monkeypatch.setattr("fcn.weights.read_weights", lambda *_, state=state: (state, MEAN, STD))
+        monkeypatch.setattr(
+            "fcn.weights.read_weights", lambda *_, state=state: (state, MEAN, STD, {})
+        )
         ours = FCN(21, stride, "vgg16", head_width=width, alignment="caffe", pool_scales=scales)
         ours.eval()
         assert load_weights(ours, "fcn_from_caffe.pth") == []

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -33,6 +34,16 @@ def test_limit_of_a_quota(tmp_path: Path) -> None:
             saver.save_checkpoint(values, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_state_that_could_not_be_read_again(tmp_path: Path) -> None:
+    """A user's callback may keep anything, and no reader of checkpoints may run code."""
+    saver, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": 1}, path)
+    with pytest.raises(WriteError, match=r"it holds numpy\..*scalar, .* callback of yours"):
+        saver.save_checkpoint({"callbacks": {"Mine": {"best": np.float64(0.5)}}}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [*tmp_path.iterdir()] == [path]
 

@@ -144,6 +144,11 @@ EARLY = "callbacks.early_stopping"
         ("callbacks.x", {"_target_": "builtins.dict"}, r"callbacks\.x: builtins\.dict makes no"),
         ("callbacks.x", {"_target_": "mine.Own", "end": 3}, r"callbacks\.x\.end: Own has no"),
         ("logger.x", {"_target_": "builtins.dict"}, r"logger\.x: builtins\.dict makes no"),
+        (
+            "callbacks.x",
+            {"_target_": "pytorch_lightning.callbacks.Timer"},
+            r"callbacks\.x: each run has a timer already; set trainer\.max_time",
+        ),
         ("callbacks.ema.decay", 1, r"callbacks\.ema\.decay=1: must be"),
         (
             f"{EARLY}.monitor",

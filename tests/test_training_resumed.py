@@ -161,6 +161,9 @@ def test_no_steps_left_in_time(begun: Path, tmp_path: Path) -> None:
     cfg.trainer.max_steps = 2
     OmegaConf.save(cfg, run / "config.yaml")  # steps have ended it, and last.ckpt is lost
     check("trainer.max_steps=9", step=1)
+    check("data.eval_batch_size=2")  # the advice where the last validation took too much memory
+    with pytest.raises(ConfigError, match=r"no steps are left: set trainer\.max_steps above 2"):
+        check("data.eval_batch_size=2", "optimizer.lr=1e-4")
 
 
 @pytest.mark.slow

@@ -152,6 +152,36 @@ def test_coarser_checkpoint_starts_finer(
             assert value.equal(untouched[name]), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"pool_scales": [1.0, 0.01, 0.0001], "pooling": "max"}, ""),  # a 32s reads pool5 alone
+        ({"pool_scales": [0.4, 1.0, 1.0]}, "model.pool_scales=[0.4, 1.0, 1.0]"),
+        (
+            {"pool_scales": [0.4, 1, 1], "pooling": "avg"},
+            "model.pooling=avg model.pool_scales=[0.4, 1, 1]",
+        ),
+        ({"pool_scales": "x"}, ""),  # of another program
+        (["x"], ""),
+    ],
+)
+def test_a_checkpoint_of_a_network_that_computes_otherwise(
+    settings: Any, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {f"network.{name}": value for name, value in small().state_dict().items()}
+    path = save(tmp_path, {"state_dict": state, "hyper_parameters": settings})
+    loaded(path, stride=8)
+    wanted = [f"{path}: trained with {warning}, unlike this network"] if warning else []
+    assert caplog.messages == wanted
+
+
+def test_a_checkpoint_of_another_alignment(tmp_path: Path) -> None:
+    state = {f"network.{name}": value for name, value in small().state_dict().items()}
+    path = save(tmp_path, {"state_dict": state, "hyper_parameters": {"alignment": "caffe"}})
+    with pytest.raises(WeightsError, match=r"trained with model\.alignment=caffe, not centered"):
+        loaded(path)
+
+
 # ---- misfits
 
 VGG = vgg_state() | classifier(kernel=1)

@@ -22,6 +22,7 @@ from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint, without_tar
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import VOID
 from fcn.errors import ConfigError, check_choice, check_text, refuse
+from fcn.files import sha256
 from fcn.module import SegmentationModule
 from fcn.precision import (
     PRECISIONS,
@@ -38,6 +39,7 @@ class Candidate:
 
     Attributes:
         path: the file.
+        sha256: of its content when it was opened. A run that still trains replaces its last.ckpt.
         checkpoint: the settings in it, without tensors. Tensors would keep the file mapped, and
             Windows would not let a run that still trains write its last.ckpt.
         module: the module that was built from it, with its network and classes.
@@ -45,6 +47,7 @@ class Candidate:
     """
 
     path: Path
+    sha256: str
     checkpoint: dict[str, Any]
     module: SegmentationModule
     trainer: pl.Trainer
@@ -77,6 +80,7 @@ def open_candidate(
         DeviceError: torch has no code for the device.
     """
     checkpoint, network = exported or (read_checkpoint(path), None)
+    content = sha256(path)
     if network is not None:
         if accelerator not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(
@@ -106,7 +110,8 @@ def open_candidate(
         module.network = network  # type: ignore[assignment]
     if wrap is not None:
         module.network = wrap(module.network)  # type: ignore[assignment]  # called like an FCN
-    return Candidate(path, {name: checkpoint[name] for name in SETTINGS}, module, trainer)
+    settings = {name: checkpoint[name] for name in SETTINGS}
+    return Candidate(path, content, settings, module, trainer)
 
 
 def _trainer(accelerator: str, precision: str) -> pl.Trainer:
@@ -126,7 +131,7 @@ def _trainer(accelerator: str, precision: str) -> pl.Trainer:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise ConfigError(f"accelerator={accelerator} precision={precision}: {error}") from error
 
 

@@ -60,6 +60,7 @@ def score(candidate: Candidate, loader: DataLoader, *, keep: bool = False) -> Re
         "images": len(images.rows),
         "images_per_second": len(images.rows) / seconds,
         "checkpoint": str(candidate.path),
+        "checkpoint_sha256": candidate.sha256,
         "step": candidate.checkpoint["global_step"],
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),

@@ -8,6 +8,8 @@ the same entries as text.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -36,7 +38,7 @@ def draw_legend(entries: Sequence[Entry], *, width: int, font_size: int = FONT_S
         width: of the strip, in pixels. It becomes wider where a single entry needs more.
         font_size: in pixels; all distances grow with it.
     """
-    font = ImageFont.load_default(font_size)
+    font = load_font(font_size)
     names = [one_line(name, LONGEST_NAME) for name, _ in entries]
     line, margin = round(1.7 * font_size), round(0.75 * font_size)
     side, indent = round(1.15 * font_size), line  # of a swatch; from a swatch's left to its name
@@ -52,6 +54,18 @@ def draw_legend(entries: Sequence[Entry], *, width: int, font_size: int = FONT_S
         draw.rectangle((x, top, x + side, top + side), tuple(colour), OUTLINE)
         draw.text((x + indent, middle), name, TEXT_COLOUR, font, anchor="lm")
     return strip
+
+
+@lru_cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, `size` pixels high, which comes with Matplotlib.
+
+    It has the letters of Latin, Greek, Cyrillic and other scripts, and Pillow's own font only those
+    of English. Signs of Chinese, Japanese and Korean are in neither, and become boxes.
+    """
+    from matplotlib import get_data_path  # here, since processes that load data import this file
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def one_line(text: str, longest: int) -> str:

@@ -12,7 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fcn.figures import masks
-from fcn.figures.legend import FONT_SIZE, TEXT_COLOUR, Entry, draw_legend, legend_entries, one_line
+from fcn.figures.legend import (
+    FONT_SIZE,
+    TEXT_COLOUR,
+    Entry,
+    draw_legend,
+    legend_entries,
+    load_font,
+    one_line,
+)
 
 Cell = tuple[Tensor, str]  # a picture (3, h, w) uint8, and the line of text below it
 
@@ -81,7 +89,7 @@ def draw_sheet(
         headings: of the columns.
         width: of a column, in pixels. Texts that are wider are cut.
     """
-    font = ImageFont.load_default(FONT_SIZE)
+    font = load_font(FONT_SIZE)
     heights = [max(picture.shape[1] for picture, _ in row) + LINE + GAP for row in rows]
     lefts = [GAP + column * (width + GAP) for column in range(len(headings))]
     top = GAP + (LINE + 2 if title else 0)
@@ -90,7 +98,7 @@ def draw_sheet(
     sheet = Image.new("RGB", (strip.width, below + strip.height + GAP), "white")
     draw = ImageDraw.Draw(sheet)
 
-    draw.text((GAP, GAP - 2), title, TEXT_COLOUR, ImageFont.load_default(TITLE_SIZE))
+    draw.text((GAP, GAP - 2), title, TEXT_COLOUR, load_font(TITLE_SIZE))
     for left, heading in zip(lefts, headings, strict=True):
         draw.text((left, top), _cut(heading, font, width), TEXT_COLOUR, font)
     top += LINE

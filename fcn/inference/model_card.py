@@ -19,6 +19,7 @@ from fcn.checkpoint import MODEL_FOLDER, data_settings
 from fcn.datasets import data_licence
 from fcn.errors import WeightsError
 from fcn.figures.legend import one_line
+from fcn.files import sha256
 from fcn.runs.folder import output_folder, read_overrides
 from fcn.runs.metrics import read_metrics
 
@@ -98,16 +99,14 @@ def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]
         A sentence that says on what they were measured, and the scores by name, from 0 to 1. None
         is the IoU of a class that occurs nowhere. There are no scores if none are known.
     """
-    step, evaluated = checkpoint["global_step"], output_folder(path, "evaluation/metrics.json")
-    if evaluated.is_file():
-        m = json.loads(evaluated.read_text(encoding="utf-8"))
-        if m.get("step") == step and Path(m["checkpoint"]).name == path.name:
-            tta = "" if m["tta"] == {"flip": False, "scales": [1]} else f", tta {m['tta']}"
-            data = f"split `{m['split']}` of {m['data']['dataset']['class']}"
-            tile = f", tile {m['tile']}" if m.get("tile") else ""
-            about = f"Evaluated on {data}, {m['images']:,} images{tta}{tile}, {m['date']}."
-            ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
-            return about, {TITLES[key]: m[key] for key in TITLES} | ious
+    step, m = checkpoint["global_step"], _evaluation(path)
+    if m is not None:
+        tta = "" if m["tta"] == {"flip": False, "scales": [1]} else f", tta {m['tta']}"
+        data = f"split `{m['split']}` of {m['data']['dataset']['class']}"
+        tile = f", tile {m['tile']}" if m.get("tile") else ""
+        about = f"Evaluated on {data}, {m['images']:,} images{tta}{tile}, {m['date']}."
+        ious = {f"IoU of {name}": iou for name, iou in m["iou"].items()}
+        return about, {TITLES[key]: m[key] for key in TITLES} | ious
     metrics = output_folder(path, "metrics.csv")
     if path.parent.name == "checkpoints" and metrics.is_file():
         for row in read_metrics(metrics):
@@ -115,6 +114,20 @@ def find_scores(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, Scores]
                 about = f"Of the validation that the run made after step {step:,}."
                 return about, {TITLES[key]: float(row[f"val/{key}"]) for key in TITLES}
     return "", {}
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    """The metrics.json of an evaluation of this very checkpoint; None if there is none.
+
+    The file in its place may be of another checkpoint of the same name and step, or of another
+    program.
+    """
+    try:
+        text = output_folder(path, "evaluation/metrics.json").read_text(encoding="utf-8")
+        metrics = json.loads(text)
+        return metrics if metrics["checkpoint_sha256"] == sha256(path) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _cell(text: object) -> str:

@@ -196,8 +196,10 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
     assert isinstance(before, DictConfig)
     _convert_old_settings(before)
     before.resume = literal(str(run))
-    # Another number of loader processes changes no result, and the last validation may be due.
-    OmegaConf.update(before, "data.num_workers", cfg.data.num_workers, force_add=True)
+    # These change no result, and the last validation may be due, perhaps because it took too much
+    # memory.
+    for key in ("data.num_workers", "data.eval_batch_size"):
+        OmegaConf.update(before, key, OmegaConf.select(cfg, key), force_add=True)
     if plain(before) == plain(cfg):
         return
     if step == most:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 from torch import nn
 
 from fcn.errors import (
@@ -82,8 +82,8 @@ def check_settings(config: Settings) -> None:
     check_trainer(config["trainer"])
 
 
-def check_monitors(callbacks: Mapping[str, Callback], class_names: Sequence[str]) -> None:
-    """Refuse a callback that would wait for a score which no validation computes.
+def check_callbacks(callbacks: Mapping[str, Callback], class_names: Sequence[str]) -> None:
+    """Refuse a second timer, and a callback that waits for a score which no validation computes.
 
     A callback of the user's own may log further metrics. If there is one, nothing is refused.
 
@@ -99,6 +99,10 @@ def check_monitors(callbacks: Mapping[str, Callback], class_names: Sequence[str]
     ours = ("fcn.", "pytorch_lightning.")
     complete = all(type(callback).__module__.startswith(ours) for callback in callbacks.values())
     for name, callback in callbacks.items():
+        if isinstance(callback, Timer):
+            raise ConfigError(
+                f"callbacks.{name}: each run has a timer already; set trainer.max_time"
+            )
         if isinstance(callback, EarlyStopping):
             check_whole(f"callbacks.{name}.patience", callback.patience)
         monitor = getattr(callback, "monitor", None)
