@@ -317,7 +317,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in a checkpoint. The rest of it takes only some kilobytes."""
     if isinstance(value, Tensor):
-        return value.nbytes
+        return value.nbytes if value.layout == torch.strided else 0  # a sparse one has no nbytes
     if isinstance(value, Mapping):
         return sum(map(tensor_bytes, value.values()))
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0

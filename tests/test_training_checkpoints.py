@@ -46,6 +46,9 @@ def test_a_state_that_could_not_be_read_again(tmp_path: Path) -> None:
         saver.save_checkpoint({"callbacks": {"Mine": {"best": np.float64(0.5)}}}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [*tmp_path.iterdir()] == [path]
+    saver.save_checkpoint({"callbacks": {"Mine": {"seen": torch.eye(2).to_sparse()}}}, path)
+    seen = torch.load(path, weights_only=True)["callbacks"]["Mine"]["seen"]
+    assert torch.equal(seen.to_dense(), torch.eye(2))
 
 
 def test_a_checkpoint_does_not_say_what_to_delete(tmp_path: Path) -> None:
