@@ -206,6 +206,12 @@ def test_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened(root, "val", val="~/mine.txt").ids == [NAMES[3]]
 
 
+@pytest.mark.parametrize("setting", ["root", "images", "masks", "val"])
+def test_the_home_folder_of_an_unknown_user(root: Path, setting: str) -> None:
+    with pytest.raises(DataError, match=r"no_user.*: .*[nN]o such"):
+        opened(**{"root": root, setting: "~no_user"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("names", ["train", "aachen ulm", "train/aachen val/ulm"])
 def test_folders_that_are_not_read(tmp_path: Path, names: str) -> None:
     for name in names.split():

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from fcn.datasets import reading
 from fcn.datasets.pictures import is_picture, why_no_picture
 from fcn.errors import ConfigError, DataError
+from fcn.files import expanded
 
 # How ids begin if each split has a folder, by the names of these folders, in any case.
 PARTS = {"train": "train/", "training": "train/", "test": "test/", "testing": "test/"}
@@ -37,7 +38,7 @@ class Files(dict[str, Path]):
     """
 
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
-        self.folder = base / Path(folder).expanduser()
+        self.folder = base / expanded(folder)
         self.suffix, self.parts = suffix, {"": self.folder}
         for inside in (True, False):
             parts: dict[str, Path] = {}
