@@ -1,6 +1,7 @@
 """Own data: pairs by name, splits, labels and colours; errors name the setting that is wrong."""
 
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,19 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str, names: str) -> Non
     refused(tmp_path, f"1 of 2 masks missing, the first {where}$", "val")
     write_pair(tmp_path, "a", "valid", layout)
     refused(tmp_path, r"val.* are of one split; keep one")
+
+
+@pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
+@pytest.mark.parametrize("missing", ["images", "masks"])
+def test_a_split_without_a_folder(tmp_path: Path, layout: str, missing: str) -> None:
+    """The message names the folder that is missing, and not that of another split."""
+    for split in ("train", "val", "test"):
+        write_pair(tmp_path, "0", split, layout)
+    folder = tmp_path / layout.format(folder=missing, split="test")
+    shutil.rmtree(folder)
+    assert opened(tmp_path, "val").ids == ["val/0"]
+    message = f"1 of 3 {missing} missing, the first {re.escape(str(folder / '0.*'))}$"
+    refused(tmp_path, message, "all")
 
 
 def test_pictures_outside_of_the_folders_of_the_splits(tmp_path: Path) -> None:

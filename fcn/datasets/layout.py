@@ -40,21 +40,25 @@ class Files(dict[str, Path]):
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
         self.folder = base / expanded(folder)
         self.suffix, self.parts = suffix, {"": self.folder}
+        self._places: dict[str, Path] = {}  # where files of each split belong, if it is known
         for inside in (True, False):
             parts: dict[str, Path] = {}
+            places: dict[str, Path] = {}  # these need not exist
             for entry in sorted((self.folder if inside else base).glob("*")):
                 part = PARTS.get(entry.name.lower(), "")
                 path = entry if inside else entry / folder
-                if part and path.is_dir() and path != self.folder:  # equal if `folder` is absolute
-                    if part in parts:
+                if part and path != self.folder:  # equal if `folder` is absolute
+                    places.setdefault(part, path)
+                    if part in parts and path.is_dir():
                         raise DataError(f"{parts[part]} and {path} are of one split; keep one")
-                    parts[part] = path
+                    if path.is_dir():
+                        parts[part] = places[part] = path
             if {"train/", "val/"} <= parts.keys():
                 if any(map(is_picture, self.folder.glob("[!.]*"))):
                     raise DataError(
                         f"{self.folder}: there are pictures outside of train and val too"
                     )
-                self.parts = parts
+                self.parts, self._places = parts, places
                 break
         for part, path in self.parts.items():
             self |= {part + name: file for name, file in _pictures(path, suffix).items()}
@@ -62,7 +66,7 @@ class Files(dict[str, Path]):
     def path(self, name: str) -> Path:
         """The file of an id. If there is none, the path shows where it belongs."""
         part = name[: name.find("/") + 1]
-        folder = self.parts.get(part, next(iter(self.parts.values())))
+        folder = self._places.get(part, self.folder / part)
         return self.get(name, folder / f"{name.removeprefix(part)}{self.suffix}.*")
 
 
