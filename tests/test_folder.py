@@ -243,6 +243,21 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str, names: str) -> Non
     refused(tmp_path, r"val.* are of one split; keep one")
 
 
+def test_folders_of_some_splits_only(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        for name in ("0", "1"):
+            write_pair(tmp_path, name, split, "{split}/{folder}")
+    settings = {"images": "train/images", "masks": "train/masks"}
+    advice = " ".join(f"data.dataset.{key}={value}" for key, value in settings.items())
+    found = (
+        r"images: there is no such folder, only train/images and test/images\. .* train and val "
+    )
+    refused(tmp_path, rf"{found}.*{re.escape(advice)}$")
+    assert opened(tmp_path, **settings).ids == ["0", "1"]  # the advice is good
+    write(tmp_path / "val" / "images", "0", MASK)
+    refused(tmp_path, "masks: there is no such folder, only train/masks and test/masks")
+
+
 @pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
 @pytest.mark.parametrize("missing", ["images", "masks"])
 def test_a_split_without_a_folder(tmp_path: Path, layout: str, missing: str) -> None:

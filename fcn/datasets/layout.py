@@ -60,8 +60,25 @@ class Files(dict[str, Path]):
                     )
                 self.parts, self._places = parts, places
                 break
+        else:  # there are not both; `parts` are those that lie beside each other in `base`
+            if parts and not self.folder.is_dir():
+                raise DataError(self._incomplete(base, parts))
         for part, path in self.parts.items():
             self |= {part + name: file for name, file in _pictures(path, suffix).items()}
+
+    def _incomplete(self, base: Path, parts: dict[str, Path]) -> str:
+        """The message that only some splits have a folder, and that these are not read."""
+        # In this order, "train/" is first if it is there, and "test/" is last.
+        found = [parts[part] for part in ("train/", "val/", "test/") if part in parts]
+        names = [path.relative_to(base).as_posix() for path in found]
+        top = names[0].partition("/")[0]
+        return (
+            f"{self.folder.absolute()}: there is no such folder, only {' and '.join(names)}. "
+            "Folders of splits are read only if those of train and val (or training, and valid or "
+            f"validation) are both there. To read that of {top} alone, and to validate on a share "
+            "of it, name it in both settings, as in "
+            f"data.dataset.images={top}/images data.dataset.masks={top}/masks"
+        )
 
     def path(self, name: str) -> Path:
         """The file of an id. If there is none, the path shows where it belongs."""
