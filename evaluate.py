@@ -13,7 +13,6 @@ comparison has no CSV files. The scores are those of Long et al. (CVPR 2015), se
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -59,7 +58,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     from fcn.evaluation.candidate import check_classes, chosen_data, open_candidate
     from fcn.evaluation.folder import FILES, write_folder
     from fcn.evaluation.result import score
-    from fcn.files import create_folder
+    from fcn.files import create_folder, expanded
     from fcn.inference.onnx_session import open_onnx
     from fcn.inference.tta import TestTime, view_settings
     from fcn.precision import keep_freed_memory
@@ -89,7 +88,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     if expected and "_target_" not in cfg.data and isinstance(split, Pairs):
         split.image_type = expected  # and not that of the split's first image
     name = "comparison" if cfg.compare else "evaluation"
-    output = Path(cfg.output or output_folder(first.path, name)).expanduser()
+    output = expanded(cfg.output or output_folder(first.path, name))
     with create_folder(output, *FILES):
         results = [score(c, datamodule.eval_dataloader(split), keep=images > 0) for c in candidates]
         for m in [result.metrics for result in results]:

@@ -105,13 +105,14 @@ def find_images(cfg: DictConfig, ckpt: Path, checkpoint: Mapping[str, Any]) -> "
     """
     from fcn.checkpoint import image_type
     from fcn.evaluation.candidate import chosen_data
+    from fcn.files import expanded
     from fcn.inference.predictor import image_settings
     from fcn.inference.quantise import data_images, folder_images
 
     given = cfg.calibrate
     if isinstance(given, str) and not given.isdecimal():
         value_range, _ = image_settings(ckpt, checkpoint)
-        return folder_images(Path(given).expanduser(), value_range, image_type(checkpoint))
+        return folder_images(expanded(given), value_range, image_type(checkpoint))
     count = int(given) if isinstance(given, str) else given
     check_whole("calibrate", count, 1)
     try:

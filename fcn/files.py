@@ -45,6 +45,14 @@ class LockedError(Exception):
     """Another process holds the lock."""
 
 
+def expanded(path: str | Path) -> Path:
+    """A path whose "~" or "~user" is replaced by the home folder; shells leave it within a word.
+
+    If there is no such user, it stays as it is, as in a shell. `Path.expanduser` raises an error.
+    """
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_write(path: Path, *, size: int | None = None, wait: bool = True) -> Iterator[Path]:
     """Write a file so that it is complete or not there, whenever the process is killed.

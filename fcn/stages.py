@@ -24,6 +24,7 @@ from typing import Any
 from fcn.checkpoint import best_checkpoint
 from fcn.cli import CONF, command_line, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
+from fcn.files import expanded
 from fcn.runs.folder import setting_name
 from fcn.runs.sweep import find_job, finished_before, resumable, several_processes
 
@@ -77,7 +78,7 @@ def train_stages(given: Sequence[str]) -> int:
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
     if folders and "${" in folders[-1]:
         raise ConfigError(f"hydra.run.dir={folders[-1]}: the stages need a folder without ${{...}}")
-    folder = Path(folders[-1]).expanduser() if folders else None
+    folder = expanded(folders[-1]) if folders else None
     folder = folder or find_folder(settings_of(STAGES[0], given, None))
     weights = None
     for stage in STAGES:

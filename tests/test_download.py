@@ -255,6 +255,8 @@ def test_archive(kit: Archive, server: Server, tmp_path: Path) -> None:
         kit.find(None, download=True)
     with pytest.raises(DataError, match=r"data\.download=true fetches it there \(1 MB\)"):
         kit.find(root, download=False)
+    with pytest.raises(DataError, match=r"not found: no folder .*no_user"):
+        kit.find("~no_user", download=False)
     root.mkdir()
     (root / "kit.tar.part").write_bytes(DATA[:1234])  # of a start that was killed
     assert kit.find(root, download=True) == root / "kit" / "tree"

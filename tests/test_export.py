@@ -258,6 +258,7 @@ def test_missing_packages(ckpt: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_default_name() -> None:
     for int8, name in ((True, "best_int8.onnx"), (False, "best.onnx")):
         assert export_path(None, Path("best.ckpt"), "onnx", int8=int8).name == name
+    assert export_path("~no_user/a.onnx", Path("best.ckpt"), "onnx").name == "a.onnx"
 
 
 @pytest.mark.slow

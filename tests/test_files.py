@@ -16,11 +16,23 @@ import pytest
 
 from fcn import files
 from fcn.errors import WriteError
-from fcn.files import SUFFIX, LockedError, atomic_write, is_locked, lock, write_text
+from fcn.files import SUFFIX, LockedError, atomic_write, expanded, is_locked, lock, write_text
 
 
 def content(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+# ---- names
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):  # the latter on Windows
+        monkeypatch.setenv(name, str(tmp_path))
+    assert expanded("~/x") == expanded(Path("~/x")) == tmp_path / "x"
+    assert expanded("a/~") == Path("a/~")
+    if sys.platform != "win32":  # there, any user has a folder beside this one
+        assert expanded("~no_user/x") == Path("~no_user/x")
 
 
 # ---- writing

@@ -1,6 +1,7 @@
 """Own data: pairs by name, splits, labels and colours; errors name the setting that is wrong."""
 
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,12 @@ def test_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened(root, "val", val="~/mine.txt").ids == [NAMES[3]]
 
 
+@pytest.mark.parametrize("setting", ["root", "images", "masks", "val"])
+def test_the_home_folder_of_an_unknown_user(root: Path, setting: str) -> None:
+    with pytest.raises(DataError, match=r"no_user.*: .*[nN]o such"):
+        opened(**{"root": root, setting: "~no_user"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("names", ["train", "aachen ulm", "train/aachen val/ulm"])
 def test_folders_that_are_not_read(tmp_path: Path, names: str) -> None:
     for name in names.split():
@@ -234,6 +241,34 @@ def test_a_folder_for_each_split(tmp_path: Path, layout: str, names: str) -> Non
     refused(tmp_path, f"1 of 2 masks missing, the first {where}$", "val")
     write_pair(tmp_path, "a", "valid", layout)
     refused(tmp_path, r"val.* are of one split; keep one")
+
+
+def test_folders_of_some_splits_only(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        for name in ("0", "1"):
+            write_pair(tmp_path, name, split, "{split}/{folder}")
+    settings = {"images": "train/images", "masks": "train/masks"}
+    advice = " ".join(f"data.dataset.{key}={value}" for key, value in settings.items())
+    found = (
+        r"images: there is no such folder, only train/images and test/images\. .* train and val "
+    )
+    refused(tmp_path, rf"{found}.*{re.escape(advice)}$")
+    assert opened(tmp_path, **settings).ids == ["0", "1"]  # the advice is good
+    write(tmp_path / "val" / "images", "0", MASK)
+    refused(tmp_path, "masks: there is no such folder, only train/masks and test/masks")
+
+
+@pytest.mark.parametrize("layout", ["{folder}/{split}", "{split}/{folder}"])
+@pytest.mark.parametrize("missing", ["images", "masks"])
+def test_a_split_without_a_folder(tmp_path: Path, layout: str, missing: str) -> None:
+    """The message names the folder that is missing, and not that of another split."""
+    for split in ("train", "val", "test"):
+        write_pair(tmp_path, "0", split, layout)
+    folder = tmp_path / layout.format(folder=missing, split="test")
+    shutil.rmtree(folder)
+    assert opened(tmp_path, "val").ids == ["val/0"]
+    message = f"1 of 3 {missing} missing, the first {re.escape(str(folder / '0.*'))}$"
+    refused(tmp_path, message, "all")
 
 
 def test_pictures_outside_of_the_folders_of_the_splits(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from test_bad_images import encoded, png
 from test_folder import write
@@ -306,6 +307,27 @@ def test_smaller_copy_before_its_picture(tmp_path: Path) -> None:
     small.save(path, save_all=True, append_images=[large], tiffinfo={254: 1})
     assert read_image(path).shape == (30, 40, 3)
     assert image_size(path) == ((30, 40), 1)
+
+
+@pytest.mark.parametrize("place", ["exif", "Raw profile type exif", "XML:com.adobe.xmp"])
+def test_orientation_of_a_png(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in one of three places; the size is known without decoding the pixels."""
+    exif, info = Image.Exif(), PngInfo()
+    options: dict[str, Any] = {"pnginfo": info}
+    exif[0x0112] = 6
+    if place == "exif":
+        options["exif"] = exif
+    elif place == "XML:com.adobe.xmp":
+        info.add_itxt(place, '<rdf:Description tiff:Orientation="6"/>')
+    else:  # as ImageMagick writes it
+        block = exif.tobytes()
+        info.add_text(place, f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=True)
+    upright = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+    path = tmp_path / "x.png"
+    Image.fromarray(np.ascontiguousarray(STORED[6](upright))).save(path, **options)
+    assert np.array_equal(read_image(path), upright)
+    monkeypatch.setattr(PngImageFile, "load", lambda _: pytest.fail("the pixels are decoded"))
+    assert image_size(path) == (SIZE, 6)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of what is missing

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fcn.datasets import reading
 from fcn.errors import DataError
+from fcn.files import expanded
 
 # The colour of each class, as in SegNet's own pictures.
 CLASSES = {
@@ -59,7 +60,7 @@ class CamVid(reading.Pairs):
         reading.check_split("CamVid", split, self.splits)
         if root is None:
             raise DataError("CamVid needs data.root: the folder that holds CamVid/")
-        folder = Path(root).expanduser() / "CamVid"
+        folder = expanded(root) / "CamVid"
         if not folder.is_dir():
             raise DataError(
                 f"CamVid not found: no folder {folder.absolute()}\n  It is in "

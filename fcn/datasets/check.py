@@ -29,7 +29,7 @@ from fcn.errors import DataError
 from fcn.figures.legend import legend_entries, one_line
 from fcn.figures.masks import colourise, labels_in, overlay, resize_to_fit
 from fcn.figures.panels import Cell, draw_sheet
-from fcn.files import atomic_write, create_folder
+from fcn.files import atomic_write, create_folder, expanded
 
 if TYPE_CHECKING:
     from fcn.datamodule import SegmentationDataModule
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     overrides = ["data.download=false"]
     for argument in arguments:
         if argument.startswith("output="):
-            output = Path(argument.removeprefix("output=")).expanduser()
+            output = expanded(argument.removeprefix("output="))
         elif not argument.startswith("resume="):  # a command line of train.py may have it
             overrides.append(argument)
     with cli.short_messages():

@@ -27,7 +27,7 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from fcn.errors import DataError, reason
-from fcn.files import is_locked, lock, retry
+from fcn.files import expanded, is_locked, lock, retry
 
 HINT = "`experiment=quickstart` needs no download."
 TIMEOUT = 30.0  # seconds to wait for a connection, and for the next bytes
@@ -61,7 +61,7 @@ class Archive:
         if root is None:
             top = self.tree.partition("/")[0]
             raise DataError(f"{self.data} needs data.root: the folder that holds {top}/")
-        root = Path(root).expanduser()
+        root = expanded(root)
         folder = root / self.tree
         if folder.is_dir():
             return folder

@@ -28,6 +28,7 @@ from fcn.datasets.layout import Files, all_ids, draw, read_list, split_ids
 from fcn.datasets.palettes import Appearance, appearance
 from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import ConfigError, DataError, check_number, check_text, check_whole, refuse
+from fcn.files import expanded
 
 Colours = Sequence[Sequence[int]]
 Void = int | Sequence[int] | None
@@ -151,13 +152,13 @@ class Folder(reading.Pairs):
             self._colour_of[VOID] = (void[0], void[1], void[2])
         self._colours = {_number(*colour): k for k, colour in self._colour_of.items()}
 
-        base = Path(root or ".").expanduser()
+        base = expanded(root or ".")
         of_images, of_masks = Files(base, images, image_suffix), Files(base, masks, mask_suffix)
         if of_images == of_masks:
             refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
         names = all_ids(of_images, of_masks)
         given = {"train": train, "val": val}
-        files = {key: base / Path(file).expanduser() for key, file in given.items() if file}
+        files = {key: base / expanded(file) for key, file in given.items() if file}
         lists = {key: read_list(file, image_suffix) for key, file in files.items()}
         if not lists and "" in of_images.parts:
             lists["val"] = draw(names, val_share, seed)

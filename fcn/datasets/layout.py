@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from fcn.datasets import reading
 from fcn.datasets.pictures import is_picture, why_no_picture
 from fcn.errors import ConfigError, DataError
+from fcn.files import expanded
 
 # How ids begin if each split has a folder, by the names of these folders, in any case.
 PARTS = {"train": "train/", "training": "train/", "test": "test/", "testing": "test/"}
@@ -37,31 +38,52 @@ class Files(dict[str, Path]):
     """
 
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
-        self.folder = base / Path(folder).expanduser()
+        self.folder = base / expanded(folder)
         self.suffix, self.parts = suffix, {"": self.folder}
+        self._places: dict[str, Path] = {}  # where files of each split belong, if it is known
         for inside in (True, False):
             parts: dict[str, Path] = {}
+            places: dict[str, Path] = {}  # these need not exist
             for entry in sorted((self.folder if inside else base).glob("*")):
                 part = PARTS.get(entry.name.lower(), "")
                 path = entry if inside else entry / folder
-                if part and path.is_dir() and path != self.folder:  # equal if `folder` is absolute
-                    if part in parts:
+                if part and path != self.folder:  # equal if `folder` is absolute
+                    places.setdefault(part, path)
+                    if part in parts and path.is_dir():
                         raise DataError(f"{parts[part]} and {path} are of one split; keep one")
-                    parts[part] = path
+                    if path.is_dir():
+                        parts[part] = places[part] = path
             if {"train/", "val/"} <= parts.keys():
                 if any(map(is_picture, self.folder.glob("[!.]*"))):
                     raise DataError(
                         f"{self.folder}: there are pictures outside of train and val too"
                     )
-                self.parts = parts
+                self.parts, self._places = parts, places
                 break
+        else:  # there are not both; `parts` are those that lie beside each other in `base`
+            if parts and not self.folder.is_dir():
+                raise DataError(self._incomplete(base, parts))
         for part, path in self.parts.items():
             self |= {part + name: file for name, file in _pictures(path, suffix).items()}
+
+    def _incomplete(self, base: Path, parts: dict[str, Path]) -> str:
+        """The message that only some splits have a folder, and that these are not read."""
+        # In this order, "train/" is first if it is there, and "test/" is last.
+        found = [parts[part] for part in ("train/", "val/", "test/") if part in parts]
+        names = [path.relative_to(base).as_posix() for path in found]
+        top = names[0].partition("/")[0]
+        return (
+            f"{self.folder.absolute()}: there is no such folder, only {' and '.join(names)}. "
+            "Folders of splits are read only if those of train and val (or training, and valid or "
+            f"validation) are both there. To read that of {top} alone, and to validate on a share "
+            "of it, name it in both settings, as in "
+            f"data.dataset.images={top}/images data.dataset.masks={top}/masks"
+        )
 
     def path(self, name: str) -> Path:
         """The file of an id. If there is none, the path shows where it belongs."""
         part = name[: name.find("/") + 1]
-        folder = self.parts.get(part, next(iter(self.parts.values())))
+        folder = self._places.get(part, self.folder / part)
         return self.get(name, folder / f"{name.removeprefix(part)}{self.suffix}.*")
 
 

@@ -239,10 +239,15 @@ def _type_of(picture: ImageFile.ImageFile) -> str:
     return "16-bit" if is_deep or picture.mode in WIDE_MODES else "8-bit"
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 is upright. What cannot be read, or is no such number, is 1."""
+def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
+    """EXIF's orientation, 1 to 8; 1 is upright. What cannot be read, or is no such number, is 1.
+
+    A PNG may have it behind its pixels, so that Pillow decodes these first. With `head_only`, only
+    what Pillow has read when it opened the file is used.
+    """
     with suppress(Exception):
-        found = int(picture.getexif()[ORIENTATION])
+        exif = Image.Image.getexif(picture) if head_only else picture.getexif()
+        found = int(exif[ORIENTATION])
         return found if found in TURNS else 1
     return 1
 
@@ -250,14 +255,13 @@ def _orientation(picture: Image.Image) -> int:
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], int]:
     """Height and width of the one picture in a file, upright; and its EXIF orientation, 1 to 8.
 
-    Only the head of the file is read. The EXIF block of a PNG may lie behind its pixels, which
-    Pillow would decode to find it; such a block is not seen here.
+    Only the head of the file is read. The orientation of a PNG, in EXIF or XMP, may lie behind its
+    pixels, which Pillow would decode to find it; there, it is not seen here.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
         _choose_page(picture)
         width, height = picture.size
-        has_exif = "exif" in picture.info or picture.format != "PNG"
-        orientation = _orientation(picture) if has_exif else 1
+        orientation = _orientation(picture, head_only=True)
         # Newer versions of Pillow exchange the sides of a TIFF when they open it.
         exchanged = isinstance(picture, TiffImageFile) and picture.tag_v2.get(WIDTH) != width
     swap = orientation >= 5 and not exchanged

@@ -21,7 +21,7 @@ from torch.fx.experimental import _config as shapes_config
 from torch.nn import functional as F
 
 from fcn.errors import ConfigError, FCNError, check_choice, check_flag, check_text, need_packages
-from fcn.files import atomic_write, create_folder
+from fcn.files import atomic_write, create_folder, expanded
 from fcn.inference.onnx_session import METADATA, Program, open_session
 from fcn.inference.predictor import image_settings
 from fcn.module import SegmentationModule
@@ -76,7 +76,7 @@ def export_path(output: str | None, checkpoint: Path, format: str, *, int8: bool
     if output is None:
         name = checkpoint.stem + ("_int8" if int8 else "")
         return output_folder(checkpoint, "export") / f"{name}{ending}"
-    path = Path(output).expanduser()
+    path = expanded(output)
     if not ending and path.suffix in (".safetensors", ".onnx", ".pt2"):
         raise ConfigError(f"output={path}: format={format} writes a folder of several files")
     if ending and path.suffix != ending:

@@ -31,6 +31,7 @@ from fcn.checkpoint import (
     write_model_folder,
 )
 from fcn.errors import WeightsError, need_packages
+from fcn.files import expanded
 from fcn.inference.model_card import model_card
 from fcn.module import SegmentationModule
 from fcn.network import FCN as Network
@@ -91,7 +92,7 @@ class FCN(Network, PyTorchModelHubMixin):
             ConfigError: the folder cannot be made, or holds a README.md or a config.json of others.
             WriteError: a file cannot be written.
         """
-        folder = Path(save_directory).expanduser()
+        folder = expanded(save_directory)
         state = {f"network.{name}": value for name, value in self.state_dict().items()}
         settings = self._settings()
         if self.source is not None and _are_in(state, self.source):
@@ -124,7 +125,7 @@ class FCN(Network, PyTorchModelHubMixin):
         Raises:
             WeightsError: there is no checkpoint in it, or it is broken, not ours, or hostile.
         """
-        place = Path(pretrained_model_name_or_path).expanduser()
+        place = expanded(pretrained_model_name_or_path)
         download = {name: options.pop(name) for name in DOWNLOAD if name in options}
         if not place.exists():
             name = str(pretrained_model_name_or_path)

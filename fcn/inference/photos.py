@@ -19,6 +19,7 @@ from fcn.datasets.pictures import open_picture, why_no_picture
 from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
 from fcn.errors import ConfigError, DataError, check_choice, check_text, need_packages, refuse
+from fcn.files import expanded
 from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs or videos, and the target of each
@@ -36,7 +37,7 @@ OWN_RESULT = "it is a result of an earlier run"
 def results_folder(output: str | None, checkpoint: Path) -> Path:
     """The folder for results: `output`, or predictions/ in the run that a checkpoint is of."""
     check_text("output", output, wanted="a folder", optional=True)
-    return Path(os.path.expanduser(output)) if output else output_folder(checkpoint, "predictions")
+    return expanded(output) if output else output_folder(checkpoint, "predictions")
 
 
 def result_path(target: Path, ending: str) -> Path:
@@ -83,7 +84,7 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
             has not written.
     """
     check_text("input", pattern, wanted="a file, a folder or a glob")
-    given, output = Path(os.path.expanduser(pattern)), absolute(output)
+    given, output = expanded(pattern), absolute(output)
     if given.is_file():
         root, found = given.parent, [str(given)]
     elif given.is_dir():
