@@ -63,7 +63,7 @@ def export(cfg: DictConfig) -> Path:
     from fcn.module import SegmentationModule
 
     ckpt = find_checkpoint(cfg.ckpt)
-    if ckpt.suffix == ".onnx":
+    if ckpt.suffix == ".onnx" and ckpt.is_file():
         raise ConfigError(
             f"ckpt={ckpt}: an ONNX file is exported already. evaluate.py and predict.py take it; "
             "here, give the checkpoint that it was made from"

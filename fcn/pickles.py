@@ -57,10 +57,14 @@ def _check_zip(path: Path, time: int, size: int) -> None:
         damaged = file.testzip()
         if damaged:
             raise ValueError(f"it is damaged, {damaged} in it is not what was written")
-        for part in parts:
-            if part.filename.lower().endswith(".pkl"):  # torch takes capitals for the same name
-                with file.open(part) as content:
-                    _check_pickle(content)
+        _check_parts(file)
+
+
+def _check_parts(file: ZipFile) -> None:
+    for part in file.infolist():
+        if part.filename.lower().endswith(".pkl"):  # torch takes capitals for the same name
+            with file.open(part) as content:
+                _check_pickle(content)
 
 
 def _check_pickle(file: IO[bytes]) -> None:
@@ -85,9 +89,10 @@ def check_written(path: Path) -> None:
         WriteError: the message says what is in it, and what to do.
     """
     try:
-        with suppress(RuntimeError):  # for sparse and other unusual tensors, which can be read
-            torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with ZipFile(path) as file:
+            _check_parts(file)
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, TypeError) as error:
         raise WriteError(
             f"a checkpoint could not be read again, and is not kept: {brief(error)}. Is that of a "
             "callback of yours? Its state_dict() may give numbers, texts, lists, dicts and tensors,"

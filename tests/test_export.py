@@ -285,6 +285,7 @@ def test_settings_that_cannot_work(data: dict[str, Any], tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=message):
             run(ckpt, tmp_path / "x.onnx", *overrides)
     assert list(tmp_path.iterdir()) == [ckpt]
+    (tmp_path / "y.onnx").touch()
     with pytest.raises(ConfigError, match="an ONNX file is exported already"):
         run(tmp_path / "y.onnx", tmp_path / "z.onnx")
 

@@ -42,8 +42,14 @@ def test_a_state_that_could_not_be_read_again(tmp_path: Path) -> None:
     """A user's callback may keep anything, and no reader of checkpoints may run code."""
     saver, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     saver.save_checkpoint({"step": 1}, path)
-    with pytest.raises(WriteError, match=r"it holds numpy\..*scalar, .* callback of yours"):
-        saver.save_checkpoint({"callbacks": {"Mine": {"best": np.float64(0.5)}}}, path)
+    before = torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)  # can be read
+    for state, why in (
+        ({"best": np.float64(0.5)}, r"it holds numpy\..*scalar, .*"),
+        ({"a": before, "best": np.float64(0.5)}, r"it holds numpy\..*scalar, .*"),
+        ({"best": bytearray(b"abc")}, "it holds a bytearray"),
+    ):
+        with pytest.raises(WriteError, match=f"{why}.* callback of yours"):
+            saver.save_checkpoint({"callbacks": {"Mine": state}}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [*tmp_path.iterdir()] == [path]
     saver.save_checkpoint({"callbacks": {"Mine": {"seen": torch.eye(2).to_sparse()}}}, path)

@@ -99,7 +99,7 @@ def check_callbacks(callbacks: Mapping[str, Callback], class_names: Sequence[str
     ours = ("fcn.", "pytorch_lightning.")
     complete = all(type(callback).__module__.startswith(ours) for callback in callbacks.values())
     for name, callback in callbacks.items():
-        if isinstance(callback, Timer):
+        if isinstance(callback, Timer) and callback.state_key == "Timer":  # as that of `Clock`
             raise ConfigError(
                 f"callbacks.{name}: each run has a timer already; set trainer.max_time"
             )
