@@ -61,6 +61,7 @@ def _check_zip(path: Path, time: int, size: int) -> None:
 
 
 def _check_parts(file: ZipFile) -> None:
+    """Apply `_check_pickle` to each pickle in a file of torch's."""
     for part in file.infolist():
         if part.filename.lower().endswith(".pkl"):  # torch takes capitals for the same name
             with file.open(part) as content:
