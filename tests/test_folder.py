@@ -184,6 +184,11 @@ def test_lists(root: Path) -> None:
         errors = Survey("train", opened(root, "train", **settings), images=True).errors
     assert [str(error) for error in errors] == [f"{lists / 'train.txt'}: no file of 'photo 99'"]
     refused(root, r"none\.txt.*No such file", "train", train="none.txt")
+    # An id that itself ends like a picture, by its id, by its file, and beside one without that.
+    write_pair(root, "photo 03.jpg")
+    write_pair(root, "p.png")
+    (lists / "val.txt").write_text("p.png\nphoto 03.jpg.jpg\nphoto 03.jpg\n")
+    assert opened(root, "val", val="lists/val.txt").ids == ["p.png", "photo 03.jpg", "photo 03"]
 
 
 def test_partners(root: Path) -> None:

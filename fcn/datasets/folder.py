@@ -159,7 +159,7 @@ class Folder(reading.Pairs):
         names = all_ids(of_images, of_masks)
         given = {"train": train, "val": val}
         files = {key: base / expanded(file) for key, file in given.items() if file}
-        lists = {key: read_list(file, image_suffix) for key, file in files.items()}
+        lists = {key: read_list(file, image_suffix, {*names}) for key, file in files.items()}
         if not lists and "" in of_images.parts:
             lists["val"] = draw(names, val_share, seed)
         ids = split_ids(names, list(of_images.parts), lists)[split]

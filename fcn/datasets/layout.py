@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path, PurePath
 
 from fcn.datasets import reading
@@ -146,12 +146,19 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
     return files
 
 
-def read_list(file: Path, suffix: str) -> list[str]:
-    """The ids in a text list. A line may also be the name or the path of an image."""
+def read_list(file: Path, suffix: str, names: Set[str]) -> list[str]:
+    """The ids in a text list. A line may also be the name or the path of an image.
+
+    Args:
+        file: the list.
+        suffix: what the names of images have behind the id.
+        names: all ids. One of them may itself end like a picture, such as "a.jpg" of "a.jpg.png".
+    """
     ids = []
     for line in reading.read_lines(file):
         name = PurePath(re.split(r"[/\\]", unicodedata.normalize("NFC", line))[-1])
-        ids.append((name.stem if is_picture(name) else name.name).removesuffix(suffix))
+        known = (name.stem if is_picture(name) else name.name).removesuffix(suffix)
+        ids.append(name.name if known not in names and name.name in names else known)
     reading.check_once(ids, file)
     return ids
 
