@@ -25,7 +25,6 @@ their first convolution expects BGR from 0 to 255.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -39,7 +38,7 @@ from torch import Tensor
 from fcn.datasets.value_range import FULL_RANGE
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, WeightsError, check_text, reason
-from fcn.files import atomic_write, create_folder
+from fcn.files import atomic_write, create_folder, expanded
 from fcn.pickles import brief, check_pickles, check_written
 from fcn.vgg import STD
 
@@ -97,7 +96,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
         WeightsError: the system refuses to look there, as in a folder of another user.
     """
     check_text(key, path, wanted="a checkpoint, or a run folder")
-    path = Path(os.path.expanduser(path))  # leaves ~nobody as it is; Path's own raises an error
+    path = expanded(path)
     try:
         if path.is_dir():
             exported_weights = path / MODEL_FOLDER[0]

@@ -8,6 +8,8 @@
 
 Both work on Linux, Windows and macOS, and neither needs to be cleaned up by hand after a kill: a
 lock ends with its process, and `remove_parts` removes what a killed process had half written.
+
+`expanded` reads a path as a shell does, and `sha256` tells the content of a file from any other.
 """
 
 import csv
@@ -35,12 +37,6 @@ SUFFIX = ".part"
 PATIENCE = 10.0
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class LockedError(Exception):
     """Another process holds the lock."""
 
@@ -51,6 +47,12 @@ def expanded(path: str | Path) -> Path:
     If there is no such user, it stays as it is, as in a shell. `Path.expanduser` raises an error.
     """
     return Path(os.path.expanduser(path))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -43,22 +43,24 @@ class Files(dict[str, Path]):
         self._places: dict[str, Path] = {}  # where files of each split belong, if it is known
         for inside in (True, False):
             parts: dict[str, Path] = {}
-            places: dict[str, Path] = {}  # these need not exist
+            places: dict[str, Path] = {}  # of splits that have no such folder
             for entry in sorted((self.folder if inside else base).glob("*")):
                 part = PARTS.get(entry.name.lower(), "")
                 path = entry if inside else entry / folder
-                if part and path != self.folder:  # equal if `folder` is absolute
+                if not part or path == self.folder:  # equal if `folder` is absolute
+                    continue
+                if not path.is_dir():
                     places.setdefault(part, path)
-                    if part in parts and path.is_dir():
-                        raise DataError(f"{parts[part]} and {path} are of one split; keep one")
-                    if path.is_dir():
-                        parts[part] = places[part] = path
+                elif part in parts:
+                    raise DataError(f"{parts[part]} and {path} are of one split; keep one")
+                else:
+                    parts[part] = path
             if {"train/", "val/"} <= parts.keys():
                 if any(map(is_picture, self.folder.glob("[!.]*"))):
                     raise DataError(
                         f"{self.folder}: there are pictures outside of train and val too"
                     )
-                self.parts, self._places = parts, places
+                self.parts, self._places = parts, places | parts
                 break
         else:  # there are not both; `parts` are those that lie beside each other in `base`
             if parts and not self.folder.is_dir():
