@@ -1,4 +1,4 @@
-"""The table of graphics cards in README.md and docs/memory.md: calculated, not measured.
+"""The table of graphics cards in docs/memory.md: calculated, not measured.
 
     python -m benchmarks.cards
 

@@ -191,7 +191,7 @@ def void_problem(train: Survey) -> str | None:
     if own and most:
         message += (
             "If these pixels are the missing class, as in masks of the values 0 and 255, set "
-            "data.dataset.void=null 'data.dataset.palette=[[0,0,0],[255,255,255]]', a colour for "
+            'data.dataset.void=null "data.dataset.palette=[[0,0,0],[255,255,255]]", a colour for '
             "each class. "
         )
     elif own:
