@@ -1,4 +1,4 @@
-"""The table of graphics cards in docs/memory.md: calculated, not measured.
+"""The table of graphics cards in README.md: calculated, not measured.
 
     python -m benchmarks.cards
 
@@ -48,7 +48,6 @@ CARDS = (
     Card("RTX 3090 24 GB", (8, 6), 24, 71),
     Card("RTX 4060 8 GB", (8, 9), 8, 30.2),
     Card("RTX 4090 24 GB", (8, 9), 24, 165),
-    Card("A100 40 GB", (8, 0), 40, 312),
     Card("Apple M1 16 GB", None, 10.7, 2.6),  # Metal recommends two thirds of the memory
 )
 

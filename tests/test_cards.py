@@ -131,7 +131,7 @@ def test_checkpoint_is_laid_out_for_its_device(
 
 
 def test_table_of_cards() -> None:
-    """That of docs/memory.md, without its calculation."""
+    """That of README.md, without its calculation."""
     chosen = {card.name.partition(" GB")[0]: choice(card) for card in CARDS}
     expected = {
         "GTX 1070 8": ("cu126", "32-true"),
