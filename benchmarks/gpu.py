@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --minutes 15       # all rows, on a slow card too
     python -m benchmarks.gpu --only recipe memory
 
-It downloads nothing. It writes gpu.md beside this file (--output FOLDER: there), after every row,
+It downloads nothing. It writes runs/gpu/gpu.md (--output FOLDER: FOLDER/gpu.md), after every row,
 so that the table of the rows so far is there if the process should end. The rows:
 
 - agree: logits, loss and gradients of a VGG-19 FCN-8s are those of the CPU in float32.
@@ -60,7 +60,6 @@ from fcn.errors import DeviceError
 from fcn.runs.versions import git_revision
 from fcn.training.fit import ran_out_of_memory
 
-HERE = Path(__file__).resolve().parent
 NO_GPU = """**No GPU was used.** This is the stand-in on a CPU, with narrow networks and small
 images. It shows that the command works from end to end, and nothing about the speed, the memory or
 the correctness of any GPU. Other programs may have used the CPU at the same time.
@@ -271,7 +270,7 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
     parser.add_argument("--minutes", type=float, default=5, help="rows that do not fit are skipped")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows that begin with this")
-    parser.add_argument("--output", type=Path, default=HERE, help="the folder for gpu.md")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of gpu.md")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     try:

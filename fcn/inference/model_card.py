@@ -58,7 +58,6 @@ def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
         scored_on=scored_on,
         scores={_cell(name): value for name, value in scores.items()},
         classes=[_cell(name) for name in network["class_names"]],
-        void=network.get("void", 255),
     )
 
 
