@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fcn.datasets import VOID, Sample
+from fcn.datasets import VOID, Sample, SegmentationDataset
 from fcn.datasets.misread import STRETCHED
 from fcn.datasets.pictures import (
     MAX_PIXELS,
@@ -239,7 +239,7 @@ def _hint(unknown: np.ndarray, num_classes: int) -> str:
     return ""
 
 
-class Pairs(Dataset[Sample]):
+class Pairs(Dataset[Sample], SegmentationDataset):
     """A data set of files: an image and a mask for each id. Its subclasses say where these are.
 
     A subclass names its `classes` and their colours in `palette`. It sets `mask_void` if its files
@@ -255,9 +255,6 @@ class Pairs(Dataset[Sample]):
         DataError: a file is missing. While reading: a file is damaged, or a mask does not fit.
     """
 
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    void: int = VOID
     mask_void: int | None = VOID  # the label of void in the files of the masks; None: there is none
 
     def __init__(
@@ -282,9 +279,6 @@ class Pairs(Dataset[Sample]):
             with suppress(DataError):
                 return image_type(image, max_pixels=self.max_pixels)
         return None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
