@@ -111,7 +111,7 @@ def find_images(cfg: DictConfig, ckpt: Path, checkpoint: Mapping[str, Any]) -> "
 
     given = cfg.calibrate
     if isinstance(given, str) and not given.isdecimal():
-        value_range, _ = image_settings(ckpt, checkpoint)
+        value_range, _ = image_settings(checkpoint)
         return folder_images(expanded(given), value_range, image_type(checkpoint))
     count = int(given) if isinstance(given, str) else given
     check_whole("calibrate", count, 1)

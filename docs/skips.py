@@ -40,9 +40,10 @@ def shapes_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run had other data; photographs may have a licence against showing them.
+            Or the checkpoint does not say which data it had.
     """
-    settings = dict(data_settings(path, read_checkpoint(path))["dataset"])
-    if settings.pop("class") != "fcn.datasets.shapes.Shapes":
+    settings = dict((data_settings(read_checkpoint(path)) or {"dataset": {}})["dataset"])
+    if settings.pop("class", None) != "fcn.datasets.shapes.Shapes":
         raise ConfigError(f"{path}: trained on photographs, which may not be shown here")
     return settings
 

@@ -257,18 +257,16 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path}: its weights are not what its settings say: {what}")
 
 
-def data_settings(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def data_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """The data settings of the run that made a checkpoint: `dataset` and arguments of the loaders.
 
     `dataset` holds the data set's `class` (`fcn.datasets.find_dataset` takes it) and its arguments.
-
-    Raises:
-        WeightsError: the checkpoint has no such settings.
+    None: the checkpoint has no such settings, as that of a network from somebody's own code.
     """
     config = checkpoint["config"]
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not isinstance(data.get("dataset"), dict):
-        raise WeightsError(f"{path} has no data settings; choose the data with data=...")
+        return None
     return {name: value for name, value in data.items() if name != "class"}
 
 

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,6 +28,7 @@ from fcn.checkpoint import (
     write_safetensors,
 )
 from fcn.errors import ConfigError, WeightsError, WriteError
+from fcn.evaluation.candidate import chosen_data
 from fcn.module import SegmentationModule
 from fcn.network import FCN
 from fcn.weights import find_weights
@@ -104,7 +106,7 @@ def test_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     assert "_target_" not in json.dumps(checkpoint["config"])
     assert "_partial_" not in json.dumps(checkpoint["config"])
     assert checkpoint["config"]["callbacks"] == {"half_life": 50, "panels": [{"class": "x"}, 1]}
-    assert data_settings(path, checkpoint) == {
+    assert data_settings(checkpoint) == {
         "batch_size": 2,
         "dataset": {"class": "fcn.datasets.shapes.Shapes", "size": 48},
     }
@@ -246,8 +248,10 @@ def test_sizes(tmp_path: Path) -> None:
 def test_a_checkpoint_without_data_settings(tmp_path: Path) -> None:
     for config in ({}, None, {"data": {"dataset": "voc2012"}}, [1]):
         path = save(tmp_path, config=config)
+        checkpoint = read_checkpoint(path)
+        assert data_settings(checkpoint) is None
         with pytest.raises(WeightsError, match=r"best\.ckpt has no data settings; choose the data"):
-            data_settings(path, read_checkpoint(path))
+            chosen_data(OmegaConf.create({"data": {}}), path, checkpoint)
 
 
 def write_pickle(path: Path, pickled: bytes, **options: Any) -> Path:

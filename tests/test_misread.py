@@ -11,8 +11,8 @@ from test_bad_images import encoded, png
 from test_pictures import deep_png, tiff
 
 from fcn.datasets import pictures
+from fcn.datasets.folder import Folder
 from fcn.datasets.pictures import read_image
-from fcn.datasets.reading import read_mask
 from fcn.errors import DataError
 
 LABELS = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
@@ -20,6 +20,18 @@ GREY = Image.fromarray(LABELS * 20)
 RGB = GREY.convert("RGB")
 STACK: dict[str, Any] = {"save_all": True, "append_images": [RGB.rotate(90), RGB.rotate(180)]}
 PAGES = "it has 3 pages; save each page as a file of its own"
+
+
+class Masks(Folder):
+    """Reads single masks of labels, without a data set on disk."""
+
+    def __init__(self, classes: int, void: int | None = 255) -> None:
+        self.classes, self.mask_void = tuple(map(str, range(classes))), void
+        self.max_pixels, self._colours = pictures.MAX_PIXELS, {}
+
+
+def read_mask(path: Path) -> np.ndarray:
+    return Masks(4).read_mask(path)
 
 
 def saved(values: np.ndarray, kind: str = "PNG") -> bytes:
@@ -135,7 +147,7 @@ def test_refused_masks(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
-        read_mask(path, 4)
+        read_mask(path)
     assert str(error.value).startswith(f"{path}: ")
     if STRETCHED in message:
         read_image(path)  # for an image, stretching is right
@@ -152,23 +164,23 @@ def test_masks_that_are_read(tmp_path: Path) -> None:
         "f.webp": encoded(rgb, "WEBP", lossless=True, exif=b"Exif"),
     }.items():
         (tmp_path / name).write_bytes(content)
-        np.testing.assert_array_equal(read_mask(tmp_path / name, 4), LABELS)
+        np.testing.assert_array_equal(read_mask(tmp_path / name), LABELS)
     path = tmp_path / "x.pbm"
     path.write_bytes(b"P1 2 1\n0 1\n")
-    assert read_mask(path, 4).tolist() == [[1, 0]]  # in its text, 1 is black
+    assert read_mask(path).tolist() == [[1, 0]]  # in its text, 1 is black
     # A GIF with a table of two colours, and pixels of the values 0 to 3.
     table = b"\xf0\0\0" + bytes(3) + b"\xff" * 3
     pixels = bytes([0x2C, *[0] * 4, 4, 0, 1, 0, 0, 2, 3, 0x44, 0x34, 0x05, 0])
     path.write_bytes(b"GIF89a\4\0\1\0" + table + pixels + b"\x3b")
-    assert read_mask(path, 4).tolist() == [[0, 1, 2, 3]]
+    assert read_mask(path).tolist() == [[0, 1, 2, 3]]
     # The same table, and pixels of one value, which it may lack.
     for value in range(4):
         codes = (4 | value << 3 | 5 << 6).to_bytes(2, "little")  # start, value, end: 3 bits each
         pixels = bytes([0x2C, *[0] * 4, 1, 0, 1, 0, 0, 2, 2, *codes, 0])
         path.write_bytes(b"GIF89a\1\0\1\0" + table + pixels + b"\x3b")
-        assert read_mask(path, 4).tolist() == [[value]]
+        assert read_mask(path).tolist() == [[value]]
     for white in (1, 255):
         path.write_bytes(saved(LABELS % 2 * np.uint8(white), "GIF"))
-        np.testing.assert_array_equal(read_mask(path, 4), LABELS % 2)
+        np.testing.assert_array_equal(read_mask(path), LABELS % 2)
     path.write_bytes(saved(np.array([[0, 1, 2]], np.uint8)))
-    assert read_mask(path, 2, void=0).tolist() == [[255, 0, 1]]
+    assert Masks(2, void=0).read_mask(path).tolist() == [[255, 0, 1]]

@@ -248,7 +248,7 @@ def test_checkpoint_of_a_published_net(published: Path) -> None:
     assert module.fresh_layers == []
     expected = network_of(published).state_dict()
     torch.testing.assert_close(module.network.state_dict(), expected, rtol=0, atol=0)
-    data = data_settings(published, read_checkpoint(published))
+    data = data_settings(read_checkpoint(published))
     dataset = {"class": "fcn.datasets.voc2012.VOC2012"}
     assert data == {"dataset": dataset, "root": "data", "download": True}
 

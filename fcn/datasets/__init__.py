@@ -48,16 +48,19 @@ class SegmentationDataset(Protocol):
     attributes of the class; or, where they depend on the constructor's arguments, the class has a
     class method `labels(**arguments) -> Labels`.
 
+    A data set may inherit from this class, but need not.
+
     A data set may have a method `read_labels(index)`, which returns the mask (H, W) of a sample as
     an array without reading its image. train.py then reads the masks before it trains.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    void: int
+    void: int = VOID
     ids: list[str]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Sample: ...
 

@@ -179,16 +179,11 @@ class Folder(reading.Pairs):
         Raises:
             DataError: it is damaged, or holds unknown labels or colours.
         """
-        picture = self._read_picture(path)
+        picture = reading.read_mask_picture(path, self.max_pixels)
         if self._holds_labels(picture):
             hint = "; a grey mask holds labels: save it in the colours of data.dataset.palette"
-            return reading.to_mask(
-                reading.labels_of(picture, path),
-                len(self.classes),
-                void=self.mask_void,
-                path=path,
-                hint=hint if self._colours else None,
-            )
+            labels = reading.labels_of(picture, path)
+            return self.to_mask(labels, path, hint if self._colours else None)
         colours = self._colours_of(picture, path)  # (H, W)
         known = np.array(sorted(self._colours))  # (number of colours,)
         place = np.searchsorted(known, colours).clip(max=len(known) - 1)  # (H, W), indices of known
@@ -214,9 +209,6 @@ class Folder(reading.Pairs):
         """
         if self.ids[index] in self._nowhere:
             raise DataError(f"{self._list}: no file of '{self.ids[index]}'")
-
-    def _read_picture(self, path: Path) -> Image.Image:
-        return reading.read_picture(path, "mask", max_pixels=self.max_pixels)
 
     def _holds_labels(self, picture: Image.Image) -> bool:
         """Whether the values in a mask are labels, and not colours of data.dataset.palette."""
@@ -251,7 +243,7 @@ class Folder(reading.Pairs):
         Raises:
             DataError: the file is damaged, or holds no labels.
         """
-        picture = self._read_picture(path)
+        picture = reading.read_mask_picture(path, self.max_pixels)
         if self._holds_labels(picture):
             return appearance(picture, path)
         first = 1 if self.mask_void == 0 else 0

@@ -1,6 +1,6 @@
 """Whether all masks of a data set mean the same by their labels, judged by the colours in them.
 
-contradiction({path: appearance(read_picture(path), path) for path in masks})
+contradiction({path: data.appearance(path) for path in masks})      # data: a Folder of folder.py
 """
 
 from collections import Counter, defaultdict
@@ -28,7 +28,7 @@ def appearance(picture: Image.Image, path: Path) -> Appearance:
     """How a picture of labels shows those that are in it.
 
     Args:
-        picture: the mask, as `read_picture` has read it.
+        picture: the mask, as `read_mask_picture` has read it.
         path: its file, for the message.
 
     Raises:

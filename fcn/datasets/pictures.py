@@ -152,19 +152,19 @@ def _why_not_opened(path: Path, error: Exception) -> str:
     return first_line + others_of_stem(path)
 
 
-def read_picture(path: Path, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open and decode a picture, and turn it upright as its EXIF orientation says.
+def read_mask_picture(path: Path, max_pixels: int) -> Image.Image:
+    """Open and decode the picture of a mask, and turn it upright as its EXIF orientation says.
 
     Args:
-        path, what, max_pixels: as for `open_picture`.
+        path, max_pixels: as for `open_picture`.
 
     Raises:
         DataError: the file is missing or damaged, is no picture, is too large, has several pages,
             or has bands or bits that Pillow would drop.
     """
-    picture, found = _decode(path, what, max_pixels)
+    picture, found = _decode(path, "mask", max_pixels)
     if found == "16-bit" and picture.mode not in WIDE_MODES:
-        raise DataError(f"{path}: a {what} of colours in 16 bits is not read: save it in 8 bits")
+        raise DataError(f"{path}: a mask of colours in 16 bits is not read: save it in 8 bits")
     return picture
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fcn.datasets import VOID, Sample
+from fcn.datasets import VOID, Sample, SegmentationDataset
 from fcn.datasets.misread import STRETCHED
 from fcn.datasets.pictures import (
     MAX_PIXELS,
@@ -32,7 +32,7 @@ from fcn.datasets.pictures import (
     others_of_stem,
     palette_of,
     read_image,
-    read_picture,
+    read_mask_picture,
 )
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
@@ -175,22 +175,6 @@ def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
 OTHER_LABELS = "; masks with other labels than the data set's own are read with data=folder"
 
 
-def read_mask(
-    path: Path, num_classes: int, *, void: int | None = VOID, hint: str | None = None
-) -> np.ndarray:
-    """A mask (H, W) uint8 from a picture of labels.
-
-    Args:
-        path: the file.
-        num_classes, void, hint: as for `to_mask`.
-
-    Raises:
-        DataError: the file is damaged, is no picture of labels, or holds unknown labels.
-    """
-    labels = labels_of(read_picture(path, "mask"), path)
-    return to_mask(labels, num_classes, void=void, path=path, hint=hint)
-
-
 def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     """The labels (H, W), integers, in a picture of labels. Of a palette, they are the indices.
 
@@ -198,7 +182,7 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     in it is transparent, and its values are whole numbers.
 
     Args:
-        picture: the mask, as `read_picture` has read it.
+        picture: the mask, as `read_mask_picture` has read it.
         path: its file, for the message.
 
     Raises:
@@ -243,39 +227,6 @@ def labels_of(picture: Image.Image, path: Path) -> np.ndarray:
     return labels
 
 
-def to_mask(
-    labels: np.ndarray, num_classes: int, *, void: int | None, path: Path, hint: str | None = None
-) -> np.ndarray:
-    """Labels (H, W) of any integer type -> (H, W) uint8: class indices, and VOID.
-
-    Args:
-        labels: the labels.
-        num_classes: how many classes there are. Their labels are 0, 1, 2, ...; or, if `void` is 0,
-            1, 2, 3, ...
-        void: the label of pixels to ignore; None: there are none.
-        path: the file that they come from, for the message.
-        hint: how the message ends, beginning with "; ". None: what the labels make likely.
-
-    Raises:
-        UnknownLabelError: a label is neither that of a class nor `void`.
-    """
-    first = 1 if void == 0 else 0
-    unknown = (labels < first) | (labels >= first + num_classes)  # (H, W)
-    if void is not None:
-        unknown &= labels != void
-    if unknown.any():
-        values = np.unique(labels[unknown])
-        found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
-        allowed = f"{first} to {first + num_classes - 1}"
-        allowed += "" if void is None else f" or {void} (void)"
-        hint = _hint(values, num_classes) if hint is None else hint
-        raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
-    mask = labels.astype(np.uint8, copy=False)
-    if void == 0:
-        return mask - np.uint8(1)  # 0 wraps around to 255, which is VOID
-    return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
-
-
 def _hint(unknown: np.ndarray, num_classes: int) -> str:
     """What unknown labels, in order, most likely mean, and what to do then."""
     if unknown.tolist() == [num_classes]:
@@ -288,7 +239,7 @@ def _hint(unknown: np.ndarray, num_classes: int) -> str:
     return ""
 
 
-class Pairs(Dataset[Sample]):
+class Pairs(Dataset[Sample], SegmentationDataset):
     """A data set of files: an image and a mask for each id. Its subclasses say where these are.
 
     A subclass names its `classes` and their colours in `palette`. It sets `mask_void` if its files
@@ -304,9 +255,6 @@ class Pairs(Dataset[Sample]):
         DataError: a file is missing. While reading: a file is damaged, or a mask does not fit.
     """
 
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    void: int = VOID
     mask_void: int | None = VOID  # the label of void in the files of the masks; None: there is none
 
     def __init__(
@@ -332,9 +280,6 @@ class Pairs(Dataset[Sample]):
                 return image_type(image, max_pixels=self.max_pixels)
         return None
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, index: int, /) -> Sample:
         name = self.ids[index]
         image, mask = self.pairs[name]
@@ -356,8 +301,42 @@ class Pairs(Dataset[Sample]):
         return self.read_mask(self.pairs[self.ids[index]][1])
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """The labels (H, W) uint8 in a mask's file."""
-        return read_mask(path, len(self.classes), void=self.mask_void, hint=OTHER_LABELS)
+        """The mask (H, W) uint8 in a file, a picture of labels.
+
+        Raises:
+            DataError: the file is damaged, is no picture of labels, or holds unknown labels.
+        """
+        return self.to_mask(labels_of(read_mask_picture(path, self.max_pixels), path), path)
+
+    def to_mask(
+        self, labels: np.ndarray, path: Path, hint: str | None = OTHER_LABELS
+    ) -> np.ndarray:
+        """Labels (H, W) of any integer type -> (H, W) uint8: class indices, and VOID.
+
+        Args:
+            labels: those of the classes are 0, 1, 2, ...; or, if `mask_void` is 0, 1, 2, 3, ...
+            path: the file that they come from, for the message.
+            hint: how the message ends, beginning with "; ". None: what the labels make likely.
+
+        Raises:
+            UnknownLabelError: a label is neither that of a class nor `mask_void`.
+        """
+        void, num_classes = self.mask_void, len(self.classes)
+        first = 1 if void == 0 else 0
+        unknown = (labels < first) | (labels >= first + num_classes)  # (H, W)
+        if void is not None:
+            unknown &= labels != void
+        if unknown.any():
+            values = np.unique(labels[unknown])
+            found = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
+            allowed = f"{first} to {first + num_classes - 1}"
+            allowed += "" if void is None else f" or {void} (void)"
+            hint = _hint(values, num_classes) if hint is None else hint
+            raise UnknownLabelError(f"{path}: labels must be {allowed}, found {found}{hint}")
+        mask = labels.astype(np.uint8, copy=False)
+        if void == 0:
+            return mask - np.uint8(1)  # 0 wraps around to 255, which is VOID
+        return mask if void in (None, VOID) else np.where(mask == void, np.uint8(VOID), mask)
 
 
 def _mismatch(image: Path, mask: Path, pixels: np.ndarray, labels: np.ndarray) -> str:

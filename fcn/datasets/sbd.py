@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcn.datasets import VOID, reading, voc2012
+from fcn.datasets import reading, voc2012
 from fcn.datasets.download import Archive
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import DataError, check_flag, reason
@@ -102,6 +102,4 @@ class SBD(reading.Pairs):
                 raise ValueError(f"GTcls.Segmentation is {labels.dtype} of shape {labels.shape}")
         except Exception as e:  # a damaged file raises errors of nearly any type
             raise DataError(f"{path}: cannot read this mask: {reason(e)}") from e
-        return reading.to_mask(
-            labels, len(self.classes), void=VOID, path=path, hint=reading.OTHER_LABELS
-        )
+        return self.to_mask(labels, path)

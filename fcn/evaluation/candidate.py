@@ -21,7 +21,7 @@ from fcn.cards import check_card
 from fcn.checkpoint import SETTINGS, data_settings, read_checkpoint, without_targets
 from fcn.datamodule import SegmentationDataModule
 from fcn.datasets import VOID
-from fcn.errors import ConfigError, check_choice, check_text, refuse
+from fcn.errors import ConfigError, WeightsError, check_choice, check_text, refuse
 from fcn.files import sha256
 from fcn.module import SegmentationModule
 from fcn.precision import (
@@ -154,7 +154,10 @@ def chosen_data(
     changes = cli.plain(cfg.data)
     if "_target_" in changes:  # data=GROUP
         return cli.build(cfg, "data"), without_targets(changes)
-    settings = _merged(data_settings(path, checkpoint), changes)
+    given = data_settings(checkpoint)
+    if given is None:
+        raise WeightsError(f"{path} has no data settings; choose the data with data=...")
+    settings = _merged(given, changes)
     try:
         return SegmentationDataModule.from_settings(settings), settings
     except (TypeError, ValueError) as error:

@@ -121,7 +121,7 @@ def export_program(
         "palette": settings.get("palette"),
         "void": module.void,
         "hyper_parameters": settings,
-        "value_range": image_settings(path, checkpoint)[0],
+        "value_range": image_settings(checkpoint)[0],
         "config": checkpoint["config"],
         "step": checkpoint["global_step"],
     }

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fcn.checkpoint import MODEL_FOLDER, data_settings
 from fcn.datasets import data_licence
-from fcn.errors import WeightsError
 from fcn.figures.legend import one_line
 from fcn.files import sha256
 from fcn.runs.folder import output_folder, read_overrides
@@ -63,10 +62,7 @@ def model_card(checkpoint: Mapping[str, Any], path: Path | None) -> str:
 
 def _facts(checkpoint: Mapping[str, Any], path: Path | None) -> dict[str, str]:
     """What the card's first table says: data and recipe."""
-    try:
-        data = data_settings(path or Path(), checkpoint)
-    except WeightsError:
-        data = {"dataset": {}}
+    data = data_settings(checkpoint) or {"dataset": {}}
     dataset = data["dataset"].get("class")
     train, val = data.get("train_split"), data.get("val_split")
     splits = f", trained on `{train}`, validated on `{val}`" if train else ""

@@ -34,7 +34,6 @@ from fcn.datasets.voc2012 import voc_palette
 from fcn.errors import (
     ConfigError,
     DataError,
-    WeightsError,
     WriteError,
     check_choice,
     check_whole,
@@ -156,7 +155,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         checkpoint, onnx = open_onnx(path)
         settings, kind = checkpoint["hyper_parameters"], image_type(checkpoint)
         names, palette = settings["class_names"], settings["palette"]
-        _, root = image_settings(path, checkpoint)
+        _, root = image_settings(checkpoint)
         return Predictor(onnx, names, palette, checkpoint["value_range"], kind, root)
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
@@ -178,13 +177,13 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         with torch.autocast(place.type, dtype, enabled=dtype is not None):
             return network(image.to(place))
 
-    value_range, root = image_settings(path, checkpoint)
+    value_range, root = image_settings(checkpoint)
     palette = module.hparams.get("palette")
     kind = image_type(checkpoint)
     return Predictor(scores, module.class_names, palette, value_range, kind, root)
 
 
-def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
+def image_settings(checkpoint: Mapping[str, Any]) -> tuple[Range | None, str | None]:
     """The `value_range` of the data that a network was trained on, and the root of this data.
 
     Both are None for a network whose checkpoint has no data settings, such as one of the authors'.
@@ -192,10 +191,7 @@ def image_settings(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Range | N
     Raises:
         ConfigError: there is a `value_range` that cannot work.
     """
-    try:
-        data = data_settings(path, checkpoint)
-    except WeightsError:
-        return None, None
+    data = data_settings(checkpoint) or {"dataset": {}}
     value_range = data["dataset"].get("value_range")
     check_range(value_range)
     return value_range, data.get("root")

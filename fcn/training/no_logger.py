@@ -1,7 +1,8 @@
 """The logger of those processes of a distributed run that log nothing.
 
 train.py gives it to all but the first process. Lightning's own callbacks, such as
-LearningRateMonitor, refuse a trainer without a logger in any process.
+LearningRateMonitor, refuse a trainer without a logger in any process. Lightning's DummyLogger
+cannot take its place: with it, a run of two processes hangs (Lightning 2.6.6).
 """
 
 from typing import Any

@@ -16,12 +16,10 @@ from fcn import cli
 from fcn.cards import check_card
 from fcn.errors import ConfigError, refuse
 from fcn.training import in_backward
-from fcn.training.checkpoints import AtomicCheckpointIO
+from fcn.training.checkpoints import AtomicCheckpointIO, RunRecord
 from fcn.training.clock import Clock
 from fcn.training.interruption import Interruption
-from fcn.training.resumed import ResumedSettings
-from fcn.training.run_record import RunRecord
-from fcn.training.seeding import DropoutSeeds
+from fcn.training.resumed import DropoutSeeds, ResumedSettings
 
 
 def build_trainer(
