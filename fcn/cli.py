@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeGuard
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -215,6 +216,12 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
         if key in ("logger", "scheduler"):  # groups with an option of that name
             value = re.sub(r"\bnull\b", "none", value)
     return f"{key}{equals}{value}"
+
+
+def path_in(argument: str) -> str:
+    """The path in an argument such as `output='a b'`, as Hydra reads it: without the quotes."""
+    value = OverridesParser.create().parse_override(quoted(argument)).value()
+    return str(OmegaConf.create({"path": value}).path)
 
 
 def _quoted_path(path: str) -> str:

@@ -151,7 +151,7 @@ def create_folder(folder: Path, *names: str) -> Iterator[None]:
             with TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            why = "is a file, not a folder" if folder.is_file() else reason(error)
+            why = "is a file, not a folder" if os.path.isfile(folder) else reason(error)
             raise ConfigError(f"output={folder}: {why}") from error
         for path in (folder / name for name in names):
             if path.is_dir():
@@ -212,10 +212,11 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"{path} cannot be written: {reason(error)}"
-        refused = isinstance(error, PermissionError) and path.exists()
-        if not path.parent.is_dir():
-            message += f"; there is no folder {path.parent}"
-        elif refused and os.access(path.parent, os.W_OK):
+        refused = isinstance(error, PermissionError)
+        # Unlike Path.exists and Path.is_dir, these raise no error in a folder that is not readable.
+        if not os.path.isdir(path.parent):
+            message += "" if refused else f"; there is no folder {path.parent}"
+        elif refused and os.path.exists(path) and os.access(path.parent, os.W_OK):
             message += "; close other programs that have it open (Windows replaces no open file)"
         else:
             need = f"it needs {size / 1e6:,.1f} MB, " if size else ""
@@ -255,7 +256,7 @@ def lock(path: Path, *, timeout: float = PATIENCE) -> Iterator[None]:
 
 def is_locked(path: Path, *, timeout: float = 0.0) -> bool:
     """Whether another process holds the lock, and still holds it after `timeout` seconds."""
-    if not path.exists():
+    if not os.path.exists(path):
         return False
     try:
         with lock(path, timeout=timeout):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fcn import cli
-from fcn.cli import build, build_each, compose, quoted, resolved, short_messages
+from fcn.cli import build, build_each, compose, path_in, quoted, resolved, short_messages
 from fcn.errors import ConfigError, DataError, TrainingError, check_whole
 
 
@@ -244,6 +244,8 @@ def test_hydra_reads_a_quoted_path_as_it_is() -> None:
     paths = ["a,b=(1)[d]{e}.jpg", "it's\\", "C:\\a\\", "${x}", "1e5", "2024", "a'b\"c", "東 京"]
     for path in paths:
         assert compose([quoted(f"input={path}"), "ckpt=x"], "predict").input == path
+        assert path_in(f"input={path}") == path
+    assert path_in("input='a b'") == "a b"
 
 
 @pytest.mark.parametrize(

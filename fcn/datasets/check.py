@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     overrides = ["data.download=false"]
     for argument in arguments:
         if argument.startswith("output="):
-            output = expanded(argument.removeprefix("output="))
+            output = expanded(cli.path_in(argument))
         elif not argument.startswith("resume="):  # a command line of train.py may have it
             overrides.append(argument)
     with cli.short_messages():

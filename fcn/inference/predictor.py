@@ -148,9 +148,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         DeviceError: torch has no code for the device.
     """
     check_choice("precision", precision, PRECISIONS, optional=True)
-    place = find_device(device)
-    check_card(place)
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx":  # it runs on the CPU, whatever GPU there is
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
         checkpoint, onnx = open_onnx(path)
@@ -158,6 +156,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         names, palette = settings["class_names"], settings["palette"]
         _, root = image_settings(path, checkpoint)
         return Predictor(onnx, names, palette, checkpoint["value_range"], kind, root)
+    place = find_device(device)
+    check_card(place)
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
     trained = str(checkpoint["precision"])
