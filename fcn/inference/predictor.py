@@ -169,7 +169,9 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     precision = precision or trained
     if precision not in precisions_of(place):
         refuse("precision", precision, f"32-true on the device {place.type}")
-    network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
+    if precision == "64-true":  # the module was built in float32, which has rounded the weights
+        module.double().load_state_dict(checkpoint["state_dict"])
+    network = module.network.eval().to(place)
     network.set_layout(best_layout(place, precision, backward=False))
     cast_weights(network, precision)
     dtype = AUTOCAST.get(precision)
