@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the checks of arguments that raise them.
+"""Errors that a user can fix, and the checks of arguments that raise them.
 
 The scripts show an `FCNError` as its message, without a traceback.
 
@@ -20,7 +20,7 @@ LARGEST = 2**31 - 1  # the largest setting; torch and Lightning count in 32 bits
 
 
 class FCNError(Exception):
-    """An error that the user can mend: shown as its message, without a traceback."""
+    """An error that the user can fix: shown as its message, without a traceback."""
 
     def __str__(self) -> str:
         # An error in a loader process reaches the main process as the text of a traceback. Only the
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in the fewest words, for the end of a message that says where it did."""
+    """What went wrong in a few words, for the end of a message that names the place."""
     cause = getattr(error, "reason", None)  # urllib's URLError wraps the real error in this
     if isinstance(cause, BaseException):
         return reason(cause)

@@ -42,9 +42,10 @@ class LockedError(Exception):
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose "~" or "~user" is replaced by the home folder; shells leave it within a word.
+    """A path with the home folder in place of "~" or "~user", which shells keep within a word.
 
-    If there is no such user, it stays as it is, as in a shell. `Path.expanduser` raises an error.
+    If there is no such user, the path stays as it is, as in a shell. `Path.expanduser` would raise
+    an error.
     """
     return Path(os.path.expanduser(path))
 
@@ -181,7 +182,8 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable JSON. NaN and infinity, which JSON does not have, become null."""
-    # Python writes these three as constants that only Python can read, so that it must do that.
+    # json.dumps writes these as NaN, Infinity and -Infinity, which only Python reads. So the text
+    # is read again, with None in their place.
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     write_text(path, json.dumps(content, indent=2) + "\n")
 

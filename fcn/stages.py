@@ -103,7 +103,7 @@ def train_stages(given: Sequence[str]) -> int:
 def find_stage(folder: Path, settings: Sequence[str]) -> Path | None:
     """The run of a stage that was started with these settings, or None.
 
-    Hydra's own settings, such as hydra.verbose=true, are no part of overrides.yaml.
+    Hydra's own settings, such as hydra.verbose=true, are ignored: overrides.yaml lacks them.
     """
     hydra = ("hydra.", "hydra/")
     return find_job(folder, [o for o in settings if not setting_name(o).startswith(hydra)])

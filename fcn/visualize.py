@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Loss and mean IoU of several runs in one figure; of one run, all its curves.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=expanded, metavar="RUN_DIR", help="the folder of a run, or of a sweep"
+        "runs",
+        nargs="+",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="the folder of a run, or of a sweep",
     )
     parser.add_argument(
         "--output",

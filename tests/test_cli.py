@@ -1,4 +1,4 @@
-"""The frame around the scripts: short errors for what a user can mend, paths of any spelling."""
+"""The frame around the scripts: short errors for what a user can fix, paths of any spelling."""
 
 import os
 import subprocess
@@ -196,7 +196,7 @@ def test_only_training_has_sweeps(
 
 
 def test_missing_values() -> None:
-    with pytest.raises(cli.MENDABLE) as caught:
+    with pytest.raises(cli.USER_ERRORS) as caught:
         build(config(a={"size": "???"}), "a")
     message = "a.size=VALUE is missing; --help shows an example"
     assert cli.short_message(caught.value).startswith(message)
@@ -296,7 +296,9 @@ def test_build() -> None:
     built = build_each(cfg, "callbacks", Part)
     assert {name: part.size for name, part in built.items()} == {"a": 2, "b": 1}
     assert build_each(cfg, "logger", Part) == build_each(cfg, "nowhere", Part) == {}
-    with pytest.raises(ConfigError, match=r"^callbacks\.a: .*Part makes no str$"):
+    with pytest.raises(
+        ConfigError, match=r"^callbacks\.a: .*Part makes a Part, where a str is needed$"
+    ):
         build_each(cfg, "callbacks", str)
     cfg.callbacks.panel_images = 4  # an old name, from a user's own file
     with pytest.raises(ConfigError, match=r"panel_images has a new name: callbacks\.panels"):

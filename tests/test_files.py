@@ -158,7 +158,7 @@ def test_a_folder_that_may_not_be_opened(tmp_path: Path) -> None:
             pass
         assert not is_locked(folder / ".lock")
         with (
-            pytest.raises(ConfigError, match="output=.*/closed/new: Permission denied"),
+            pytest.raises(ConfigError, match=r"output=.*/closed/new: Permission denied"),
             files.create_folder(folder / "new"),
         ):
             pass

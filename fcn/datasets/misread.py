@@ -23,6 +23,10 @@ BITS, COLOURS, BANDS, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339
 def check_tiff(picture: TiffImageFile, found: str) -> None:
     """Refuse a TIFF of which Pillow would drop bands or bits, or misread the values.
 
+    Args:
+        picture: an open file.
+        found: the type of its values, a key of `fcn.datasets.value_range.FULL_RANGE`.
+
     Raises:
         ValueError: it is such a file.
     """

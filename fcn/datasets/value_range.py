@@ -131,8 +131,8 @@ def measure(
 def _usual(values: np.ndarray) -> tuple[float, float]:
     """The lowest and highest value without those that need not belong to the picture.
 
-    These are the RARE ones, and before them all pixels with exactly the lowest or the highest
-    value: they may be "no data", a border, or text in the picture.
+    First, all pixels with exactly the lowest or the highest value are left out, which may be "no
+    data", a border, or text in the picture. Of the others, the RARE lowest and highest are.
     """
     inner = values[(values > values.min()) & (values < values.max())]
     if inner.size < values.size / 10:  # as in black and white pictures

@@ -189,8 +189,8 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
     """
     for candidate in candidates:
         if candidate.module.void != VOID:
-            what = f"{candidate.path} has void={candidate.module.void}, but the data"
-            raise ConfigError(f"{what} {VOID}: it cannot be scored on this data")
+            what = f"{candidate.path} has void={candidate.module.void}, but all data has {VOID}"
+            raise ConfigError(f"{what}: it cannot be scored on this data")
     known = [candidate.module.class_names for candidate in candidates]
     first = "the checkpoint" if len(known) == 1 else "A"
     for other, names in (("B", known[-1]), ("the data", list(classes))):

@@ -46,15 +46,15 @@ class LastCheckpoint(Checkpoint):
         first = trainer.strategy.broadcast(str(trainer.ckpt_path))
         if not trainer.strategy.reduce_boolean_decision(first == str(trainer.ckpt_path)):
             raise TrainingError(
-                "the processes of this run do not agree on the checkpoint to go on from (the first "
-                f"one has {first}). Name the run: resume=RUN_FOLDER"
+                "the processes of this run have found different checkpoints to resume from (the "
+                f"first one has {first}). Name the run: resume=RUN_FOLDER"
             )
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        # If the resumed run had no steps left, `on_train_start` was not called.
+        # Lightning does not call `on_train_start` if the resumed run has no steps left.
         self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checks of those settings that no constructor of this project checks, or not soon enough.
+"""Checks of settings that no constructor of this project checks, or only after a download.
 
     check_settings(config)      # train.py and python -m fcn.memory call it first
 
@@ -83,7 +83,7 @@ def check_settings(config: Settings) -> None:
 
 
 def check_callbacks(callbacks: Mapping[str, Callback], class_names: Sequence[str]) -> None:
-    """Refuse a second timer, and a callback that waits for a score which no validation computes.
+    """Refuse a second timer, and a callback that monitors a score which no validation computes.
 
     A callback of the user's own may log further metrics. If there is one, nothing is refused.
 
