@@ -49,7 +49,9 @@ class PairReport:
     pixels: np.ndarray | None = None  # (256,), the number of pixels with each label
     size: tuple[int, int] | None = None  # height and width
     content: bytes | None = None  # a hash of the image's pixels
-    turned: bool = False  # by EXIF, so that the size does not show whether the mask is turned too
+    # Whether EXIF turns the image in such a way that its size does not show whether its mask, which
+    # EXIF does not turn, fits it.
+    turned: bool = False
 
 
 class Survey:

@@ -47,8 +47,8 @@ def check_range(value_range: object) -> None:
         ConfigError: it is neither None nor two numbers, the lower one first.
     """
     numbers = value_range if isinstance(value_range, list | tuple) else ()
-    right = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
-    if value_range is not None and not right:
+    valid = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
+    if value_range is not None and not valid:
         wanted = "null or two numbers [low, high], which become black and white"
         refuse("data.dataset.value_range", value_range, wanted)
 

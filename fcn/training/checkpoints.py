@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint, write_checkpoint
 from fcn.errors import TrainingError, check_whole
-from fcn.training.clock import is_whole_step
+from fcn.training.clock import completes_step
 from fcn.training.interruption import Interruption
 
 
@@ -59,7 +59,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save if a validation, a stop or the next checkpoint is due after this step."""
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return  # a checkpoint cannot hold gradients that are still being accumulated
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
         ends = trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0)

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import Stopped
-from fcn.training.clock import is_whole_step
+from fcn.training.clock import completes_step
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -107,7 +107,7 @@ class Interruption(Callback):
         steps where losses are logged, since reading these makes them wait for each other anyway.
         Saving needs all of them too, and they do not know of the death of another's loader.
         """
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return
         alone = trainer.world_size == 1
         if alone:

@@ -179,9 +179,9 @@ def check_trainer(settings: Settings) -> None:
         refuse("trainer.devices", devices, "at most 256")
     share = settings.get("limit_val_batches")
     if share is not None:
-        right = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
+        valid = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
         wanted = "null, a whole number from 1 up, or a part of 1.0: best.ckpt needs a validation"
-        if not right:
+        if not valid:
             refuse("trainer.limit_val_batches", share, wanted)
 
 
