@@ -86,7 +86,7 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     split, images = datamodule.open(split_name), cfg.report.images
     expected = image_type(first.checkpoint)
     if expected and "_target_" not in cfg.data and isinstance(split, Pairs):
-        split.image_type = expected  # and not that of the split's first image
+        split.image_type = expected  # by default, all images must have the type of the first one
     name = "comparison" if cfg.compare else "evaluation"
     output = expanded(cfg.output or output_folder(first.path, name))
     with create_folder(output, *FILES):
@@ -111,7 +111,7 @@ def chosen_checkpoints(cfg: DictConfig) -> list[str]:
     if not OmegaConf.is_list(cfg.compare) or [type(path) for path in cfg.compare] != [str, str]:
         refuse("compare", cfg.compare, "two runs or checkpoints, [A,B]")
     if not OmegaConf.is_missing(cfg, "ckpt"):
-        raise ConfigError("choose ckpt= or compare=, not both")
+        raise ConfigError(f"ckpt={cfg.ckpt} compare={cfg.compare}: give one of the two, not both")
     return list(cfg.compare)
 
 

@@ -45,7 +45,10 @@ def predict(cfg: DictConfig) -> Path:
     check_choice("format", cfg.format, ("voc",), optional=True)
     voc = cfg.format == "voc"
     if voc == (cfg.input is not None):
-        raise ConfigError("choose input=FILE, FOLDER or GLOB, or format=voc for a list of VOC's")
+        wrong = f"format=voc excludes input={cfg.input}" if voc else "input= is missing"
+        raise ConfigError(
+            f"{wrong}: give input=FILE, FOLDER or GLOB, or else format=voc for images of a VOC list"
+        )
 
     from fcn.checkpoint import find_checkpoint
     from fcn.datasets.pictures import MAX_PIXELS
@@ -64,8 +67,8 @@ def predict(cfg: DictConfig) -> Path:
     predictor = load_predictor(ckpt, cfg.device, cfg.precision)
     if voc:
         if list(predictor.class_names) != list(VOC2012.classes):
-            number = len(predictor.class_names)
-            raise ConfigError(f"format=voc: the {number} classes of {ckpt} are not VOC's")
+            names = f"the {len(predictor.class_names)} classes of {ckpt}"
+            raise ConfigError(f"format=voc: {names} are not VOC's 21; choose files with input=")
         root = cfg.data.root or predictor.data_root
         jobs, left_out = photos.voc_photos(root, cfg.split, cfg.comp, output), photos.LeftOut()
     else:

@@ -75,7 +75,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
             refuse_sweep_over_devices(trial)
         callbacks = cli.build_each(cfg, "callbacks", Callback)
         datamodule, module = build_data_and_module(cfg, callbacks)
-        if not cfg.resume:  # its weights are numbers already
+        if not cfg.resume:  # a resumed run has the numbers in its config.yaml
             settle_class_weights(cfg, datamodule, module)
         settle_length(cfg, datamodule, module, trial)
         checkpoint, step = None, 0
@@ -98,7 +98,7 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
 
 
 def advice(cfg: DictConfig, datamodule: "SegmentationDataModule", size: int) -> str:
-    """Which settings need less memory, where a device of `size` bytes has too little."""
+    """A text on the settings that need less memory than the `size` bytes that a device has."""
     from fcn import memory
     from fcn.training.settle import largest_image
 
@@ -110,8 +110,8 @@ def build_data_and_module(
 ) -> "tuple[SegmentationDataModule, SegmentationModule]":
     """The data module with open splits and the module with its weights.
 
-    Everything that can be checked without the data is checked before anything is downloaded; so
-    are the scores that `callbacks` wait for.
+    Everything that can be checked without the data is checked before anything is downloaded. This
+    includes the names of the scores that `callbacks` monitor.
 
     Raises:
         FCNError: a setting cannot work, or the data or the weights cannot be had.
@@ -123,8 +123,8 @@ def build_data_and_module(
     from fcn.weights import find_weights
 
     optimizer = cli.build(cfg, "optimizer", _partial_=False, params=dummy_parameters())
-    trial = {"optimizer": optimizer, "total_steps": 1, "time_used": no_limit}
-    cli.build(cfg, "scheduler", _partial_=False, **trial)
+    arguments = {"optimizer": optimizer, "total_steps": 1, "time_used": no_limit}
+    cli.build(cfg, "scheduler", _partial_=False, **arguments)
     datamodule = cli.build(cfg, "data")
     names, palette = list(datamodule.classes), [list(colour) for colour in datamodule.palette]
     check_callbacks(callbacks or {}, names)

@@ -45,11 +45,12 @@ from fcn.vgg import STD
 StateDict = dict[str, Tensor]
 SETTINGS = ("hyper_parameters", "config", "precision", "global_step")
 MODEL_FOLDER = ("model.safetensors", "config.json", "README.md")  # names that other programs know
-# Settings have at most so many levels, and values on each. What is in two places counts twice: in a
-# file, 30 lists, each of which is twice in the next one, are few bytes, and a billion values.
+# Limits on the settings in a file: levels of nested values, and values on one level. A value that
+# is referred to twice counts twice. Otherwise a few bytes could stand for a billion values: 30
+# lists, each of which holds the one before it twice.
 DEEPEST, MOST_VALUES = 50, 100_000
 NESTED = dict | list | tuple
-HEAD = {"head_width": 4096, "head_kernel": 7}  # of an `FCN` whose settings do not say it
+HEAD = {"head_width": 4096, "head_kernel": 7}  # the defaults of `FCN`, where settings lack these
 # Scales of (pool5, pool4, pool3) in the authors' voc-fcn8s-atonce, which are not in its file.
 AT_ONCE = (1.0, 0.01, 0.0001)
 # Names of layers in torchfcn's files, and ours. A ReLU follows each convolution of a stage, so that
@@ -89,7 +90,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
 
     Args:
         path: of a checkpoint or a folder.
-        key: the setting that has it, for messages.
+        key: the setting that holds `path`, for messages.
 
     Raises:
         ConfigError: `path` is neither a path nor a text.
@@ -114,7 +115,7 @@ def missing_file(key: str, path: Path) -> WeightsError:
     run, hint = path.parent.parent, ""
     if run.is_dir() and path == best_checkpoint(run):
         last = last_checkpoint(run)
-        hint = f", only {last}" if last.is_file() else f". Is {run} the folder of a run?"
+        hint = f", but there is {last}" if last.is_file() else f". Is {run} the folder of a run?"
     return WeightsError(f"{key}={path}: no such file{hint}")
 
 
@@ -142,7 +143,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     settings = checkpoint["hyper_parameters"]
     if not is_state_dict(checkpoint["state_dict"]) or not isinstance(settings, dict):
-        raise WeightsError(f"{path} is no checkpoint of this codebase")
+        wanted = "its state_dict must be a table of tensors, and its hyper_parameters a dict"
+        raise WeightsError(f"{path} is no checkpoint of this codebase: {wanted}")
     if not _are_plain([*map(checkpoint.get, SETTINGS), checkpoint.get("fresh_layers")]):
         limit = f"plain values, in at most {DEEPEST} levels of at most {MOST_VALUES:,}"
         raise WeightsError(
@@ -163,7 +165,10 @@ def read_tensors(path: Path) -> StateDict:
 
 
 def read_tensors_and_settings(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    """What `read_tensors` gives, and a checkpoint's arguments of its module; else {}."""
+    """What `read_tensors` gives, and the arguments of `SegmentationModule` in the file.
+
+    These are empty for a file that is no checkpoint of ours.
+    """
     content, settings = _load(path), None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         settings, content = content.get("hyper_parameters"), content["state_dict"]
@@ -229,10 +234,10 @@ def _resumable_step(path: Path, weights: Mapping[str, Tensor]) -> int:
     checkpoint = read_checkpoint(path)
     missing = ", ".join(sorted({"optimizer_states", "callbacks", "loops"} - set(checkpoint)))
     if missing:
-        raise WeightsError(f"{path} is no checkpoint to go on from: no {missing}")
+        raise WeightsError(f"{path} cannot be resumed from: it has no {missing}")
     shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
     if shapes != {name: value.shape for name, value in weights.items()}:
-        raise WeightsError(f"{path} holds another network than this run's")
+        raise WeightsError(f"{path} holds weights of other names or shapes than this run's network")
     return checkpoint["global_step"]
 
 
@@ -273,7 +278,7 @@ def data_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 def image_type(checkpoint: Mapping[str, Any]) -> str | None:
     """The type of the images that a network was trained on: "8-bit", "16-bit" or "float".
 
-    None: it is not known, as of older checkpoints, or these were no files.
+    It is None if the images were generated, and for older checkpoints, which do not hold it.
     """
     config = checkpoint["config"]
     name = str(config.get("image_type")) if isinstance(config, dict) else ""
@@ -314,7 +319,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in a checkpoint. The rest of it takes only some kilobytes."""
     if isinstance(value, Tensor):
-        return value.nbytes if value.layout == torch.strided else 0  # a sparse one has no nbytes
+        return value.nbytes if value.layout == torch.strided else 0  # sparse ones have no nbytes
     if isinstance(value, Mapping):
         return sum(map(tensor_bytes, value.values()))
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
@@ -340,7 +345,7 @@ def write_safetensors(checkpoint: Mapping[str, Any], state: StateDict, path: Pat
 
 
 def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint that is handed on holds beside its weights, as plain values."""
+    """What an exported checkpoint holds besides its weights, as plain values."""
     about = {name: checkpoint[name] for name in SETTINGS}
     about["hyper_parameters"] = {**about["hyper_parameters"], "weights": None}
     about["fresh_layers"] = checkpoint.get("fresh_layers", [])

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeGuard
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -35,7 +36,7 @@ from fcn.errors import ConfigError, FCNError, reason
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # Errors of Hydra, OmegaConf and YAML, which a user can correct on the command line or in conf/.
-MENDABLE = (HydraException, OmegaConfBaseException, YAMLError)
+USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # Settings whose values are paths. A path may hold any character.
 PATHS = re.compile(
     r"\+*(ckpt|input|output|resume|calibrate|model\.weights|data\.dataset\.(images|masks|train|val)"
@@ -45,9 +46,10 @@ PATHS = re.compile(
 # A value that Hydra takes as plain text: it is neither a number nor true or false, and holds no
 # character that has a meaning in Hydra's grammar.
 PLAIN = re.compile(r"(?!(true|false|inf|nan)$)([a-z_/]|\.\.?/)[\w./-]*", re.ASCII | re.IGNORECASE)
-VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")  # of a sweep; commas within quotes are text
+# The values of one setting in a sweep, between commas. A comma within quotes is a part of a value.
+VALUES = re.compile(r"(?:'(?:\\.|[^'\\])*'|[^,])+")
 RESUMED = re.compile(r"""resume=(?!(auto|null|'auto'|"auto")$)""")  # an argument that names a run
-forced_arguments: dict[str, str] = {}  # those that `forced` has changed, as they were given
+forced_arguments: dict[str, str] = {}  # what `forced` has returned, and what it was given
 # Settings of earlier versions, with the names that they have now.
 RENAMED = {
     "callbacks.half_life": "callbacks.loss_statistics.half_life",
@@ -84,12 +86,12 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def short_messages() -> Iterator[None]:
-    """End the program with a line or two, not a traceback, where the user can mend what is wrong.
+    """End the program with a line or two, not a traceback, where the user can fix what is wrong.
 
-    An error that the user cannot mend keeps its traceback. Ctrl-C ends the program with code 130.
+    An error that the user cannot fix keeps its traceback. Ctrl-C ends the program with code 130.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a name may hold signs that its encoding lacks
+        if isinstance(stream, TextIOWrapper):  # its encoding may lack a character of a file's name
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -101,8 +103,8 @@ def short_messages() -> Iterator[None]:
             raise
         raise SystemExit(1) from None
     except Exception as error:
-        mendable = isinstance(error, (FCNError, *MENDABLE)) or _raised_by_hydra(error)
-        if not mendable and not _refused_path(error):
+        user_error = isinstance(error, (FCNError, *USER_ERRORS)) or _raised_by_hydra(error)
+        if not user_error and not _refused_path(error):
             raise
         print(f"error: {short_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -112,7 +114,7 @@ def short_messages() -> Iterator[None]:
 
 
 def forced(argument: str) -> str:
-    """key=value as ++key=value, which Hydra takes whether it knows the key or not.
+    """Change key=value to ++key=value, which Hydra accepts whether it knows the key or not.
 
     A resumed run may have settings that the default configuration lacks, such as
     callbacks.ema.decay. `fcn.runs.resume.resumed_config` refuses those that the run lacks, too.
@@ -127,10 +129,10 @@ def forced(argument: str) -> str:
 
 
 def accept_data_changes() -> None:
-    """Let `data=checkpoint`, the default of evaluate.py and export.py, take any key.
+    """Register `data=checkpoint`, the default of evaluate.py and export.py: a group for any key.
 
-    It is an empty group. What the command line puts into it replaces that part of the checkpoint's
-    own data settings.
+    The group is empty at first. A setting that the command line puts into it replaces the one of
+    the same name among the data settings of the checkpoint.
     """
     changes = OmegaConf.create({}, flags={"struct": False})
     ConfigStore.instance().store(group="data", name="checkpoint", node=changes)
@@ -170,7 +172,7 @@ def _reader_has_gone() -> bool:
 
 
 def short_message(error: BaseException) -> str:
-    """The message of our own error if one is the cause, else the useful part of another's."""
+    """The message of the `FCNError` that caused an error, or else the useful part of its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FCNError):
         cause = cause.__cause__
@@ -215,6 +217,12 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
         if key in ("logger", "scheduler"):  # groups with an option of that name
             value = re.sub(r"\bnull\b", "none", value)
     return f"{key}{equals}{value}"
+
+
+def path_in(argument: str) -> str:
+    """The path in an argument such as `output='a b'`, as Hydra reads it: without the quotes."""
+    value = OverridesParser.create().parse_override(quoted(argument)).value()
+    return str(OmegaConf.create({"path": value}).path)
 
 
 def _quoted_path(path: str) -> str:
@@ -327,7 +335,8 @@ def build_each(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
         if entry is not None:
             built[name] = build(cfg, f"{group}.{name}")
             if not isinstance(built[name], kind):
-                raise ConfigError(f"{group}.{name}: {entry._target_} makes no {kind.__name__}")
+                made = f"{entry._target_} makes a {type(built[name]).__name__}"
+                raise ConfigError(f"{group}.{name}: {made}, where a {kind.__name__} is needed")
     return built
 
 
@@ -338,14 +347,14 @@ def raise_named(key: str, error: BaseException) -> NoReturn:
 
     Raises:
         ConfigError: a value was refused, an argument is unknown or missing, or there is no such
-            class. The user can mend these, so that the message is short.
+            class. The user can fix these, so that the message is short.
         BaseException: any other error, as it is: with its traceback.
     """
     # A ConfigError of our own is a ValueError, too.
-    mendable = isinstance(error, ValueError | ImportError | InstantiationException)
-    mendable |= type(error).__name__ == "MisconfigurationException"  # Lightning's: slow to import
-    mendable |= isinstance(error, TypeError) and "argument" in str(error)
-    if not mendable:
+    user_error = isinstance(error, ValueError | ImportError | InstantiationException)
+    user_error |= type(error).__name__ == "MisconfigurationException"  # Lightning's: slow to import
+    user_error |= isinstance(error, TypeError) and "argument" in str(error)
+    if not user_error:
         raise error
     text = " ".join(str(error).partition("\nfull_key:")[0].split()) or type(error).__name__
     unknown = re.search(r"(\w+)(\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text)

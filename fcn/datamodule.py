@@ -155,7 +155,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             check_disjoint(self.train_data.ids, self.val_data.ids)
 
     def state_dict(self) -> dict[str, int]:
-        """A number for each of the two lists of ids, by which a checkpoint knows its images."""
+        """A checksum of the ids of each open split, by which a resumed run notices a change."""
         opened = {name: getattr(self, f"{name}_data", None) for name in ("train", "val")}
         return {
             f"{name}_images": zlib.crc32("\n".join(data.ids).encode(errors="backslashreplace"))
@@ -273,8 +273,9 @@ def default_workers(cores: int, memory: float = math.inf) -> int:
 
     Args:
         cores: that this process may use.
-        memory: the free bytes where processes are spawned. The loaders get a quarter of them at
-            most, but there is one loader at least, if there is a second core.
+        memory: bytes of free memory, which limit the number where processes are spawned. All
+            loaders together get a quarter of it at most. If there is a second core, there is
+            always one loader.
     """
     return int(min(8, cores - 1, max(1, memory / 4 / SPAWNED_BYTES)))
 
@@ -292,6 +293,6 @@ def system_workers() -> int:
 
 
 def loaders_are_spawned() -> bool:
-    """Whether a loader process begins as an empty one, which must import torch: not with fork."""
+    """Whether loader processes are new interpreters, which must import torch, and no forks."""
     chosen = multiprocessing.get_start_method(allow_none=True)
     return (chosen or multiprocessing.get_all_start_methods()[0]) != "fork"  # the default is first

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the checks of arguments that raise them.
+"""Errors that a user can fix, and the checks of arguments that raise them.
 
 The scripts show an `FCNError` as its message, without a traceback.
 
@@ -20,7 +20,7 @@ LARGEST = 2**31 - 1  # the largest setting; torch and Lightning count in 32 bits
 
 
 class FCNError(Exception):
-    """An error that the user can mend: shown as its message, without a traceback."""
+    """An error that the user can fix: shown as its message, without a traceback."""
 
     def __str__(self) -> str:
         # An error in a loader process reaches the main process as the text of a traceback. Only the
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in the fewest words, for the end of a message that says where it did."""
+    """What went wrong in a few words, for the end of a message that names the place."""
     cause = getattr(error, "reason", None)  # urllib's URLError wraps the real error in this
     if isinstance(cause, BaseException):
         return reason(cause)
@@ -76,8 +76,8 @@ def check_whole(
     """Refuse what is not a whole number from `low` to `high`; None passes if `optional`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     limit = "up" if high == LARGEST and not (whole and value > high) else f"to {high}"
-    right = whole and low <= value <= high
-    _check(name, value, right, f"a whole number from {low} {limit}", optional)
+    valid = whole and low <= value <= high
+    _check(name, value, valid, f"a whole number from {low} {limit}", optional)
 
 
 def check_number(
@@ -96,8 +96,8 @@ def check_number(
         low, high: limits that the number may be equal to.
         above, below: limits that it may not be equal to.
     """
-    right = is_number(value) and low <= value <= high
-    right = right and (above is None or value > above) and (below is None or value < below)
+    valid = is_number(value) and low <= value <= high
+    valid = valid and (above is None or value > above) and (below is None or value < below)
     if math.isfinite(low) and math.isfinite(high):
         limits = [f"from {low:g} to {high:g}"]
     elif math.isfinite(low) and below is None:
@@ -106,13 +106,13 @@ def check_number(
         words = (("of at least", low), ("above", above), ("at most", high), ("below", below))
         limits = [f"{w} {limit:g}" for w, limit in words if limit is not None and is_number(limit)]
     wanted = f"a number {' and '.join(limits)}".strip()
-    _check(name, value, right, wanted, optional)
+    _check(name, value, valid, wanted, optional)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any], *, optional: bool = False) -> None:
     """Refuse what is not equal to one of the choices; None passes if `optional`."""
-    right = any(type(value) is type(choice) and value == choice for choice in choices)
-    _check(name, value, right, f"one of {', '.join(map(_shown, choices))}", optional)
+    valid = any(type(value) is type(choice) and value == choice for choice in choices)
+    _check(name, value, valid, f"one of {', '.join(map(_shown, choices))}", optional)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -122,8 +122,8 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_text(name: str, value: Any, *, wanted: str = "a text", optional: bool = False) -> None:
     """Refuse what is neither a string with at least one visible character nor a path."""
-    right = isinstance(value, str | Path) and str(value).strip() != "" and "\0" not in str(value)
-    _check(name, value, right, wanted, optional)
+    valid = isinstance(value, str | Path) and str(value).strip() != "" and "\0" not in str(value)
+    _check(name, value, valid, wanted, optional)
 
 
 def refuse(name: str, value: Any, wanted: str) -> None:
@@ -145,8 +145,8 @@ def is_number(value: Any) -> bool:
     return abs(value) <= sys.float_info.max  # false for NaN; works for an int too large for a float
 
 
-def _check(name: str, value: Any, right: bool, wanted: str, optional: bool) -> None:
-    if not right and not (optional and value is None):
+def _check(name: str, value: Any, valid: bool, wanted: str, optional: bool) -> None:
+    if not valid and not (optional and value is None):
         refuse(name, value, f"null or {wanted}" if optional else wanted)
 
 

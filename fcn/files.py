@@ -42,9 +42,10 @@ class LockedError(Exception):
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose "~" or "~user" is replaced by the home folder; shells leave it within a word.
+    """A path with the home folder in place of "~" or "~user", which shells keep within a word.
 
-    If there is no such user, it stays as it is, as in a shell. `Path.expanduser` raises an error.
+    If there is no such user, the path stays as it is, as in a shell. `Path.expanduser` would raise
+    an error.
     """
     return Path(os.path.expanduser(path))
 
@@ -151,7 +152,7 @@ def create_folder(folder: Path, *names: str) -> Iterator[None]:
             with TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            why = "is a file, not a folder" if folder.is_file() else reason(error)
+            why = "is a file, not a folder" if os.path.isfile(folder) else reason(error)
             raise ConfigError(f"output={folder}: {why}") from error
         for path in (folder / name for name in names):
             if path.is_dir():
@@ -181,7 +182,8 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write readable JSON. NaN and infinity, which JSON does not have, become null."""
-    # Python writes these three as constants that only Python can read, so that it must do that.
+    # json.dumps writes these as NaN, Infinity and -Infinity, which only Python reads. So the text
+    # is read again, with None in their place.
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -212,10 +214,11 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"{path} cannot be written: {reason(error)}"
-        refused = isinstance(error, PermissionError) and path.exists()
-        if not path.parent.is_dir():
-            message += f"; there is no folder {path.parent}"
-        elif refused and os.access(path.parent, os.W_OK):
+        refused = isinstance(error, PermissionError)
+        # Unlike Path.exists and Path.is_dir, these raise no error in a folder that is not readable.
+        if not os.path.isdir(path.parent):
+            message += "" if refused else f"; there is no folder {path.parent}"
+        elif refused and os.path.exists(path) and os.access(path.parent, os.W_OK):
             message += "; close other programs that have it open (Windows replaces no open file)"
         else:
             need = f"it needs {size / 1e6:,.1f} MB, " if size else ""
@@ -255,7 +258,7 @@ def lock(path: Path, *, timeout: float = PATIENCE) -> Iterator[None]:
 
 def is_locked(path: Path, *, timeout: float = 0.0) -> bool:
     """Whether another process holds the lock, and still holds it after `timeout` seconds."""
-    if not path.exists():
+    if not os.path.exists(path):
         return False
     try:
         with lock(path, timeout=timeout):

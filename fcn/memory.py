@@ -93,9 +93,10 @@ class Recorder(MemTracker):
 
 
 class Need:
-    """The memory of a step as a function of the batch size, which is a straight line.
+    """The memory of a step as a function of the batch size.
 
-    Steps on one image and on two show the constant and the slope of each operation's moment.
+    At each operation of the step it is constant + slope * images. The numbers come from a step on
+    one image and a step on two.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -181,8 +182,8 @@ def trace(config: DictConfig, images: int, largest: tuple[int, int] | None = Non
     batches before it stay.
     """
     module, low = build(config), LOW.get(config.trainer.precision)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the module's tensors are none yet
-        # As tensors of the CPU, because autocast and fused optimizers refuse torch's meta device.
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the module's tensors are not fake ones yet
+        # They claim to be on the CPU, because autocast and fused optimizers refuse the meta device.
         module.to_empty(device="cpu")
         optimizer: Any = module.configure_optimizers()  # without a schedule, only the optimizer
         learned = [p for group in optimizer.param_groups for p in group["params"]]
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = combinations(cli.read_settings(arguments, "fcn.memory", __doc__))
     titles = [*Plan._fields, "total", *(f"{card} GB" for card in CARDS), "settings"]
     print("".join(f"{title:>12}" for title in titles))
-    needs: dict[tuple[str, ...], Need] = {}  # one for all rows that differ in the batch size alone
+    needs: dict[tuple[str, ...], Need] = {}  # rows that differ in the batch size alone share one
     for overrides in rows:
         cfg, others = compose(overrides), tuple(o for o in overrides if "batch_size=" not in o)
         need = needs[others] = needs.get(others) or Need(cfg)

@@ -352,8 +352,8 @@ def _check_class_weights(weights: Any, num_classes: int) -> None:
     """Refuse what is neither None nor "balanced" nor one weight for each class."""
     if weights is None or weights == "balanced":
         return
-    right = isinstance(weights, list | tuple) and len(weights) == num_classes
-    right = right and all(is_number(weight) and weight >= 0 for weight in weights)
-    if not right or not any(weights):
+    valid = isinstance(weights, list | tuple) and len(weights) == num_classes
+    valid = valid and all(is_number(weight) and weight >= 0 for weight in weights)
+    if not valid or not any(weights):
         wanted = f"{num_classes} numbers of at least 0, one for each class and not all of them 0"
         refuse("class_weights", weights, f"null, balanced or {wanted}")

@@ -101,16 +101,16 @@ class FCN(nn.Module):
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
         self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
-        self.skips = nn.ModuleDict()  # what is added at a pool: its scores, or the pool itself
-        self.upsample = nn.ModuleDict()  # x2 to each pool, then all the way to the image
+        self.skips = nn.ModuleDict()  # from a pool to what is added: its scores, or the pool itself
+        self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:
             width = {"pool3": pool3, "pool4": pool4}[pool]
             scored = fusion == "score"
             self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
-            after = channels if scored else width
-            self.upsample[f"to_{pool}"] = _upsampling(channels, after, 2, caffe)
-            channels = after
+            out_channels = channels if scored else width
+            self.upsample[f"to_{pool}"] = _upsampling(channels, out_channels, 2, caffe)
+            channels = out_channels
         self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride, caffe)
         self.offsets = crop_offsets(self)
 
@@ -262,17 +262,18 @@ def crop_offsets(network: FCN) -> dict[str, int]:
     Returns:
         For example {"pool4": 5, "pool3": 9, "image": 31}, in pixels of those maps.
     """
+    # Where in the image the first pixel of each pool lies, and that of the image itself.
     first = {f"pool{n}": (2**n - 1) / 2 - network.margin for n in range(1, 6)} | {"image": 0.0}
     conv6, step = network.conv6, 32  # step: pixels of the image between two pixels of the map
-    at = first["pool5"] + step * (conv6.kernel_size[0] // 2 - int(conv6.padding[0]))
+    centre = first["pool5"] + step * (conv6.kernel_size[0] // 2 - int(conv6.padding[0]))
     offsets = {}
     for name, layer in network.upsample.items():
         assert isinstance(layer, nn.ConvTranspose2d)
         step //= layer.stride[0]
-        at -= step * ((layer.kernel_size[0] - 1) / 2 - int(layer.padding[0]))
+        centre -= step * ((layer.kernel_size[0] - 1) / 2 - int(layer.padding[0]))
         other = name.split("_")[1]  # to_pool4, to_pool3, to_image_8
         # The map that is cropped is the one that begins further up and to the left.
-        offsets[other] = int(abs(at - first[other]) / step)
+        offsets[other] = int(abs(centre - first[other]) / step)
     return offsets
 
 
@@ -281,14 +282,14 @@ def _crop(x: Tensor, offset: int, size: tuple[int, int] | torch.Size) -> Tensor:
     return x[..., offset : offset + size[0], offset : offset + size[1]]
 
 
-def _upsampling(channels: int, after: int, factor: int, caffe: bool) -> nn.ConvTranspose2d:
+def _upsampling(channels: int, out_channels: int, factor: int, caffe: bool) -> nn.ConvTranspose2d:
     """Upsampling by a factor s: a kernel of 2s, a stride of s, a padding of s/2, or 0 for Caffe.
 
     With s/2 the output is exactly s times as large as the input, and centred on it.
     """
     padding = 0 if caffe else factor // 2
-    bias = channels != after  # with as many channels, the layer before has added a bias already
-    return nn.ConvTranspose2d(channels, after, 2 * factor, factor, padding, bias=bias)
+    bias = channels != out_channels  # if they are equal, the layer before has added a bias already
+    return nn.ConvTranspose2d(channels, out_channels, 2 * factor, factor, padding, bias=bias)
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
@@ -297,11 +298,11 @@ def _check_arguments(given: dict[str, Any]) -> None:
     Raises:
         ValueError: for example "stride=7: must be 32, 16 or 8".
     """
-    wholes = [("num_classes", 1, 255), ("head_width", 1, 2**14)]
-    wholes += [("freeze_stages", 0, 5), ("checkpoint_stages", 0, 5)]
-    for name, low, high in wholes:
-        right = _is_whole(given[name], low, high)
-        _check(name, given[name], right, f"a whole number from {low} to {high}")
+    limits = [("num_classes", 1, 255), ("head_width", 1, 2**14)]
+    limits += [("freeze_stages", 0, 5), ("checkpoint_stages", 0, 5)]
+    for name, low, high in limits:
+        valid = _is_integer(given[name], low, high)
+        _check(name, given[name], valid, f"a whole number from {low} to {high}")
     choices = {"backbone": backbones(), "pooling": ["max", "avg"], "fusion": ["score", "feature"]}
     choices["alignment"] = ["centered", "caffe"]
     for name, allowed in choices.items():
@@ -309,19 +310,19 @@ def _check_arguments(given: dict[str, Any]) -> None:
     for name in ("learn_upsampling", "learn_last_upsampling"):
         _check(name, given[name], isinstance(given[name], bool), "true or false")
     layout = given["channels_last"]
-    right = isinstance(layout, bool) or layout == "auto"
-    _check("channels_last", layout, right, "auto, true or false")
+    valid = isinstance(layout, bool) or layout == "auto"
+    _check("channels_last", layout, valid, "auto, true or false")
 
     stride, kernel, dropout = given["stride"], given["head_kernel"], given["dropout"]
-    _check("stride", stride, _is_whole(stride, 8, 32) and stride in SKIPS, "32, 16 or 8")
-    odd = _is_whole(kernel, 1, 63) and kernel % 2 == 1
+    _check("stride", stride, _is_integer(stride, 8, 32) and stride in SKIPS, "32, 16 or 8")
+    odd = _is_integer(kernel, 1, 63) and kernel % 2 == 1
     _check("head_kernel", kernel, odd, "an odd number from 1 to 63")
-    share = _is_number(dropout) and 0 <= dropout < 1
-    _check("dropout", dropout, share, "a number of at least 0 and below 1")
+    valid = _is_number(dropout) and 0 <= dropout < 1
+    _check("dropout", dropout, valid, "a number of at least 0 and below 1")
     scales = given["pool_scales"]
-    three = isinstance(scales, Sequence) and len(scales) == 3
-    three = three and all(_is_number(scale) and scale > 0 for scale in scales)
-    _check("pool_scales", scales, three, "three numbers above 0, for pool5, pool4 and pool3")
+    valid = isinstance(scales, Sequence) and len(scales) == 3
+    valid = valid and all(_is_number(scale) and scale > 0 for scale in scales)
+    _check("pool_scales", scales, valid, "three numbers above 0, for pool5, pool4 and pool3")
 
     fits = kernel == 7 or given["alignment"] != "caffe"
     _check("head_kernel", kernel, fits, "7 with alignment=caffe")
@@ -334,14 +335,14 @@ def _check_arguments(given: dict[str, Any]) -> None:
 # project but vgg.py, so that it can be used alone.
 
 
-def _check(name: str, value: object, right: bool, wanted: str) -> None:
-    if not right:
+def _check(name: str, value: object, valid: bool, wanted: str) -> None:
+    if not valid:
         shown = "null" if value is None else value
         shown = str(value).lower() if isinstance(value, bool) else shown
         raise ValueError(f"{name}={shown}: must be {wanted}")
 
 
-def _is_whole(value: object, low: int, high: int) -> bool:
+def _is_integer(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 

@@ -23,16 +23,19 @@ from fcn.errors import WriteError, reason
 
 
 def check_pickles(path: Path) -> bool:
-    """Refuse a file that is damaged or asks for memory; whether it is a ZIP, as of torch from 1.6.
+    """Refuse a file that is damaged, or that asks for more memory than it has bytes.
+
+    Returns:
+        Whether it is a ZIP, which torch writes from version 1.6 on.
 
     Raises:
-        OSError, ValueError, TypeError and others: why it is no good.
+        OSError, ValueError, TypeError and others: the message says what is wrong with the file.
     """
     if is_zipfile(path):
         stat = path.stat()
         _check_zip(path, stat.st_mtime_ns, stat.st_size)
         return True
-    with path.open("rb") as file:  # of torch before 1.6, such as the authors' nets
+    with path.open("rb") as file:  # from a torch before 1.6, such as the authors' nets
         for _ in range(5):  # there are five pickles before the tensors
             _check_pickle(file)
     return False
@@ -40,9 +43,13 @@ def check_pickles(path: Path) -> bool:
 
 @lru_cache
 def _check_zip(path: Path, time: int, size: int) -> None:
-    """Compare every byte of a file, at this time and size, with the checksums that it holds.
+    """Compare every byte of a file with the checksums that it holds.
 
     torch.save writes a CRC-32 of each tensor, but torch.load does not look at it.
+
+    Args:
+        path: the file.
+        time, size: of the file. They are not used here, but a file that has changed is read again.
 
     Raises:
         ValueError: a bit has changed, or a part is missing or compressed.
@@ -61,7 +68,7 @@ def _check_zip(path: Path, time: int, size: int) -> None:
 
 
 def _check_parts(file: ZipFile) -> None:
-    """Apply `_check_pickle` to each pickle in a file of torch's."""
+    """Apply `_check_pickle` to each pickle in a file that torch.save wrote."""
     for part in file.infolist():
         if part.filename.lower().endswith(".pkl"):  # torch takes capitals for the same name
             with file.open(part) as content:
@@ -74,7 +81,7 @@ def _check_pickle(file: IO[bytes]) -> None:
     Raises:
         TypeError: the pickle makes a bytearray.
     """
-    with suppress(ValueError):  # what this cannot read, torch's reader refuses
+    with suppress(ValueError):  # torch's reader refuses what genops cannot read
         for code, value, _ in genops(file):
             if code.name == "GLOBAL" and str(value).endswith(" bytearray"):
                 raise TypeError("it holds a bytearray, for which a few bytes may ask for gigabytes")
@@ -95,9 +102,9 @@ def check_written(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, TypeError) as error:
         raise WriteError(
-            f"a checkpoint could not be read again, and is not kept: {brief(error)}. Is that of a "
-            "callback of yours? Its state_dict() may give numbers, texts, lists, dicts and tensors,"
-            " such as float(x) for a NumPy value"
+            f"a checkpoint could not be read again, and is not kept: {brief(error)}. Such a value "
+            "may come from state_dict() of a callback of your own, which may only return numbers, "
+            "texts, lists, dicts and tensors: write float(x) for a NumPy value"
         ) from error
 
 

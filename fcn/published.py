@@ -10,7 +10,6 @@ trained in stages.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytorch_lightning as pl
 
@@ -23,6 +22,7 @@ from fcn.checkpoint import (
 )
 from fcn.cli import short_messages
 from fcn.errors import ConfigError
+from fcn.files import expanded
 from fcn.module import SegmentationModule
 
 
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m fcn.published",
         description="Write one of the authors' Caffe nets, with torchfcn's names, as a checkpoint.",
     )
-    parser.add_argument("file", type=Path, help="such as fcn8s-atonce_from_caffe.pth")
+    parser.add_argument("file", type=expanded, help="such as fcn8s-atonce_from_caffe.pth")
     parser.add_argument("--at-once", action="store_true", help="it is the FCN-8s trained at once")
-    parser.add_argument("--output", type=Path, help="(default: FILE, ending with .ckpt)")
+    parser.add_argument("--output", type=expanded, help="(default: FILE, ending with .ckpt)")
     options = parser.parse_args(arguments)
     output = options.output or options.file.with_suffix(".ckpt")
     with short_messages():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fcn.checkpoint import best_checkpoint
-from fcn.cli import CONF, command_line, quoted, read_settings, short_messages
+from fcn.cli import CONF, command_line, path_in, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
 from fcn.files import expanded
 from fcn.runs.folder import setting_name
@@ -78,7 +78,7 @@ def train_stages(given: Sequence[str]) -> int:
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
     if folders and "${" in folders[-1]:
         raise ConfigError(f"hydra.run.dir={folders[-1]}: the stages need a folder without ${{...}}")
-    folder = expanded(folders[-1]) if folders else None
+    folder = expanded(path_in(f"hydra.run.dir={folders[-1]}")) if folders else None
     folder = folder or find_folder(settings_of(STAGES[0], given, None))
     weights = None
     for stage in STAGES:
@@ -103,7 +103,7 @@ def train_stages(given: Sequence[str]) -> int:
 def find_stage(folder: Path, settings: Sequence[str]) -> Path | None:
     """The run of a stage that was started with these settings, or None.
 
-    Hydra's own settings, such as hydra.verbose=true, are no part of overrides.yaml.
+    Hydra's own settings, such as hydra.verbose=true, are ignored: overrides.yaml lacks them.
     """
     hydra = ("hydra.", "hydra/")
     return find_job(folder, [o for o in settings if not setting_name(o).startswith(hydra)])

@@ -155,9 +155,9 @@ class RandomScaleCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Cut, resize and pad an image (3, H, W) or a mask (H, W)."""
-        part = inpt.as_subclass(Tensor)[..., *params["box"]]  # (3 | -, H, W) -> (3 | -, h, w)
+        part = inpt.as_subclass(Tensor)[..., *params["box"]]  # (..., H, W) -> (..., h, w)
         if part.shape[-2:] != params["size"]:
-            # (3 | -, h, w) -> (3 | -, kept H, kept W)
+            # (..., h, w) -> (..., kept H, kept W)
             if isinstance(inpt, tv_tensors.Mask):
                 # NEAREST_EXACT takes the pixel below the centre, as bilinear interpolation does.
                 # Plain nearest, torchvision's default for masks, would shift the labels against
@@ -170,7 +170,7 @@ class RandomScaleCrop(v2.Transform):
                 # one pixel wide (torch 2.14: "num_channels == unpacked_output.size(0)").
                 part = part[None].contiguous(memory_format=torch.channels_last)
                 part = F.resize_image(part, params["size"], antialias=True)[0]
-        # (3 | -, kept H, kept W) -> (3 | -, crop H, crop W)
+        # (..., kept H, kept W) -> (..., crop H, crop W)
         return tv_tensors.wrap(pad(part, params["crop_size"]), like=inpt)
 
 

@@ -35,28 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Loss and mean IoU of several runs in one figure; of one run, all its curves.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="the folder of a run, or of a sweep"
+        "runs",
+        nargs="+",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="the folder of a run, or of a sweep",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=expanded,  # shells leave the ~ of --output=~/x.png as it is
         default=Path("comparison.png"),
         metavar="FILE",
         help=".png, .pdf or .svg (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    output = expanded(options.output)  # shells leave the ~ of --output=~/x.png as it is
     with short_messages():
         runs = read_runs(options.runs)
         try:
             if len(runs) == 1:
-                draw_curves(next(iter(runs.values())), output)
+                draw_curves(next(iter(runs.values())), options.output)
             else:
                 names = run_names(list(runs))
-                compare_runs(dict(zip(names, runs.values(), strict=True)), output)
+                compare_runs(dict(zip(names, runs.values(), strict=True)), options.output)
         except (WriteError, ValueError) as error:  # ValueError: matplotlib has no such format
             raise ConfigError(f"--output: {reason(error)}") from error
-        print(output)
+        print(options.output)
 
 
 def read_runs(folders: Sequence[Path]) -> dict[Path, Columns]:

@@ -84,7 +84,7 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
                 )
             theirs = {ours: layer for layer, ours in CAFFE_LAYERS.items()}
             state = from_caffe(state)
-        warning = _other_network(network, source, state, settings)
+        warning = _compare_settings(network, source, state, settings)
         optional = _new_in_finer_stride(network, state)
 
     _refuse_what_does_not_fit(network, source, state, optional, theirs)
@@ -96,19 +96,19 @@ def load_weights(network: FCN, source: str | Path) -> list[str]:
     return [layer for layer in head_layers(network) if f"{layer}.weight" not in state]
 
 
-def _other_network(
+def _compare_settings(
     network: FCN, source: str | Path, state: StateDict, settings: Mapping[str, Any]
 ) -> str:
-    """How the network of a checkpoint computed otherwise with weights of the same shapes.
+    """Compare the settings that the shapes of weights do not show with those of a checkpoint.
 
     Args:
-        settings: the arguments of its module that the file holds, if any.
+        settings: the arguments of `SegmentationModule` in the file. It is empty for other files.
 
     Returns:
-        A warning, or "".
+        A warning that names the checkpoint's own pooling and pool_scales if they differ, or "".
 
     Raises:
-        WeightsError: its maps were laid over each other in another way.
+        WeightsError: the alignment differs, with which the weights would be useless.
     """
     alignment = settings.get("alignment", network.alignment)
     if alignment != network.alignment:
@@ -162,7 +162,8 @@ def _refuse_what_does_not_fit(
         raise WeightsError(
             f"{source} does not fit a {network.backbone} FCN-{network.stride}s with "
             f"fusion={network.fusion}. {listed}. "
-            "Do backbone, fusion, number of classes and widths agree, and is its stride no finer?"
+            "Backbone, fusion, number of classes and widths must be those of the file, whose "
+            "network must have the same stride or a coarser one"
         )
 
 
@@ -187,8 +188,8 @@ def find_weights(backbone: str, source: str | Path) -> Path | WeightsEnum:
         raise missing_file("model.weights", path)
     names = ", ".join(dict.fromkeys(w.name for w in named.values())) or "none"
     raise WeightsError(
-        f"model.weights={source}: neither a file nor a name that torchvision has for "
-        f"{backbone} ({names}); null is a random start"
+        f"model.weights={source}: this is neither a file nor the name of weights that torchvision "
+        f"has for {backbone} ({names}). model.weights=null starts from random weights"
     )
 
 
@@ -212,10 +213,10 @@ def read_weights(
         # It is the file of that weight set, fetched by hand.
         return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std, settings
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    patience = socket.getdefaulttimeout()
+    timeout_before = socket.getdefaulttimeout()
     try:
-        # Of two runs at once, one downloads. A file that is there is whole, and its folder may be
-        # one that only others can write to.
+        # If two runs start at once, only one downloads. A file that exists is complete, and needs
+        # no lock, for which this user might have no permission.
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if cached.is_file() else locked(cached):
@@ -236,7 +237,7 @@ def read_weights(
             "`experiment=quickstart` needs no download."
         ) from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout_before)
     transforms = weights.transforms()
     return state, transforms.mean, transforms.std, {}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_config, train_tiny
+from conftest import compose_config, train_tiny, write_onnx
 
 from benchmarks.cards import CARDS, choice
 from evaluate import evaluate
@@ -91,6 +91,17 @@ def test_refused_before_anything_is_computed(
         load_predictor(ckpt, "cpu")
     assert asked == [torch.device("cpu")] * 3
     assert not out.exists()
+
+
+def test_onnx_files_need_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on the CPU, so that a GPU for which torch has no code does no harm."""
+
+    def refuse(device: torch.device) -> None:
+        raise DeviceError("no code")
+
+    monkeypatch.setattr("fcn.inference.predictor.check_card", refuse)
+    write_onnx(tmp_path / "x.onnx", {})
+    assert load_predictor(tmp_path / "x.onnx").class_names == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_as_a_command(
     root, output = tmp_path / "ro,o't", tmp_path / "a, b (ä)"  # Hydra's grammar would read these
     own_voc.rename(root)
     data = ["data=voc2012", f"data.root={root}", "data.val_split=train", "data.limit=2"]
-    monkeypatch.setattr(sys, "argv", ["check", *data, f"output={output}", "resume=a=b"])
+    monkeypatch.setattr(sys, "argv", ["check", *data, f"output='{output}'", "resume=a=b"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(check.__file__, run_name="__main__")
     assert stop.value.code == 1

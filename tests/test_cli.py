@@ -1,4 +1,4 @@
-"""The frame around the scripts: short errors for what a user can mend, paths of any spelling."""
+"""The frame around the scripts: short errors for what a user can fix, paths of any spelling."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fcn import cli
-from fcn.cli import build, build_each, compose, quoted, resolved, short_messages
+from fcn.cli import build, build_each, compose, path_in, quoted, resolved, short_messages
 from fcn.errors import ConfigError, DataError, TrainingError, check_whole
 
 
@@ -196,7 +196,7 @@ def test_only_training_has_sweeps(
 
 
 def test_missing_values() -> None:
-    with pytest.raises(cli.MENDABLE) as caught:
+    with pytest.raises(cli.USER_ERRORS) as caught:
         build(config(a={"size": "???"}), "a")
     message = "a.size=VALUE is missing; --help shows an example"
     assert cli.short_message(caught.value).startswith(message)
@@ -244,6 +244,8 @@ def test_hydra_reads_a_quoted_path_as_it_is() -> None:
     paths = ["a,b=(1)[d]{e}.jpg", "it's\\", "C:\\a\\", "${x}", "1e5", "2024", "a'b\"c", "東 京"]
     for path in paths:
         assert compose([quoted(f"input={path}"), "ckpt=x"], "predict").input == path
+        assert path_in(f"input={path}") == path
+    assert path_in("input='a b'") == "a b"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,9 @@ def test_build() -> None:
     built = build_each(cfg, "callbacks", Part)
     assert {name: part.size for name, part in built.items()} == {"a": 2, "b": 1}
     assert build_each(cfg, "logger", Part) == build_each(cfg, "nowhere", Part) == {}
-    with pytest.raises(ConfigError, match=r"^callbacks\.a: .*Part makes no str$"):
+    with pytest.raises(
+        ConfigError, match=r"^callbacks\.a: .*Part makes a Part, where a str is needed$"
+    ):
         build_each(cfg, "callbacks", str)
     cfg.callbacks.panel_images = 4  # an old name, from a user's own file
     with pytest.raises(ConfigError, match=r"panel_images has a new name: callbacks\.panels"):

@@ -144,7 +144,7 @@ def unlike(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         ("data.dataset.sise=2", "data: got an unexpected .*'sise'$"),
         ("data=voc2012 data.root={voc}", "the checkpoint has 8 classes, the data 21"),
         ("ckpt={names}", "label 0 is 'a' for the checkpoint, but 'background' for the data"),
-        ("ckpt={void}", r".*void\.ckpt has void=254, but the data 255"),
+        ("ckpt={void}", r".*void\.ckpt has void=254, but all data has 255"),
         ("output=''", "output=: must be"),
         ("output={tmp}/file", "output=.*file: .*is a file, not a folder"),
         ("output={tmp}/taken", "output=.*taken.*: .*a folder of"),

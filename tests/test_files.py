@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fcn import files
-from fcn.errors import WriteError
+from fcn.errors import ConfigError, WriteError
 from fcn.files import SUFFIX, LockedError, atomic_write, expanded, is_locked, lock, write_text
 
 
@@ -144,6 +144,26 @@ def test_message_of_a_file_that_cannot_be_written(
         part.write_text("half")
     assert old.read_bytes() == b"old"
     assert content(old.parent) == ["a.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no folder that Path.exists refuses")
+def test_a_folder_that_may_not_be_opened(tmp_path: Path) -> None:
+    folder, user = tmp_path / "closed", os.geteuid()
+    folder.mkdir(mode=0)
+    os.seteuid(user or 65534)  # root may open any folder
+    try:
+        with pytest.raises(WriteError, match="closed/a cannot be written: Permission denied"):
+            write_text(folder / "a", "x")
+        with pytest.raises(WriteError, match="Permission denied"), lock(folder / ".lock"):
+            pass
+        assert not is_locked(folder / ".lock")
+        with (
+            pytest.raises(ConfigError, match=r"output=.*/closed/new: Permission denied"),
+            files.create_folder(folder / "new"),
+        ):
+            pass
+    finally:
+        os.seteuid(user)
 
 
 def test_a_file_that_is_open_for_a_moment(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_files_of_the_user_are_not_overwritten(tmp_path: Path) -> None:
         save_png(PICTURE, tmp_path / taken)
         find_photos(str(tmp_path / photo), tmp_path)
         PICTURE.save(tmp_path / taken)
-        with pytest.raises(ConfigError, match=rf"^output=.*{photo} would .*{taken}, which has not"):
+        with pytest.raises(ConfigError, match=rf"^output=.*{photo} would .*{taken}, which was not"):
             find_photos(str(tmp_path / photo), tmp_path)
         (tmp_path / taken).unlink()
     with pytest.raises(ConfigError, match=r"would overwrite .*z\.png, which is a photograph"):
@@ -80,7 +80,7 @@ def test_links_and_pipes(tmp_path: Path) -> None:
     assert [path.relative_to(photos).as_posix() for path in jobs] == names
     assert left_out == {pipe: "it is a pipe or a device, not a file"}
     os.mkfifo(tmp_path / "out" / "x.png")
-    with pytest.raises(ConfigError, match=r"x\.png, which has not the mark"):
+    with pytest.raises(ConfigError, match=r"x\.png, which was not written by predict"):
         find_photos(str(photos / "x.jpg"), tmp_path / "out")
     with pytest.raises(DataError, match=r"pipe\.png: .* this image: it is a folder, a pipe"):
         read_image(pipe)  # as data=folder does, too
@@ -157,7 +157,7 @@ def test_photos_of_voc(own_voc: Path, tmp_path: Path) -> None:
     assert targets("comp6") == ["comp6_test_cls/2007_000032"]
     PICTURE.save(mask)  # another program's are not
     for comp, split, message in (
-        ("comp6", None, r"would overwrite .*test_cls.*, which has not the mark"),
+        ("comp6", None, r"would overwrite .*test_cls.*, which was not written by predict"),
         ("comp5", "../x", r"split=\.\./x: must be the name of a list"),
         ("comp5", " ", "split= : must be null or the name of a list"),
         ("comp7", "val", "comp=comp7: must be one of comp5, comp6"),

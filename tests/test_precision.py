@@ -131,6 +131,20 @@ def test_apples_gpus_have_no_float64(finished_run: Path, monkeypatch: pytest.Mon
         open_candidate(best_checkpoint(finished_run), accelerator="cpu", precision="64-true")
 
 
+def test_weights_of_64_bits_are_not_rounded(finished_run: Path, tmp_path: Path) -> None:
+    """So evaluate.py gives the scores of a validation in 64-true, to the last digit."""
+    checkpoint = torch.load(best_checkpoint(finished_run), weights_only=True)
+    state = {name: value.double() / 3 for name, value in checkpoint["state_dict"].items()}
+    path = tmp_path / "x.ckpt"
+    torch.save(checkpoint | {"state_dict": state, "precision": "64-true"}, path)
+    module = open_candidate(path, accelerator="cpu").module
+    for name, value in module.state_dict().items():
+        assert value.equal(state[name]), name
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with torch.inference_mode():
+        assert load_predictor(path, "cpu").scores(image).equal(module.network.eval()(image))
+
+
 def test_weights_that_are_cast_give_the_scores_of_autocast() -> None:
     torch.manual_seed(0)
     network = FCN(3, backbone="vgg_tiny", head_width=8, head_kernel=3).eval()

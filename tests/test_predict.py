@@ -130,7 +130,7 @@ def test_folder(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]) 
         assert (len(jobs), len(left_out)) == (8, 14)  # .DS_Store is not mentioned
         assert list(left_out.values()).count(OWN_RESULT) == 12
         assert left_out[photos / ".hidden.jpg"] == "it is hidden"
-        assert "ending" in left_out[photos / "b" / "notes.txt"]
+        assert "its name does not end like" in left_out[photos / "b" / "notes.txt"]
 
 
 def test_limit_of_pixels(tmp_path: Path, ckpt: Path) -> None:
@@ -195,10 +195,10 @@ def test_settings_that_cannot_work(tmp_path: Path, ckpt: Path, tiny_voc: Path) -
     cfg = OmegaConf.merge(compose_config("predict"), given)
     voc = {"input": None, "format": "voc", "data": {"root": str(tiny_voc)}}
     rows: list[tuple[dict[str, Any], str]] = [
-        ({"input": None}, "choose input="),
-        ({"format": "voc"}, "choose input="),
+        ({"input": None}, "input= is missing: give input=FILE"),
+        ({"format": "voc"}, r"format=voc excludes input=.*x\.png: give"),
         ({"format": "coco"}, "format=coco: must be null or one of voc"),
-        (voc, "8 classes of .* are not VOC's"),
+        (voc, "8 classes of .* are not VOC's 21"),
         ({"ckpt": 3}, "ckpt=3: must be a checkpoint, or a run folder"),
         ({"tile": 10}, "tile=10: must be"),
         ({"max_pixels": 0}, "max_pixels=0: must be null or a whole number"),

@@ -116,7 +116,10 @@ def test_foreign_and_hostile_checkpoints(
     best_checkpoint(run).unlink()
     weights = content["state_dict"]
     for wrong, why in (
-        (content | {"state_dict": weights | {"network.conv6.bias": torch.ones(3)}}, "another net"),
+        (
+            content | {"state_dict": weights | {"network.conv6.bias": torch.ones(3)}},
+            "weights of other names",
+        ),
         ({k: v for k, v in content.items() if k != "optimizer_states"}, "no optimizer_states"),
         ({"model": weights}, "no checkpoint of this codebase"),
         (content | {"global_step": Bomb()}, "could run code"),

@@ -112,6 +112,8 @@ def test_folder_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert given[-1] == f"hydra.run.dir={tmp_path}/out/fcn32s"
     assert train_stages(["hydra.run.dir=~no_user/out"]) == 1  # of nobody; an ordinary name
     assert "no_user/out/fcn32s" in given[-1]
+    train_stages(["hydra.run.dir='a b'"])  # in quotes for Hydra
+    assert given[-1] == "hydra.run.dir='a b/fcn32s'"
     with pytest.raises(ConfigError, match=r"^hydra\.run\.dir=x/\$\{now:%Y\}: the stages need"):
         train_stages(["hydra.run.dir=x/${now:%Y}"])
 

@@ -48,7 +48,7 @@ def test_a_state_that_could_not_be_read_again(tmp_path: Path) -> None:
         ({"a": before, "best": np.float64(0.5)}, r"it holds numpy\..*scalar, .*"),
         ({"best": bytearray(b"abc")}, "it holds a bytearray"),
     ):
-        with pytest.raises(WriteError, match=f"{why}.* callback of yours"):
+        with pytest.raises(WriteError, match=f"{why}.* a callback of your own"):
             saver.save_checkpoint({"callbacks": {"Mine": state}}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [*tmp_path.iterdir()] == [path]

@@ -141,9 +141,9 @@ EARLY = "callbacks.early_stopping"
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("callbacks.x", {"_target_": "builtins.dict"}, r"callbacks\.x: builtins\.dict makes no"),
+        ("callbacks.x", {"_target_": "builtins.dict"}, r"callbacks\.x: builtins\.dict makes a "),
         ("callbacks.x", {"_target_": "mine.Own", "end": 3}, r"callbacks\.x\.end: Own has no"),
-        ("logger.x", {"_target_": "builtins.dict"}, r"logger\.x: builtins\.dict makes no"),
+        ("logger.x", {"_target_": "builtins.dict"}, r"logger\.x: builtins\.dict makes a "),
         (
             "callbacks.x",
             {"_target_": "pytorch_lightning.callbacks.Timer"},

@@ -289,7 +289,7 @@ def test_run_folder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as error:
         find_weights("vgg11", tmp_path)
     best = folder / "best.ckpt"
-    assert str(error.value) == f"model.weights={best}: no such file, only {last}"
+    assert str(error.value) == f"model.weights={best}: no such file, but there is {last}"
     save(folder, FCN_32S, "best.ckpt")
     assert find_weights("vgg11", str(tmp_path)) == best
 
@@ -299,7 +299,7 @@ def test_vgg_of_a_user_without_named_weights(monkeypatch: pytest.MonkeyPatch) ->
         """torchvision finds the weight sets of a VGG by the type of `weights`."""
 
     monkeypatch.setitem(BUILTIN_MODELS, "vgg_mine", vgg_mine)
-    with pytest.raises(WeightsError, match=r"V1: neither .* for vgg_mine \(none\); null"):
+    with pytest.raises(WeightsError, match=r"V1: this is neither .* for vgg_mine \(none\)"):
         find_weights("vgg_mine", "IMAGENET1K_V1")
 
 

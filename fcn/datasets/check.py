@@ -64,7 +64,7 @@ def describe(survey: Survey) -> Iterator[str]:
 
 
 def some_samples(survey: Survey) -> list[Sample]:
-    """Some of the good pairs: those that EXIF turns, or else some from all over the split."""
+    """A few of the good pairs: first those that EXIF turns, then others from all over the split."""
     step = max(1, len(survey.good) // PICTURED)
     turned = [index for index in survey.good if survey.pairs[index].turned]
     chosen = list(dict.fromkeys([*turned, *survey.good[::step]]))
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     overrides = ["data.download=false"]
     for argument in arguments:
         if argument.startswith("output="):
-            output = expanded(argument.removeprefix("output="))
+            output = expanded(cli.path_in(argument))
         elif not argument.startswith("resume="):  # a command line of train.py may have it
             overrides.append(argument)
     with cli.short_messages():

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class _MirrorError(Exception):
-    """This mirror failed; another one may work."""
+    """A mirror failed. The next one is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def _try_mirrors(urls: Sequence[str], md5: str, dest: Path) -> None:
             failures.append(f"  {url}\n    {e}\n")
     raise DataError(
         f"Could not download {dest.name}:\n{''.join(failures)}"
-        f"Trying again resumes. Or get the file elsewhere (md5 {md5}) and put it at\n"
+        f"The same command resumes. Or get the file elsewhere (md5 {md5}) and put it at\n"
         f"  {dest.absolute()}\n{HINT}"
     )
 

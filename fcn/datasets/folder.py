@@ -55,7 +55,7 @@ class Folder(reading.Pairs):
             pairs belong to the other split.
         val_share: if there are no lists, the fraction of the pairs to validate on, which are drawn
             at random.
-        seed: fixes that draw. An image that is added later changes it for hardly any other image.
+        seed: of that random choice. If an image is added later, hardly any other changes its split.
         value_range: the values of 16-bit or float images that become black and white; None: the
             whole range of their type. The check proposes it.
         max_pixels: the largest number of pixels of an image.
@@ -155,7 +155,8 @@ class Folder(reading.Pairs):
         base = expanded(root or ".")
         of_images, of_masks = Files(base, images, image_suffix), Files(base, masks, mask_suffix)
         if of_images == of_masks:
-            refuse("data.dataset.mask_suffix", mask_suffix, "set: the masks lie beside the images")
+            wanted = "set, to tell the masks from the images in this folder"
+            refuse("data.dataset.mask_suffix", mask_suffix, wanted)
         names = all_ids(of_images, of_masks)
         given = {"train": train, "val": val}
         files = {key: base / expanded(file) for key, file in given.items() if file}
@@ -164,7 +165,8 @@ class Folder(reading.Pairs):
             lists["val"] = draw(names, val_share, seed)
         ids = split_ids(names, list(of_images.parts), lists)[split]
         if not ids:
-            raise DataError(f"{base / images}: no pairs are left for the split '{split}'")
+            none = f"no pairs are left for the split '{split}', of {len(names)} in all"
+            raise DataError(f"{base / images}: {none}; change data.dataset.val_share or the lists")
         self._list = files.get(split, base)
         self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
         if self._nowhere:

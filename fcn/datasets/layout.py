@@ -1,4 +1,4 @@
-"""Which file is the image or the mask of which id, and which ids are in which split, in own data.
+"""Your own data: the files of the image and the mask of each id, and the ids of each split.
 
     images, masks = Files(root, "images", ""), Files(root, "masks", "_mask")
     names = all_ids(images, masks)
@@ -19,7 +19,7 @@ from fcn.datasets.pictures import is_picture, why_no_picture
 from fcn.errors import ConfigError, DataError
 from fcn.files import expanded
 
-# How ids begin if each split has a folder, by the names of these folders, in any case.
+# How ids begin if each split has a folder, by the names of these folders in lower case.
 PARTS = {"train": "train/", "training": "train/", "test": "test/", "testing": "test/"}
 PARTS |= {"val": "val/", "valid": "val/", "validation": "val/"}
 
@@ -40,10 +40,10 @@ class Files(dict[str, Path]):
     def __init__(self, base: Path, folder: str, suffix: str) -> None:
         self.folder = base / expanded(folder)
         self.suffix, self.parts = suffix, {"": self.folder}
-        self._places: dict[str, Path] = {}  # where files of each split belong, if it is known
+        self._places: dict[str, Path] = {}  # the folder of each split, even if it does not exist
         for inside in (True, False):
             parts: dict[str, Path] = {}
-            places: dict[str, Path] = {}  # of splits that have no such folder
+            places: dict[str, Path] = {}  # for splits without such a folder: where it would be
             for entry in sorted((self.folder if inside else base).glob("*")):
                 part = PARTS.get(entry.name.lower(), "")
                 path = entry if inside else entry / folder
@@ -52,7 +52,8 @@ class Files(dict[str, Path]):
                 if not path.is_dir():
                     places.setdefault(part, path)
                 elif part in parts:
-                    raise DataError(f"{parts[part]} and {path} are of one split; keep one")
+                    split = f"{parts[part]} and {path} are both folders of the split {part[:-1]}"
+                    raise DataError(f"{split}; keep one of them")
                 else:
                     parts[part] = path
             if {"train/", "val/"} <= parts.keys():
@@ -62,7 +63,7 @@ class Files(dict[str, Path]):
                     )
                 self.parts, self._places = parts, places | parts
                 break
-        else:  # there are not both; `parts` are those that lie beside each other in `base`
+        else:  # train and val are not both there; `parts` are the folders of splits in `base`
             if parts and not self.folder.is_dir():
                 raise DataError(self._incomplete(base, parts))
         for part, path in self.parts.items():
@@ -131,7 +132,10 @@ def _pictures(folder: Path, suffix: str) -> dict[str, Path]:
         if is_picture(path) and stem.endswith(suffix) and not stem.startswith("."):
             name = stem.removesuffix(suffix)
             if name in files:
-                raise DataError(f"{path}: {files[name].name} has the same stem; keep one")
+                raise DataError(
+                    f"{path}: {files[name].name} has the same name except for its ending; keep one "
+                    "of the two"
+                )
             files[name] = path
     if not files:
         which = f" whose name ends with {suffix}" if suffix else ""
@@ -177,7 +181,10 @@ def split_ids(
     """
     if "" not in parts:
         if lists:
-            raise ConfigError(f"data.dataset.{min(lists)}: folders train and val say this")
+            raise ConfigError(
+                f"data.dataset.{min(lists)} must be null: the folders train and val already say "
+                "which pairs are in which split"
+            )
         lists = {part[:-1]: [name for name in names if name.startswith(part)] for part in parts}
     rest = sorted(set(names).difference(*lists.values()))
     return {"all": names, "train": rest, "val": rest, "test": []} | lists

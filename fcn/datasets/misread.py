@@ -12,9 +12,10 @@ import numpy as np
 from PIL import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-# These change the values of pixels, so that they cannot hold masks; as does WEBP, in most files.
+# Formats that change the values of pixels, so that they cannot hold masks. Most WEBP files do too.
 LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF")
-STRETCHED = "stretched"  # in `info` of a picture: which bits or values are stretched to 8 bits
+# A key in the `info` of a picture, whose value says what Pillow has stretched to 8 bits.
+STRETCHED = "stretched"
 L24 = re.compile("L;[24]")  # Pillow's decoders of grey in 2 and 4 bits
 # Tags of TIFF.
 BITS, COLOURS, BANDS, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339
@@ -22,6 +23,10 @@ BITS, COLOURS, BANDS, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339
 
 def check_tiff(picture: TiffImageFile, found: str) -> None:
     """Refuse a TIFF of which Pillow would drop bands or bits, or misread the values.
+
+    Args:
+        picture: an open file.
+        found: the type of its values, a key of `fcn.datasets.value_range.FULL_RANGE`.
 
     Raises:
         ValueError: it is such a file.

@@ -1,4 +1,4 @@
-"""Whether all masks of a data set mean the same by their labels, judged by the colours in them.
+"""Whether a label stands for the same class in all masks of a data set, judged by its colours.
 
 contradiction({path: data.appearance(path) for path in masks})      # data: a Folder of folder.py
 """
@@ -46,7 +46,7 @@ def appearance(picture: Image.Image, path: Path) -> Appearance:
 
 
 def contradiction(appearances: Mapping[Path, Appearance]) -> str | None:
-    """Why the masks cannot all mean the same by their labels; None: they can.
+    """Why a label cannot stand for the same class in all masks; None: it can.
 
     Args:
         appearances: how the file of each mask shows its labels.
@@ -81,8 +81,8 @@ def contradiction(appearances: Mapping[Path, Appearance]) -> str | None:
                 f"{', '.join(map(str, values))} of the grey one can be labels, or the brightness "
                 "of the colours. Save all masks in one way"
             )
-    # A program that makes PNG files smaller numbers the grey values that are in a mask; and a
-    # file of 1 bit shows its label 1 as 255.
+    # A coloured mask may have been a grey one. Programs that make PNG files smaller replace its
+    # grey values by 0, 1, 2, ... and a palette. And a file of 1 bit shows its label 1 as 255.
     labels = {value for path in grey for value in appearances[path].colours}
     for path in coloured:
         colours = appearances[path].colours

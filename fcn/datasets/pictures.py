@@ -82,11 +82,11 @@ def why_no_picture(path: PurePath) -> str | None:
         return "HEIC needs pip install -r requirements/heic.txt"
     if path.suffix.lower() in (".dcm", ".dicom"):
         return "DICOM is not read: save its pixels as 16-bit PNG or TIFF"
-    return "it has not the ending of a picture that can be read"
+    return "its name does not end like that of a picture that can be read, such as .jpg or .png"
 
 
 def others_of_stem(missing: Path) -> str:
-    """Which files beside a missing one have its stem but are no pictures that are read, and why."""
+    """The end of a message on a missing picture: files of its name that are not read, and why."""
     others = sorted(path for path in missing.parent.glob("*") if path.stem == missing.stem)
     reasons = ((path.name, why_no_picture(path)) for path in others)
     return "".join(f"; {name}: {why}" for name, why in reasons if why)
@@ -133,7 +133,7 @@ def _why_not_opened(path: Path, error: Exception) -> str:
     with suppress(Exception), path.open("rb") as file:
         head = file.read(8)
         if 43 in head[2:4]:
-            raise ValueError("a BigTIFF, whose head is another")
+            raise ValueError("a BigTIFF, which has another header")
         directory = ImageFileDirectory_v2(head)
         file.seek(directory.next)
         directory.load(file)
@@ -192,7 +192,10 @@ def _decode(
 
 
 def _check_picture(picture: ImageFile.ImageFile) -> str:
-    """Go to the one picture in an open file; the type of its values. No pixel is decoded.
+    """Go to the one picture in an open file, and check it. No pixel is decoded.
+
+    Returns:
+        The type of its values, a key of FULL_RANGE.
 
     Raises:
         ValueError: it is not read, because of its pages, mode, bands or bits.
@@ -239,14 +242,14 @@ def _type_of(picture: ImageFile.ImageFile) -> str:
     return "16-bit" if is_deep or picture.mode in WIDE_MODES else "8-bit"
 
 
-def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
+def _orientation(picture: Image.Image, *, header_only: bool = False) -> int:
     """EXIF's orientation, 1 to 8; 1 is upright. What cannot be read, or is no such number, is 1.
 
-    A PNG may have it behind its pixels, so that Pillow decodes these first. With `head_only`, only
-    what Pillow has read when it opened the file is used.
+    A PNG may have it behind its pixels, so that Pillow decodes these first. With `header_only`,
+    only what Pillow has read when it opened the file is used.
     """
     with suppress(Exception):
-        exif = Image.Image.getexif(picture) if head_only else picture.getexif()
+        exif = Image.Image.getexif(picture) if header_only else picture.getexif()
         found = int(exif[ORIENTATION])
         return found if found in TURNS else 1
     return 1
@@ -255,13 +258,13 @@ def _orientation(picture: Image.Image, *, head_only: bool = False) -> int:
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], int]:
     """Height and width of the one picture in a file, upright; and its EXIF orientation, 1 to 8.
 
-    Only the head of the file is read. The orientation of a PNG, in EXIF or XMP, may lie behind its
-    pixels, which Pillow would decode to find it; there, it is not seen here.
+    Only the header of the file is read. A PNG may have its orientation, in EXIF or XMP, behind its
+    pixels, which Pillow would decode to find it. Such an orientation is not noticed here.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
         _choose_page(picture)
         width, height = picture.size
-        orientation = _orientation(picture, head_only=True)
+        orientation = _orientation(picture, header_only=True)
         # Newer versions of Pillow exchange the sides of a TIFF when they open it.
         exchanged = isinstance(picture, TiffImageFile) and picture.tag_v2.get(WIDTH) != width
     swap = orientation >= 5 and not exchanged
@@ -349,7 +352,7 @@ def image_type(path: Path, *, max_pixels: int = MAX_PIXELS) -> str:
     """The type of an image's values: "8-bit", "16-bit" or "float". No pixel is decoded.
 
     Raises:
-        DataError: as `read_image`, as far as the head of the file shows it.
+        DataError: as `read_image`, as far as the header of the file shows it.
     """
     with open_picture(path, max_pixels=max_pixels) as picture:
         found = _check_picture(picture)

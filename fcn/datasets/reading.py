@@ -37,7 +37,7 @@ from fcn.datasets.pictures import (
 from fcn.datasets.value_range import Range, check_range
 from fcn.errors import DataError, check_whole, reason
 
-_missing_allowed = ContextVar("missing_allowed", default=False)
+_missing_allowed = ContextVar("missing_allowed", default=False)  # set by `missing_allowed`
 
 
 class UnknownLabelError(DataError):

@@ -49,7 +49,9 @@ class PairReport:
     pixels: np.ndarray | None = None  # (256,), the number of pixels with each label
     size: tuple[int, int] | None = None  # height and width
     content: bytes | None = None  # a hash of the image's pixels
-    turned: bool = False  # by EXIF, so that the size does not show whether the mask is turned too
+    # Whether EXIF turns the image in such a way that its size does not show whether its mask, which
+    # EXIF does not turn, fits it.
+    turned: bool = False
 
 
 class Survey:
@@ -58,7 +60,7 @@ class Survey:
     Args:
         split: the name of the split.
         data: its data set.
-        images: whether to read the images too, or only the masks and the heads of the images.
+        images: whether to read the images too, or only the masks and the headers of the images.
         seconds: after this time, no further pair is read. The order is random, so that those which
             were read are a sample of all.
 
@@ -158,7 +160,7 @@ def balanced_weights(pixels: np.ndarray) -> list[float]:
 
 
 def find_errors(train: Survey, val: Survey, *, limit: int | None) -> list[DataError]:
-    """What must be mended before a run can start: first what concerns many files, then single ones.
+    """Errors to correct before a run can start: those of many files first, then single ones.
 
     Args:
         train, val: what is in the two splits.
@@ -235,7 +237,7 @@ def before_training(datamodule: "SegmentationDataModule") -> None:
         datamodule: with both splits open.
 
     Raises:
-        DataError: something must be mended; see `find_errors`.
+        DataError: there are errors to correct; see `find_errors`.
     """
     train_data, val_data = datamodule.train_data, datamodule.val_data
     if not hasattr(train_data, "read_labels"):

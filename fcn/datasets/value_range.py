@@ -47,8 +47,8 @@ def check_range(value_range: object) -> None:
         ConfigError: it is neither None nor two numbers, the lower one first.
     """
     numbers = value_range if isinstance(value_range, list | tuple) else ()
-    right = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
-    if value_range is not None and not right:
+    valid = len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]
+    if value_range is not None and not valid:
         wanted = "null or two numbers [low, high], which become black and white"
         refuse("data.dataset.value_range", value_range, wanted)
 
@@ -131,8 +131,8 @@ def measure(
 def _usual(values: np.ndarray) -> tuple[float, float]:
     """The lowest and highest value without those that need not belong to the picture.
 
-    These are the RARE ones, and before them all pixels with exactly the lowest or the highest
-    value: they may be "no data", a border, or text in the picture.
+    First, all pixels with exactly the lowest or the highest value are left out, which may be "no
+    data", a border, or text in the picture. Of the others, the RARE lowest and highest are.
     """
     inner = values[(values > values.min()) & (values < values.max())]
     if inner.size < values.size / 10:  # as in black and white pictures

@@ -101,6 +101,8 @@ def open_candidate(
         trainer = _trainer(accelerator, precision)
     if network is None:
         module = SegmentationModule.load_from_checkpoint(path)
+        if precision == "64-true":  # it was built in float32, which has rounded the weights
+            module.double().load_state_dict(checkpoint["state_dict"])
         module.network.set_layout(best_layout(device, precision, backward=False))
         cast_weights(module.network, precision)
     else:
@@ -190,8 +192,8 @@ def check_classes(candidates: Sequence[Candidate], classes: Sequence[str]) -> No
     """
     for candidate in candidates:
         if candidate.module.void != VOID:
-            what = f"{candidate.path} has void={candidate.module.void}, but the data"
-            raise ConfigError(f"{what} {VOID}: it cannot be scored on this data")
+            what = f"{candidate.path} has void={candidate.module.void}, but all data has {VOID}"
+            raise ConfigError(f"{what}: it cannot be scored on this data")
     known = [candidate.module.class_names for candidate in candidates]
     first = "the checkpoint" if len(known) == 1 else "A"
     for other, names in (("B", known[-1]), ("the data", list(classes))):

@@ -53,8 +53,8 @@ def write_folder(
 def _holds_evaluation(folder: Path) -> bool:
     """Whether the metrics.json in a folder is that of an evaluation, which has tables beside it.
 
-    A comparison has none. Where its metrics.json is, or another program's, files with the names of
-    the tables are the user's own.
+    A comparison writes no tables. If the metrics.json is that of a comparison or of another
+    program, files with the names of the tables are the user's own.
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

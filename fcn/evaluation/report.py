@@ -27,7 +27,7 @@ from fcn.figures.masks import Palette
 from fcn.files import write_text
 
 LARGEST = 19_500_000  # bytes of the file: below 20 MB, whether these are 10^6 or 2^20 bytes
-AROUND = 4000  # bytes that are kept free for titles and texts around the images
+AROUND = 4000  # bytes to keep free for titles and texts around the images
 # The longest side of a picture in pixels, and its WebP quality. For each image, the first of these
 # is used with which the image takes no more than its share of the file.
 SIZES = ((480, 82), (400, 76), (320, 70), (240, 60), (160, 50), (96, 35))

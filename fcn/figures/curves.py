@@ -111,7 +111,7 @@ def save_figure(figure: Figure, path: Path, margin: float = 0.02) -> None:
     """Give all axes of a figure the look of this project, and write it.
 
     Args:
-        path: the picture; its ending is the format (.png, .pdf, .svg), none means PNG.
+        path: the picture. Its ending gives the format (.png, .pdf, .svg); without one it is a PNG.
         margin: empty share of the axes' width, left and right of the data.
 
     Raises:

@@ -21,8 +21,8 @@ VOID = 255  # as in fcn.datasets, which this package does not import
 VOID_COLOUR = (224, 224, 192)  # the cream that VOC's own masks have at void pixels
 # Colours of the error map. They differ in lightness too, for readers who do not see red.
 CORRECT, WRONG, IGNORED = (240, 240, 240), (204, 51, 17), (150, 150, 150)
-# The most that an overlay looks up, and a list of labels counts, at once: indices take eight times
-# the memory of the pixels themselves.
+# Rows of pixels that `overlay` and `labels_in` work on at once. The indices that they compute take
+# eight times the memory of the pixels themselves.
 ROWS_AT_ONCE = 64
 
 
@@ -68,7 +68,8 @@ def overlay(image: Tensor, mask: Tensor, palette: Palette, alpha: float = 0.6) -
     table = np.rint(np.float32(1 - alpha) * values + tints[..., None])  # label, channel, value
     table[[label for label, colour in enumerate(palette) if not any(colour)]] = values
     table = table.astype(np.uint8)
-    starts = np.arange(0, table.size, 256).reshape(256, 3)  # of a label's values in the table
+    # The place in the flat table where the values of each label and channel begin.
+    starts = np.arange(0, table.size, 256).reshape(256, 3)
     result = np.empty(pixels.shape, np.uint8)
     for top in range(0, len(result), ROWS_AT_ONCE):
         rows = slice(top, top + ROWS_AT_ONCE)

@@ -47,7 +47,7 @@ class FCN(Network, PyTorchModelHubMixin):
     """`fcn.network.FCN` with `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
     Attributes:
-        settings: what a checkpoint holds beside weights, see fcn/checkpoint.py. None for a network
+        settings: what a checkpoint holds besides weights, see fcn/checkpoint.py. None for a network
             that was not loaded.
         source: the file that it was loaded from; None as above.
     """
@@ -97,7 +97,7 @@ class FCN(Network, PyTorchModelHubMixin):
         settings = self._settings()
         if self.source is not None and _are_in(state, self.source):
             card = model_card(settings, self.source)
-        else:  # it was trained on by somebody's own code: data, steps and scores are not known
+        else:  # other code has changed the weights: data, steps and scores are not known
             card = model_card(settings | {"config": {}, "global_step": 0}, None)
         write_model_folder(settings, state, folder, card)
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None

@@ -119,9 +119,9 @@ def find_photos(pattern: str, output: Path) -> tuple[Jobs, LeftOut]:
 
 
 def _is_closed_folder(path: Path, root: Path, output: Path) -> bool:
-    """Whether it is a folder that this user may not look into, which a glob passes over.
+    """Whether this is a folder that the user may not list, so that a glob silently skips it.
 
-    Hidden folders and those of results are not meant: their pictures would be left out in any case.
+    Hidden folders and the folder for results do not count: their pictures are left out in any case.
     """
     if any(part.startswith(".") for part in path.relative_to(root).parts):
         return False
@@ -213,7 +213,7 @@ def _targets(photos: list[Path], root: Path, output: Path) -> Jobs:
 def _check_own(path: Path, result: Path, output: Path) -> None:
     """Refuse to overwrite a file that predict.py has not written."""
     if os.path.lexists(result) and not is_result(result):
-        _refuse(path, result, output, "has not the mark of predict.py's results")
+        _refuse(path, result, output, "was not written by predict.py")
 
 
 def _refuse(path: Path, result: Path, output: Path, why: str) -> NoReturn:
@@ -224,9 +224,10 @@ def _refuse(path: Path, result: Path, output: Path, why: str) -> NoReturn:
 
 
 def _names(path: Path, stem: str) -> set[str]:
-    """The stems that results take. A video's legend is named as the mask of x_legend.jpg would be.
+    """The names without ending that the results of a photograph or video take, in lower case.
 
-    Some file systems do not tell x.png from X.PNG.
+    A video x.mp4 also takes x_legend, which the mask of a photograph x_legend.jpg would take. Names
+    are compared in lower case, as some file systems do not tell x.png from X.PNG.
     """
     names = {stem, stem + LEGEND.removesuffix(MASK)} if is_video(path) else {stem}
     return set(map(str.casefold, names))

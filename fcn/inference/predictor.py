@@ -121,7 +121,7 @@ class Predictor:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a result that a later run of predict.py knows as such.
+    """Write a PNG with the mark by which a later run of predict.py recognises its own results.
 
     Raises:
         WriteError: the file cannot be written.
@@ -147,9 +147,7 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         DeviceError: torch has no code for the device.
     """
     check_choice("precision", precision, PRECISIONS, optional=True)
-    place = find_device(device)
-    check_card(place)
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx":  # it runs on the CPU, whatever GPU there is
         if device not in ("auto", "cpu") or precision not in (None, "32-true"):
             raise ConfigError(f"ckpt={path}: an ONNX file runs with device=cpu precision=32-true")
         checkpoint, onnx = open_onnx(path)
@@ -157,6 +155,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         names, palette = settings["class_names"], settings["palette"]
         _, root = image_settings(checkpoint)
         return Predictor(onnx, names, palette, checkpoint["value_range"], kind, root)
+    place = find_device(device)
+    check_card(place)
     module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
     trained = str(checkpoint["precision"])
@@ -168,7 +168,9 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
     precision = precision or trained
     if precision not in precisions_of(place):
         refuse("precision", precision, f"32-true on the device {place.type}")
-    network = module.network.eval().to(place, torch.float64 if precision == "64-true" else None)
+    if precision == "64-true":  # the module was built in float32, which has rounded the weights
+        module.double().load_state_dict(checkpoint["state_dict"])
+    network = module.network.eval().to(place)
     network.set_layout(best_layout(place, precision, backward=False))
     cast_weights(network, precision)
     dtype = AUTOCAST.get(precision)
@@ -273,7 +275,7 @@ def predict_files(
 
 @contextmanager
 def one_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread for what goes on beside the network.
+    """A thread that works while the network computes.
 
     When the block ends, by an error or by Ctrl-C too, the thread ends what it has begun, so that no
     file is left half written, and begins nothing more.
@@ -294,22 +296,25 @@ def read_ahead(
     memory does not depend on how many there are.
     """
     begun = ((path, reader.submit(read, path)) for path in paths)
-    for current, _ in pairwise(chain(begun, [None])):  # the next one is begun by now
+    for current, _ in pairwise(chain(begun, [None])):  # `pairwise` has begun the next one by now
         if current:
             yield current
 
 
 def _warn_about_range(path: Path, pixels: np.ndarray, max_pixels: int) -> bool:
-    """Whether the values of an image fill little of the range of their type; if so, a warning.
+    """Warn if the values of an image fill only a small part of the range of their type.
 
     Args:
         path: the file.
         pixels: (H, W, 3) uint8, what `read_image` has made of these values.
         max_pixels: as for `read_image`.
+
+    Returns:
+        Whether there was a warning.
     """
     if pictures.image_type(path, max_pixels=max_pixels) == "8-bit":
         return False
-    # To decode a file again takes long. A part of the pixels shows whether there is a reason to.
+    # Decoding a file again takes long. A sixteenth of the pixels shows whether that is needed.
     low, high = measure(pixels[::4, ::4], "8-bit", usual=True).usual or (0, 0)
     if high - low > 255 * SMALL_SHARE:
         return False

@@ -12,10 +12,10 @@ al., CVPR 2018; "QDQ" in onnxruntime). This is what python export.py int8=true d
   decides the class, and they take little time: with all layers in int8, 1.1 % of the pixels of a
   trained network changed their class, not 0.5 %, and the file was as fast within the noise.
 - Activations have 8 bits (0 to 255), weights 7 (-64 to 64, `reduce_range`). Where a CPU has AVX2 or
-  AVX-512 but no VNNI, onnxruntime adds two products in 16 bits, and the sum stays where it is when
-  it exceeds 32767: 2 * 255 * 127 does, 2 * 255 * 64 does not. With 8 bits for weights, the file
-  would give other classes on such a CPU than on others, and nothing would say so. Unsigned weights
-  of 8 bits are right everywhere, but slower: 1.4 times the float file's speed, not 1.8, with AVX2.
+  AVX-512 but no VNNI, onnxruntime adds two products in 16 bits. Their sum saturates at 32767, which
+  2 * 255 * 127 exceeds and 2 * 255 * 64 does not. With 8 bits for weights, the file would give
+  other classes on such a CPU than on others, without a warning. Unsigned weights of 8 bits are
+  right everywhere, but slower: 1.4 times the float file's speed, not 1.8, with AVX2.
 - The range of an activation is from the lowest to the highest value that the calibration images
   give ("MinMax"). Percentiles and entropy changed as many pixels, and took two to three times as
   long.
@@ -51,7 +51,11 @@ T = TypeVar("T")
 
 
 class Images(NamedTuple):
-    """Images (3, H, W) uint8, read one by one: those that give ranges, and others that judge."""
+    """Images (3, H, W) uint8, which are read one by one.
+
+    Those in `calibrating` give the range of each activation. Those in `judging`, which are others,
+    are used to compare the int8 file with the float file.
+    """
 
     calibrating: Iterable[Tensor]
     judging: Iterable[Tensor]
@@ -154,13 +158,14 @@ def _batch(image: Tensor) -> Tensor:
 
 
 def _write_int8(exact: Path, part: Path, batches: Iterable[Tensor]) -> None:
+    """Write the file `part` in int8, calibrated with batches (1, 3, H, W)."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     inputs = ({"image": batch.numpy()} for batch in batches)
     with TemporaryDirectory() as folder:
-        # It finds the shapes of all activations and replaces what is constant.
+        # This finds the shapes of all activations, and computes what is constant.
         ready = Path(folder) / "ready.onnx"
         quant_pre_process(exact, ready, skip_symbolic_shape=True)
         graph = onnx.load(ready, load_external_data=False).graph
@@ -180,6 +185,7 @@ def _write_int8(exact: Path, part: Path, batches: Iterable[Tensor]) -> None:
 
 
 def _compare(exact: Path, part: Path, batches: Iterable[Tensor]) -> Comparison:
+    """Run the float file and the int8 file on batches (1, 3, H, W)."""
     programs = [open_session(path)[0] for path in (exact, part)]
     seconds, equal, pixels = [], 0, 0
     for batch in batches:

@@ -69,8 +69,8 @@ class TestTime(nn.Module):
     ) -> None:
         check_flag("tta.flip", flip)
         check_whole("tile", tile, 2 * CELL, optional=True)
-        right = isinstance(scales, Sequence) and len(scales) > 0
-        if not right or not all(is_number(s) and 0 < s <= LARGEST_SCALE for s in scales):
+        valid = isinstance(scales, Sequence) and len(scales) > 0
+        if not valid or not all(is_number(s) and 0 < s <= LARGEST_SCALE for s in scales):
             wanted = f"a list of numbers above 0 and at most {LARGEST_SCALE}, such as [0.75, 1]"
             refuse("tta.scales", scales, wanted)
         super().__init__()

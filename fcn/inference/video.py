@@ -31,7 +31,8 @@ from fcn.inference.predictor import OUT_OF_MEMORY, Predictor, save_png
 from fcn.inference.tta import TestTime
 
 BT709 = 1  # the number of this colour space in every video format
-# Seconds that may be missing at the end: some files do not say how long their last frame is shown.
+# Seconds that may be missing at the end of a video that is not damaged: some files do not say how
+# long their last frame is shown.
 SHORT = 0.5
 
 

@@ -36,7 +36,7 @@ def launch(cfg: DictConfig, train: Train) -> float | None:
 
     Raises:
         SystemExit: with code 128 plus the signal's number if a signal has stopped the run; with
-            code 1 after the message if there was an error that the user can mend.
+            code 1 after the message if there was an error that the user can fix.
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
@@ -58,7 +58,7 @@ def launch(cfg: DictConfig, train: Train) -> float | None:
 
 
 def _launch_job(cfg: DictConfig, train: Train, folder: Path, overrides: list[str]) -> float | None:
-    """One job of a sweep, whose loggers show it as a part of the sweep."""
+    """Do one job of a sweep. W&B's logger gets a group and a name that show it as a part of it."""
     from fcn.runs.sweep import run_job
 
     for entry in (cfg.get("logger") or {}).values():

@@ -27,7 +27,7 @@ def stand_in(path: Path) -> Path:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics.csv as text, one at a time: a long run has a hundred thousand.
+    """The rows of a metrics.csv as text, one at a time, since a long run has a hundred thousand.
 
     A last line that a kill has cut short is left out, since its last number may be wrong.
     """

@@ -23,8 +23,8 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The folder of checkpoints of a resumed run is not empty, of course.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    # In 16-mixed, GradScaler leaves out the first steps until its scale fits; the schedule goes on.
-    # In other precisions Lightning steps both, in the right order.
+    # In 16-mixed, GradScaler skips the first optimizer steps until its scale fits, while the
+    # schedule goes on. In other precisions Lightning calls both, in the right order.
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before .optimizer.step.*")
     # fcn/training/trainer.py refuses this.
     warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU.*")

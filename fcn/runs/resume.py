@@ -37,10 +37,11 @@ CHANGEABLE = {"dropout", "checkpoint_stages", "channels_last", "fused", "max_pix
 # schedule may hold rates of its own.
 RATES = {"lr", "momentum", "dampening", "nesterov", "betas", "eps", "weight_decay"}
 RATES |= {"head_lr_multiplier", "bias_lr_multiplier"}
-# What fixes which image comes when. The place in the stream of images is counted in batches.
+# Settings that fix which image comes when. The position in the stream is counted in batches.
 ORDER = ["seed", "data.seed", "data.train_split", "data.limit", "data.batch_size"]
 ORDER += ["trainer.accumulate_grad_batches"]
-# What fixes which images a validation scores. The best of a run is the best on the same images.
+# Settings that fix the images of a validation. Scores on other images could not be compared with
+# that of best.ckpt.
 SCORED = ["data.val_split", "trainer.limit_val_batches"]
 
 
@@ -196,8 +197,8 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
     assert isinstance(before, DictConfig)
     _convert_old_settings(before)
     before.resume = literal(str(run))
-    # These change no result, and the last validation may be due, perhaps because it took too much
-    # memory.
+    # These two change no result, and may be needed for a last validation that is still due, for
+    # example because memory ran out in it.
     for key in ("data.num_workers", "data.eval_batch_size"):
         OmegaConf.update(before, key, OmegaConf.select(cfg, key), force_add=True)
     if plain(before) == plain(cfg):
@@ -207,7 +208,7 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
     # The run may have ended later than at `step`, the step of the newest checkpoint that is left.
     if status(run) != "finished" or read_summary(run).get("steps") == before.trainer.max_steps:
         return
-    # What has ended the run is a time, early stopping, or a callback of the user's.
+    # The run was ended by trainer.max_time, early stopping, or a callback of the user's own.
     if (before.trainer.max_time, before.callbacks) == (cfg.trainer.max_time, cfg.callbacks):
         raise ConfigError(
             f"no steps are left: the run has finished at step {step}. Change what has ended it, "

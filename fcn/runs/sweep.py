@@ -19,7 +19,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from fcn.cli import MENDABLE, literal, quoted, short_message
+from fcn.cli import USER_ERRORS, literal, quoted, short_message
 from fcn.errors import FCNError, Stopped
 from fcn.files import optional_file, write_csv, write_text, writing
 from fcn.runs.folder import (
@@ -105,7 +105,7 @@ def find_sweep(config: DictConfig) -> Path | None:
 
 
 def _identity(config: Any) -> tuple[Any, ...]:
-    """What two starts of a sweep have in common: overrides, and all settings except Hydra's."""
+    """What identifies a sweep: its overrides, and all settings except Hydra's own."""
     settings = OmegaConf.to_container(config, resolve=False)
     assert isinstance(settings, dict)
     return settings.pop("hydra")["overrides"]["task"], settings
@@ -185,8 +185,8 @@ def run_job(
 
 
 def _record_crash(run: Path, overrides: list[str], error: BaseException) -> None:
-    """Write error.txt: the reason in one line, and a traceback if the user cannot mend it."""
-    if isinstance(error, (FCNError, *MENDABLE)):
+    """Write error.txt: the reason in one line, and a traceback if the user cannot fix it."""
+    if isinstance(error, (FCNError, *USER_ERRORS)):
         message, trace = short_message(error), ""
     else:
         message = f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from fcn.checkpoint import best_checkpoint, last_checkpoint, without_targets, write_checkpoint
 from fcn.errors import TrainingError, check_whole
 from fcn.runs.versions import versions
-from fcn.training.clock import is_whole_step
+from fcn.training.clock import completes_step
 from fcn.training.interruption import Interruption
 
 
@@ -47,8 +47,8 @@ class LastCheckpoint(Checkpoint):
         first = trainer.strategy.broadcast(str(trainer.ckpt_path))
         if not trainer.strategy.reduce_boolean_decision(first == str(trainer.ckpt_path)):
             raise TrainingError(
-                "the processes of this run do not agree on the checkpoint to go on from (the first "
-                f"one has {first}). Name the run: resume=RUN_FOLDER"
+                "the processes of this run have found different checkpoints to resume from (the "
+                f"first one has {first}). Name the run: resume=RUN_FOLDER"
             )
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
@@ -67,12 +67,12 @@ class LastCheckpoint(Checkpoint):
             val_loop.run()
             trainer.training = True
 
-    # If the resumed run had no steps left, `on_train_start` was not called.
+    # Lightning does not call `on_train_start` if the resumed run has no steps left.
     on_fit_end = on_train_start
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save if a validation, a stop or the next checkpoint is due after this step."""
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return  # a checkpoint cannot hold gradients that are still being accumulated
         interval = trainer.val_check_interval // trainer.accumulate_grad_batches  # in steps
         ends = trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0)

@@ -32,13 +32,13 @@ class Clock(Timer):
         self.load_state_dict({"time_elapsed": {"train": seconds}})
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return
         super().on_train_batch_end(trainer)
         if trainer.global_step >= trainer.max_steps != -1:
             trainer.should_stop = True  # Lightning then validates once more
 
 
-def is_whole_step(trainer: pl.Trainer) -> bool:
+def completes_step(trainer: pl.Trainer) -> bool:
     """Whether the batch that has just been trained on completes an optimizer step."""
     return (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -183,8 +183,8 @@ def checkpoint_to_resume(
 ) -> tuple[Path, int]:
     """The newest usable checkpoint of a run, and its optimizer step.
 
-    A line on the screen names the checkpoints that are damaged or of another network. Another says
-    so if the images to train on have changed, since that changes their order.
+    A line on the screen names the checkpoints that are damaged or of another network. Another line
+    warns if the images to train on have changed, since that changes their order.
 
     Args:
         run: the run folder.

@@ -50,7 +50,7 @@ class SGDInBackward(SGD):
 
     @contextmanager
     def applied_in_backward(self) -> Iterator[None]:
-        """Apply the gradients of a backward pass inside this block as soon as they are there."""
+        """While this block runs a backward pass, apply each gradient as soon as it is computed."""
         self.norms: list[Tensor] = []  # of the gradient of each parameter
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._apply, group))
@@ -80,7 +80,7 @@ class SGDInBackward(SGD):
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse what needs all gradients at once, where each is applied and freed on its own.
+    """Refuse settings that need all gradients at once, which `SGDInBackward` never has.
 
     Args:
         trainer: settings as in conf/trainer.

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from fcn.checkpoint import last_checkpoint
 from fcn.errors import Stopped
-from fcn.training.clock import is_whole_step
+from fcn.training.clock import completes_step
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # not every system has all of them
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -50,7 +50,7 @@ class Interruption(Callback):
         self.agreed: signal.Signals | None = None  # the signal that all processes have agreed on
         self.error: RuntimeError | None = None  # torch's error about a loader process
         self.pending = False  # whether the run ends after this step, so LastCheckpoint must save it
-        self.between_steps = False  # whether the last optimizer step is complete, and no batch came
+        self.between_steps = False  # whether a step is complete, and no next batch has come
         self.in_validation = False  # whether an exception has ended a validation
         self.torch_handler: Callable[..., Any] | None = None  # torch's handler of SIGCHLD
 
@@ -106,7 +106,7 @@ class Interruption(Callback):
         steps where losses are logged, since reading these makes them wait for each other anyway.
         Saving needs all of them too, and they do not know of the death of another's loader.
         """
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return
         alone = trainer.world_size == 1
         if alone:
@@ -164,7 +164,7 @@ def loader_died(error: BaseException) -> bool:
 
 
 def stop_of(trainer: pl.Trainer, error: BaseException) -> BaseException | None:
-    """How a run was stopped that has ended with `error`; None if it was not.
+    """How a signal has stopped the run that ended with `error`; None if no signal has.
 
     Ctrl-C in a terminal reaches a loader process, too. One that is spawned takes seconds to begin,
     and cannot ignore the signal before it has. It dies of it, and Lightning raises an error about

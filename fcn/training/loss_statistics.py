@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from fcn.checkpoint import best_checkpoint, last_checkpoint
 from fcn.errors import TrainingError, check_number, check_whole
-from fcn.training.clock import is_whole_step
+from fcn.training.clock import completes_step
 from fcn.training.in_backward import SGDInBackward
 
 
@@ -99,7 +99,7 @@ class LossStatistics(Callback):
         # Lightning has divided each loss by the number of accumulated batches: their sum is a mean.
         self.batch_losses.append(outputs["loss"].detach())
         self.images += len(batch["image"]) * trainer.world_size
-        if not is_whole_step(trainer):
+        if not completes_step(trainer):
             return
         loss = torch.stack(self.batch_losses).sum()
         self.unread.append((trainer.global_step, self.lr, loss, self.grad_norm))

@@ -19,8 +19,9 @@ from fcn.errors import WriteError
 from fcn.files import atomic_write, retry, writing
 from fcn.runs.metrics import Row, read_rows, stand_in
 
-# Rows of other callbacks wait in memory for our own values. With callbacks.loss_statistics=null
-# there are none between two validations; this many rows are written all the same.
+# Rows of other callbacks wait in memory until our own values of their steps are logged. With
+# callbacks.loss_statistics=null that happens only at validations. So this many rows are written
+# without waiting.
 MOST_HELD = 1000
 
 
@@ -54,7 +55,7 @@ class MetricsCSV(Logger):
         for row in kept():
             self.columns, self.last = list(row), int(row["step"])
         self._write(resume_step, kept)
-        if self.file == self.path:  # the other one was of an earlier process, and was read above
+        if self.file == self.path:  # an earlier process left the second file, which was read above
             with writing(stand_in(self.path)):
                 stand_in(self.path).unlink(missing_ok=True)
 
@@ -111,11 +112,11 @@ class MetricsCSV(Logger):
         self.file = self.path
 
     def _write(self, last: int, old: Callable[[], Iterable[Row]] | None = None) -> None:
-        """Write what is pending up to a step. Later rows would have to be written twice.
+        """Write the pending rows up to a step. Later ones may still get further values.
 
         Args:
             last: the step.
-            old: gives the rows that the file is to keep; None: all.
+            old: a function that gives the rows which the file is to keep; None: all that it has.
         """
         refused = None
         new = {step: row for step, row in sorted(self.pending.items()) if step <= last}

@@ -39,12 +39,12 @@ class ResumedSettings(Callback):
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, EarlyStopping) and state:
                 state["patience"] = callback.patience
-        # The optimizer's state lies where a fused optimizer needs it, or where another one does.
+        # By `fused` in these groups, torch decides on which device it keeps the counter of steps.
         fused = module.make_optimizer.keywords.get("fused")
         for state in checkpoint["optimizer_states"]:
             for group in state["param_groups"]:
                 group |= {"fused": fused} if "fused" in group else {}
-        if "current_model_state" in checkpoint:  # `state_dict` is the average then
+        if "current_model_state" in checkpoint:  # then `state_dict` holds their average
             module.load_state_dict(checkpoint["current_model_state"])
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checks of those settings that no constructor of this project checks, or not soon enough.
+"""Checks of settings that no constructor of this project checks, or only after a download.
 
     check_settings(config)      # train.py and python -m fcn.memory call it first
 
@@ -83,7 +83,7 @@ def check_settings(config: Settings) -> None:
 
 
 def check_callbacks(callbacks: Mapping[str, Callback], class_names: Sequence[str]) -> None:
-    """Refuse a second timer, and a callback that waits for a score which no validation computes.
+    """Refuse a second timer, and a callback that monitors a score which no validation computes.
 
     A callback of the user's own may log further metrics. If there is one, nothing is refused.
 
@@ -179,9 +179,9 @@ def check_trainer(settings: Settings) -> None:
         refuse("trainer.devices", devices, "at most 256")
     share = settings.get("limit_val_batches")
     if share is not None:
-        right = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
+        valid = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
         wanted = "null, a whole number from 1 up, or a part of 1.0: best.ckpt needs a validation"
-        if not right:
+        if not valid:
             refuse("trainer.limit_val_batches", share, wanted)
 
 

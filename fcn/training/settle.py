@@ -39,8 +39,8 @@ def settle_precision(config: Any) -> None:
     """Replace "auto" by what is fast and stable on this machine, and prepare its memory.
 
     Raises:
-        ConfigError: the device cannot compute so; or a fused optimizer would make clipping and
-            `train/grad_norm` wrong.
+        ConfigError: the device cannot compute in this precision; or a fused optimizer would make
+            clipping and `train/grad_norm` wrong.
     """
     keep_freed_memory()
     trainer, optimizer, model = config["trainer"], config["optimizer"], config["model"]

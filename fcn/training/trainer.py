@@ -30,8 +30,8 @@ def build_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer, with the callbacks that every run needs.
 
-    The training loader never ends, so Lightning sees a single epoch. It counts the batches of it,
-    where conf/trainer counts optimizer steps.
+    The training loader never ends, so that Lightning sees a single epoch. Lightning counts its
+    batches, and conf/trainer counts optimizer steps.
 
     Args:
         cfg: composed from conf/train.yaml, resolved.
