@@ -67,8 +67,9 @@ class LastCheckpoint(Checkpoint):
             val_loop.run()
             trainer.training = True
 
-    # Lightning does not call `on_train_start` if the resumed run has no steps left.
-    on_fit_end = on_train_start
+    def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        # Lightning does not call `on_train_start` if the resumed run has no steps left.
+        self.on_train_start(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save if a validation, a stop or the next checkpoint is due after this step."""
