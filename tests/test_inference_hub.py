@@ -79,7 +79,7 @@ def test_the_model_card(trained: Path, folder: Path, tmp_path: Path) -> None:
         f"Of the validation that the run made after step {summary['best/step']}.",
         f"| ---: |\n| mean IoU | {100 * summary['best/val/miou']:.1f} |\n| pixel accuracy | ",
         "\n| frequency-weighted IoU | ",
-        "8 classes: background, disc, ring, square, cross, ladder, triangle, star. Label 255",
+        "8 classes: background, disc, ring, square, cross, ladder, triangle, star. Pixels without a class",
     ):
         assert text in card
     best, last = best_checkpoint(trained), last_checkpoint(trained)
@@ -132,7 +132,7 @@ def test_a_card_about_which_little_is_known(tmp_path: Path) -> None:
         "| licence of the data | not stated |",
         "| recipe | not known |",
         "Not known: the run of this checkpoint has no validation",
-        r"2 classes: a\|b # c, d. Label 255",
+        r"2 classes: a\|b # c, d. Pixels without a class",
     ):
         assert text in card_in(folder)
 
