@@ -44,7 +44,9 @@ def shapes_settings(path: Path) -> dict[str, Any]:
     """
     settings = dict((data_settings(read_checkpoint(path)) or {"dataset": {}})["dataset"])
     if settings.pop("class", None) != "fcn.datasets.shapes.Shapes":
-        raise ConfigError(f"{path}: trained on photographs, which may not be shown here")
+        raise ConfigError(
+            f"{path}: not known to be of generated shapes; no photograph is shown here"
+        )
     return settings
 
 

@@ -219,10 +219,18 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
     return f"{key}{equals}{value}"
 
 
-def path_in(argument: str) -> str:
-    """The path in an argument such as `output='a b'`, as Hydra reads it: without the quotes."""
-    value = OverridesParser.create().parse_override(quoted(argument)).value()
-    return str(OmegaConf.create({"path": value}).path)
+def path_in(argument: str) -> str | None:
+    """The path in an argument such as `output='a b'`, without Hydra's quotes; None for null.
+
+    Raises:
+        ConfigError: the argument has several values.
+        HydraException: it cannot be read, such as `output='it's'`.
+    """
+    (override,) = OverridesParser.create().parse_overrides([quoted(argument)])
+    if override.is_sweep_override():
+        raise ConfigError(f"{argument}: these are several values, and one path is needed")
+    value = override.value()
+    return None if value is None else str(OmegaConf.create({"path": value}).path)
 
 
 def _quoted_path(path: str) -> str:

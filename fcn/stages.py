@@ -78,8 +78,8 @@ def train_stages(given: Sequence[str]) -> int:
     given = [o for o in given if not o.startswith("hydra.run.dir=")]
     if folders and "${" in folders[-1]:
         raise ConfigError(f"hydra.run.dir={folders[-1]}: the stages need a folder without ${{...}}")
-    folder = expanded(path_in(f"hydra.run.dir={folders[-1]}")) if folders else None
-    folder = folder or find_folder(settings_of(STAGES[0], given, None))
+    chosen = path_in(f"hydra.run.dir={folders[-1]}") if folders else None
+    folder = expanded(chosen) if chosen else find_folder(settings_of(STAGES[0], given, None))
     weights = None
     for stage in STAGES:
         settings = settings_of(stage, given, weights)

@@ -110,6 +110,13 @@ def test_help(capsys: Capsys) -> None:
     assert "data=folder" in capsys.readouterr().out
 
 
+def test_a_wrong_path_is_a_line(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        check.main(["output='it's'", "data=shapes"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: output='it's': this does not read")
+
+
 def test_as_a_command(
     own_voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:

@@ -246,6 +246,9 @@ def test_hydra_reads_a_quoted_path_as_it_is() -> None:
         assert compose([quoted(f"input={path}"), "ckpt=x"], "predict").input == path
         assert path_in(f"input={path}") == path
     assert path_in("input='a b'") == "a b"
+    assert path_in("output=null") is None
+    with pytest.raises(ConfigError, match="several values, and one path"):
+        path_in("output='a','b'")
 
 
 @pytest.mark.parametrize(

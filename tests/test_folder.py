@@ -278,6 +278,16 @@ def test_a_split_without_a_folder(tmp_path: Path, layout: str, missing: str) -> 
     refused(tmp_path, message, "all")
 
 
+def test_a_split_without_pairs(tmp_path: Path) -> None:
+    """A share or a list cannot make a split `test`; a folder can."""
+    for name in "ab":
+        write_pair(tmp_path, name)
+    refused(tmp_path, "split 'test', of 2 in all; it needs a folder of that name", "test")
+    (tmp_path / "val.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"change data\.dataset\.val_share or the lists"):
+        opened(tmp_path, "train", val="val.txt")
+
+
 def test_pictures_outside_of_the_folders_of_the_splits(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_pair(tmp_path, "0", split)

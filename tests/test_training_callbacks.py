@@ -204,6 +204,24 @@ def test_signals_are_noted_while_a_run_lasts(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no SIGCHLD")
+def test_torchs_handler_is_called_when_a_fit_has_started_twice() -> None:
+    """The callback's own handler must not take the place of the one that it calls."""
+    called: list[int] = []
+    trainer: Any = SimpleNamespace(received_sigterm=False)
+    before, interruption = signal.getsignal(signal.SIGCHLD), Interruption()
+    signal.signal(signal.SIGCHLD, lambda number, frame: called.append(number))
+    try:
+        with interruption.signals_kept():
+            interruption.on_train_start(trainer)
+            interruption.on_train_start(trainer)
+            signal.raise_signal(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert called == [signal.SIGCHLD]
+    assert interruption.error is None
+
+
 @pytest.mark.slow
 def test_stopped_in_the_last_validation(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch

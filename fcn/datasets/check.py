@@ -204,15 +204,15 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    output = Path("check")
+    output: str | None = None
     overrides = ["data.download=false"]
-    for argument in arguments:
-        if argument.startswith("output="):
-            output = expanded(cli.path_in(argument))
-        elif not argument.startswith("resume="):  # a command line of train.py may have it
-            overrides.append(argument)
     with cli.short_messages():
-        if check(cli.build(cli.compose(overrides), "data"), output):
+        for argument in arguments:
+            if argument.startswith("output="):
+                output = cli.path_in(argument)
+            elif not argument.startswith("resume="):  # a command line of train.py may have it
+                overrides.append(argument)
+        if check(cli.build(cli.compose(overrides), "data"), expanded(output or "check")):
             raise SystemExit(1)
 
 

@@ -166,7 +166,10 @@ class Folder(reading.Pairs):
         ids = split_ids(names, list(of_images.parts), lists)[split]
         if not ids:
             none = f"no pairs are left for the split '{split}', of {len(names)} in all"
-            raise DataError(f"{base / images}: {none}; change data.dataset.val_share or the lists")
+            advice = "change data.dataset.val_share or the lists"
+            if split == "test":
+                advice = "it needs a folder of that name beside train and val"
+            raise DataError(f"{base / images}: {none}; {advice}")
         self._list = files.get(split, base)
         self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
         if self._nowhere:

@@ -82,7 +82,7 @@ class Interruption(Callback):
             self.received = signal.SIGTERM
         if hasattr(signal, "SIGCHLD"):
             torch_handler = signal.getsignal(signal.SIGCHLD)
-            if callable(torch_handler):
+            if callable(torch_handler) and torch_handler != self._on_death:
                 self.torch_handler = torch_handler
                 signal.signal(signal.SIGCHLD, self._on_death)
 
