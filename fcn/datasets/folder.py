@@ -165,11 +165,7 @@ class Folder(reading.Pairs):
             lists["val"] = draw(names, val_share, seed)
         ids = split_ids(names, list(of_images.parts), lists)[split]
         if not ids:
-            none = f"no pairs are left for the split '{split}', of {len(names)} in all"
-            advice = "change data.dataset.val_share or the lists"
-            if split == "test":
-                advice = "it needs a folder of that name beside train and val"
-            raise DataError(f"{base / images}: {none}; {advice}")
+            raise DataError(f"{base / images}: {_no_pairs(split, len(names))}")
         self._list = files.get(split, base)
         self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
         if self._nowhere:
@@ -254,6 +250,14 @@ class Folder(reading.Pairs):
         first = 1 if self.mask_void == 0 else 0
         colours = {k if k == VOID else first + k: c for k, c in self._colour_of.items()}
         return Appearance(is_grey=False, colours=colours)
+
+
+def _no_pairs(split: str, count: int) -> str:
+    """Why a split has none of `count` pairs, and what to change."""
+    none = f"no pairs are left for the split '{split}', of {count} in all"
+    if split == "test":  # a share or a list makes train and val only
+        return f"{none}; it needs a folder of that name beside train and val"
+    return f"{none}; change data.dataset.val_share or the lists"
 
 
 def _number(r: Any, g: Any, b: Any) -> Any:
