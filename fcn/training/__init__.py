@@ -1,4 +1,4 @@
-"""What surrounds a training step: the trainer's arguments, callbacks and loggers, by their purpose.
+"""What surrounds a training step: the trainer's arguments, callbacks and loggers, one in a file.
 
 train.py builds the callbacks that conf/callbacks/*.yaml names by their import paths, and the
 loggers of conf/logger/*.yaml, with `fcn.cli.build_each`. Every run also has the logger of

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from fcn.checkpoint import best_checkpoint, last_checkpoint, without_targets, write_checkpoint
+from fcn.checkpoint import best_checkpoint, last_checkpoint, write_checkpoint
 from fcn.errors import TrainingError, check_whole
-from fcn.runs.versions import versions
 from fcn.training.clock import completes_step
 from fcn.training.interruption import Interruption
 
@@ -52,24 +51,11 @@ class LastCheckpoint(Checkpoint):
             )
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        """Do the validation that was due when the run was killed.
-
-        Lightning 2.6 leaves that validation out when a run is resumed, and has no public way to
-        validate within `fit`. From `val_loop` on, the lines below are those of its training loop
-        (pytorch_lightning/loops/training_epoch_loop.py, on_advance_end).
-        """
-        if self.validation_due:
-            # Before `on_fit_end`, Lightning moves the network to the CPU. Batches go to the GPU.
-            trainer.strategy.model_to_device()
-            val_loop = trainer.fit_loop.epoch_loop.val_loop
-            val_loop.restarting = False
-            trainer.validating = True
-            val_loop.run()
-            trainer.training = True
+        self._validate_if_due(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         # Lightning does not call `on_train_start` if the resumed run has no steps left.
-        self.on_train_start(trainer)
+        self._validate_if_due(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Save if a validation, a stop or the next checkpoint is due after this step."""
@@ -88,6 +74,22 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, *_: Any, **__: Any) -> None:
         # best.ckpt is made at the end of this validation, which is then no longer due.
         self.validation_due = False
+
+    def _validate_if_due(self, trainer: pl.Trainer) -> None:
+        """Do the validation that was due when the run was killed.
+
+        Lightning 2.6 leaves that validation out when a run is resumed, and has no public way to
+        validate within `fit`. From `val_loop` on, the lines below are those of its training loop
+        (pytorch_lightning/loops/training_epoch_loop.py, on_advance_end).
+        """
+        if self.validation_due:
+            # Before `on_fit_end`, Lightning moves the network to the CPU. Batches go to the GPU.
+            trainer.strategy.model_to_device()
+            val_loop = trainer.fit_loop.epoch_loop.val_loop
+            val_loop.restarting = False
+            trainer.validating = True
+            val_loop.run()
+            trainer.training = True
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -120,29 +122,6 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}
-
-
-class RunRecord(Callback):
-    """Puts settings, the type of the training images, versions and precision into each checkpoint.
-
-    A checkpoint can so be used on its own. fcn/training/trainer.py adds this callback to every run.
-
-    Args:
-        config: the resolved configuration. In a checkpoint, its `_target_` entries are replaced by
-            plain names, so that nothing in the file can be called.
-    """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = without_targets(config)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
-        # Generated images have no type. predict.py refuses files of another type.
-        checkpoint["config"] = self.config | {"image_type": getattr(data, "image_type", None)}
-        checkpoint["versions"] = versions()
-        checkpoint["precision"] = str(trainer.precision)  # evaluate.py computes in the same one
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

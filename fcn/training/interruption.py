@@ -82,22 +82,23 @@ class Interruption(Callback):
             self.received = signal.SIGTERM
         if hasattr(signal, "SIGCHLD"):
             torch_handler = signal.getsignal(signal.SIGCHLD)
-            if callable(torch_handler) and torch_handler != self._on_death:
+            if callable(torch_handler):
                 self.torch_handler = torch_handler
-                signal.signal(signal.SIGCHLD, self._on_death)
+                signal.signal(signal.SIGCHLD, self._keep_error_of(torch_handler))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def _on_death(self, number: int, frame: FrameType | None) -> None:
-        """Keep the error that torch's handler raises about a loader process."""
-        assert self.torch_handler is not None
-        try:
-            self.torch_handler(number, frame)
-        except RuntimeError as error:
-            self.error = error
+    def _keep_error_of(self, handler: Callable[..., Any]) -> Callable[..., None]:
+        def on_death(number: int, frame: FrameType | None) -> None:
+            try:
+                handler(number, frame)
+            except RuntimeError as error:
+                self.error = error
+
+        return on_death
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Agree with the other processes on whether to stop after this step.
@@ -118,18 +119,22 @@ class Interruption(Callback):
         self.between_steps = alone
         self.pending = self.agreed is not None or (alone and self.error is not None)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.between_steps = False
-        self._stop_if_agreed(trainer)
-        if self.error is not None:
-            raise self.error
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._end_if_due(trainer)
 
-    on_validation_start = on_train_batch_start
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._end_if_due(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.world_size == 1:
             self.agreed = self.received
         self._stop_if_agreed(trainer)
+
+    def _end_if_due(self, trainer: pl.Trainer) -> None:
+        self.between_steps = False
+        self._stop_if_agreed(trainer)
+        if self.error is not None:
+            raise self.error
 
     def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
         if self.agreed is not None:

@@ -73,15 +73,14 @@ class LossStatistics(Callback):
         """The exponential mean of all losses that have been read."""
         return self.total / self.weight if self.weight else math.nan
 
-    def on_train_start(self, *_: Any, **__: Any) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self.images, self.since = 0, time.perf_counter()
 
-    on_validation_end = on_train_start  # validation is not training time
-
-    def on_validation_start(self, *_: Any, **__: Any) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self.read()  # while the time since the last reading is training time
 
-    on_train_end = on_validation_start  # the steps after the last reading
+    def on_validation_end(self, *_: Any) -> None:
+        self.images, self.since = 0, time.perf_counter()  # validation is not training time
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups
@@ -106,6 +105,9 @@ class LossStatistics(Callback):
         self.batch_losses = []
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.read()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.read()
 
     def read(self) -> None:
         """Take the unread steps from the device, and send a row for each to every logger."""

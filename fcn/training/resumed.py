@@ -1,8 +1,8 @@
-"""A resumed run goes on as if it had not been interrupted, and yet with settings that have changed.
+"""A resumed run has the settings of its configuration, which may have changed since it was begun.
 
     python train.py resume=RUN optimizer.lr=1e-5 scheduler=poly trainer.max_steps=80000
 
-fcn/training/trainer.py adds both callbacks to every run. What cannot be changed is refused in
+fcn/training/trainer.py adds this callback to every run. What cannot be changed is refused in
 fcn/runs/resume.py.
 """
 
@@ -14,8 +14,6 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-from fcn.loader_process import random_generator
 
 # What fcn/module.py and the schedule write into each parameter group.
 GROUP_SETTINGS = {"lr", "initial_lr", "lr_multiplier", "weight_decay"}
@@ -86,24 +84,3 @@ def follow_layout(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-class DropoutSeeds(Callback):
-    """Seeds torch before each batch with a function of (seed, batch, process), for dropout.
-
-    The random numbers of a resumed run are therefore those of an uninterrupted one, without the
-    state of a random generator in its checkpoint, and the processes of a distributed run drop
-    different units.
-
-    Args:
-        seed: the run's seed.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        seed = random_generator(self.seed, batch_idx, trainer.global_rank).integers(2**63)
-        torch.manual_seed(int(seed))

@@ -16,10 +16,12 @@ from fcn import cli
 from fcn.cards import check_card
 from fcn.errors import ConfigError, refuse
 from fcn.training import in_backward
-from fcn.training.checkpoints import AtomicCheckpointIO, RunRecord
+from fcn.training.checkpoints import AtomicCheckpointIO
 from fcn.training.clock import Clock
 from fcn.training.interruption import Interruption
-from fcn.training.resumed import DropoutSeeds, ResumedSettings
+from fcn.training.resumed import ResumedSettings
+from fcn.training.run_record import RunRecord
+from fcn.training.seeding import DropoutSeeds
 
 
 def build_trainer(
