@@ -110,6 +110,14 @@ def test_not_logged_in(
     assert synced == [f"sync --include-online {folder}/wandb/{name}" for name in names]
 
 
+def test_a_service_that_dies_after_its_start(tmp_path: Path, service: MagicMock) -> None:
+    service.run.define_metric.side_effect = ConnectionResetError("Connection lost")
+    with pytest.warns(UserWarning, match=r"^W&B failed \(Connection lost\); training goes on"):
+        logger = TolerantWandbLogger(save_dir=tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    service.run.log.assert_not_called()
+
+
 def test_mode_of_the_environment(
     tmp_path: Path, service: MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

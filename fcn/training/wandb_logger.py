@@ -27,7 +27,8 @@ STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives 
 class TolerantWandbLogger(WandbLogger):
     """Logs online if there is a key that the server accepts, else offline. WANDB_MODE is obeyed.
 
-    The first failure of W&B causes one warning. After a failed `log_metrics` nothing more is sent.
+    The first failure of W&B causes one warning. After a failed `log_metrics`, or if
+    the axes of the charts cannot be set, no more metrics are sent.
 
     Args:
         save_dir: the folder for W&B's own files.
@@ -56,7 +57,7 @@ class TolerantWandbLogger(WandbLogger):
         check_flag("log_model", log_model)
         if tags is not None and not isinstance(tags, list | tuple):
             refuse("tags", tags, "null or a list such as [a,b]")
-        self.save_folder, self.failed, self.warned = Path(save_dir), False, False
+        self.save_folder, self.warned = Path(save_dir), False
         # W&B's service would write to ~/.cache. All runs of a sweep share one service, which writes
         # to the folder of the first of them.
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.save_folder.absolute() / "wandb/cache"))
@@ -76,10 +77,7 @@ class TolerantWandbLogger(WandbLogger):
             "settings": wandb.Settings(quiet=True, reinit="return_previous"),
         }
         experiment = self._start(options)
-        experiment.define_metric(STEP)
-        experiment.define_metric("*", step_metric=STEP, step_sync=True)
-        for metric, summary in SUMMARIES.items():
-            experiment.define_metric(metric, summary=summary, step_metric=STEP, step_sync=True)
+        self.failed = not self._attempt(partial(_define_metrics, experiment))
         super().__init__(save_dir=save_dir, project=project, name=name, experiment=experiment)
         self.uploads_checkpoints = log_model
 
@@ -166,3 +164,11 @@ class TolerantWandbLogger(WandbLogger):
             runs = f"{shlex.quote(f'{self.save_folder}/wandb')}/*run-*"
             command = f'for run in {runs}; do wandb sync --include-online "$run"; done'
         return f"upload later with: {command}"
+
+
+def _define_metrics(experiment: Any) -> None:
+    """Set the x-axis of all charts, and which value of a metric is the run's best."""
+    experiment.define_metric(STEP)
+    experiment.define_metric("*", step_metric=STEP, step_sync=True)
+    for metric, summary in SUMMARIES.items():
+        experiment.define_metric(metric, summary=summary, step_metric=STEP, step_sync=True)
