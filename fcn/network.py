@@ -40,6 +40,9 @@ class FCN(nn.Module):
             them. The authors' "at once" training, which adds both skips from the first step, uses
             (1, 0.01, 0.0001): in an ImageNet VGG, the values of a pool are larger the nearer it is
             to the image, and without the factors the skip from pool3 would learn fastest.
+        deep_skips: whether each skip also reads what the next stage's convolutions make of the
+            pool. That has the pool's height and width: conv5 beside pool4, and conv4 beside pool3.
+            A feature pyramid (FPN, Lin et al. 2017) takes these too. Needs fusion="score".
         learn_upsampling: False leaves every upsampling layer untrained. It keeps its first values,
             which are bilinear interpolation, or those that were loaded.
         learn_last_upsampling: False leaves only the last of them, which goes to the size of the
@@ -76,6 +79,7 @@ class FCN(nn.Module):
         pooling: str = "max",
         fusion: str = "score",
         pool_scales: Sequence[float] = (1.0, 1.0, 1.0),
+        deep_skips: bool = False,
         learn_upsampling: bool = True,
         learn_last_upsampling: bool = True,
         freeze_stages: int = 0,
@@ -87,6 +91,7 @@ class FCN(nn.Module):
         super().__init__()
         self.backbone, self.stride, self.fusion = backbone, stride, fusion
         self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
+        self.deep_skips = deep_skips
         caffe = alignment == "caffe"
         # Pixels added around the image (conv1_1 adds one more itself), and the number that the
         # padded sides are multiples of.
@@ -105,7 +110,8 @@ class FCN(nn.Module):
         self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:
-            width = {"pool3": pool3, "pool4": pool4}[pool]
+            width, deeper = {"pool3": (pool3, pool4), "pool4": (pool4, pool5)}[pool]
+            width += deeper if deep_skips else 0
             scored = fusion == "score"
             self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
             out_channels = channels if scored else width
@@ -182,12 +188,15 @@ class FCN(nn.Module):
         margin, right, bottom = self.margin, -width % self.cell, -height % self.cell
         x = F.pad(x, (margin, margin + right, margin, margin + bottom))  # (N, 3, H', W')
 
-        pools = {}
+        pools, deeper = {}, {}
         for number, stage in enumerate(self.stages, start=1):
-            if number <= self.checkpoint_stages and torch.is_grad_enabled():
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+            pool_before = f"pool{number - 1}"
+            if self.deep_skips and pool_before in self.skips:
+                x = self._run(stage[:-1], number, x)  # (N, C, ...), the size of the pool before
+                deeper[pool_before] = self.pool_scales[f"pool{number}"] * x
+                x = stage[-1](x)
             else:
-                x = stage(x)
+                x = self._run(stage, number, x)
             pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
 
         # The layout goes back from channels_last to the default one. Otherwise conv6 would convert
@@ -199,10 +208,18 @@ class FCN(nn.Module):
 
         for pool, skip in self.skips.items():
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
-            features = _crop(pools[pool], self.offsets[pool], x.shape[-2:])
-            x = x + skip(self.pool_scales[pool] * features)
+            features = self.pool_scales[pool] * pools[pool]
+            if self.deep_skips:
+                features = torch.cat([features, deeper[pool]], dim=1)
+            x = x + skip(_crop(features, self.offsets[pool], x.shape[-2:]))
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); "caffe": at least H, W
         return _crop(x, self.offsets["image"], (height, width))
+
+    def _run(self, layers: nn.Sequential, number: int, x: Tensor) -> Tensor:
+        """Layers of stage `number`, computed again in the backward pass if the settings say so."""
+        if number <= self.checkpoint_stages and torch.is_grad_enabled():
+            return checkpoint(layers, x, use_reentrant=False, preserve_rng_state=False)
+        return layers(x)
 
     def normalize(self, image: Tensor) -> Tensor:
         """Images (N, 3, H, W), uint8 or float in [0, 1] -> minus mean, divided by deviation.
@@ -307,7 +324,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
     choices["alignment"] = ["centered", "caffe"]
     for name, allowed in choices.items():
         _check(name, given[name], given[name] in allowed, " or ".join(allowed))
-    for name in ("learn_upsampling", "learn_last_upsampling"):
+    for name in ("learn_upsampling", "learn_last_upsampling", "deep_skips"):
         _check(name, given[name], isinstance(given[name], bool), "true or false")
     layout = given["channels_last"]
     valid = isinstance(layout, bool) or layout == "auto"
@@ -326,6 +343,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
     fits = kernel == 7 or given["alignment"] != "caffe"
     _check("head_kernel", kernel, fits, "7 with alignment=caffe")
+    fits = not given["deep_skips"] or given["fusion"] == "score"
+    _check("deep_skips", given["deep_skips"], fits, "false with fusion=feature")
     for name in ("learn_upsampling", "learn_last_upsampling"):
         fits = given[name] or given["fusion"] != "feature"
         _check(name, given[name], fits, "true with fusion=feature, which must learn to upsample")

@@ -15,6 +15,7 @@ from fcn.weights import from_torchvision
 
 VARIANTS = list(itertools.product((32, 16, 8), ("score", "feature")))
 CAFFE = {"alignment": "caffe", "head_kernel": 7}
+DEEP = {"deep_skips": True}
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,12 @@ def test_logits_have_the_size_of_the_image(
     stride: int, fusion: str, options: dict[str, Any]
 ) -> None:
     network = small(stride=stride, fusion=fusion, **options)
+    networks = [network]
+    if fusion == "score":
+        networks.append(small(stride=stride, **options, **DEEP))
     for size in ((1, 1), (26, 27), (59, 3), (64, 96)):  # caffe: 26 + 6 are the last in a cell
-        assert network(torch.zeros(2, 3, *size, dtype=torch.uint8)).shape == (2, 5, *size)
+        for each in networks:
+            assert each(torch.zeros(2, 3, *size, dtype=torch.uint8)).shape == (2, 5, *size)
 
 
 def test_contract_of_the_constructor() -> None:
@@ -54,19 +59,27 @@ def test_contract_of_the_constructor() -> None:
     assert all(p.kind == p.KEYWORD_ONLY for p in parameters[3:])
 
 
-@pytest.mark.parametrize("fusion", ["score", "feature"])
-def test_decoder_adds_what_it_should(fusion: str) -> None:
+@pytest.mark.parametrize("options", [{"fusion": "score"}, {"fusion": "feature"}, DEEP])
+def test_decoder_adds_what_it_should(options: dict[str, Any]) -> None:
     """The loop, spelt out by hand. The image is padded at the bottom and at the right."""
-    network = randomised(fusion=fusion, pool_scales=(2.0, 0.5, 0.25))
+    network = randomised(**options, pool_scales=(2.0, 0.5, 0.25))
     image = torch.rand(1, 3, 60, 90)
-    x, pools = F.pad(network.normalize(image), (0, 6, 0, 4)), []
+    x, pools, convolved = F.pad(network.normalize(image), (0, 6, 0, 4)), [], []
     for stage in network.stages:
-        x = stage(x)
+        *convolutions, pool = stage.children()
+        for layer in convolutions:
+            x = layer(x)
+        convolved.append(x)
+        x = pool(x)
         pools.append(x)
     x = network.score(network.conv7(network.conv6(2.0 * x).relu()).relu())
     up, skips = network.upsample, network.skips
-    x = up["to_pool4"](x) + skips["pool4"](0.5 * pools[3])
-    x = up["to_pool3"](x) + skips["pool3"](0.25 * pools[2])
+    pool4, pool3 = 0.5 * pools[3], 0.25 * pools[2]
+    if options == DEEP:  # conv5 has the size of pool4 and the scale of pool5
+        pool4 = torch.cat([pool4, 2.0 * convolved[4]], 1)
+        pool3 = torch.cat([pool3, 0.5 * convolved[3]], 1)
+    x = up["to_pool4"](x) + skips["pool4"](pool4)
+    x = up["to_pool3"](x) + skips["pool3"](pool3)
     x = up["to_image_8"](x)[..., :60, :90]
     assert x.abs().mean() > 1e-3
     torch.testing.assert_close(network(image), x)
@@ -141,7 +154,9 @@ def test_network_starts_bilinear_and_at_zero(stride: int) -> None:
     assert not small(stride=stride, fusion="feature")(torch.rand(1, 3, 32, 32)).any()
 
 
-@pytest.mark.parametrize("options", [*({"stride": s, "fusion": f} for s, f in VARIANTS), CAFFE])
+@pytest.mark.parametrize(
+    "options", [*({"stride": s, "fusion": f} for s, f in VARIANTS), CAFFE, DEEP]
+)
 def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     network = randomised(**options, dropout=0.0).train()
     logits = network(torch.rand(2, 3, 64, 64))
@@ -186,13 +201,14 @@ def gradients(network: FCN) -> tuple[list[Tensor], int, set[torch.dtype]]:
     return list(found), total, {tensor.dtype for tensor in kept.values()}
 
 
-def test_what_saves_memory_changes_no_gradient() -> None:
+@pytest.mark.parametrize("deep_skips", [False, True])
+def test_what_saves_memory_changes_no_gradient(deep_skips: bool) -> None:
     """Pools keep no indices; of the first stages, activations can be computed again."""
-    network = randomised()
+    network = randomised(deep_skips=deep_skips)
     expected, most, dtypes = gradients(network)
     assert dtypes == {torch.float32}
     for stages in (2, 5):
-        other = small(checkpoint_stages=stages)
+        other = small(checkpoint_stages=stages, deep_skips=deep_skips)
         other.load_state_dict(network.state_dict())
         found, kept, _ = gradients(other)
         assert kept < most
@@ -209,6 +225,8 @@ def test_settings_that_do_not_go_together() -> None:
     """Values that are wrong by themselves: test_module.py."""
     with pytest.raises(ValueError, match=r"^head_kernel=3: must be 7 with alignment=caffe"):
         small(alignment="caffe")
+    with pytest.raises(ValueError, match=r"^deep_skips=true: must be false with fusion=feature"):
+        small(fusion="feature", **DEEP)
     for name in ("learn_upsampling", "learn_last_upsampling"):
         with pytest.raises(ValueError, match=f"^{name}=false: .* must learn"):
             small(fusion="feature", **{name: False})

@@ -127,28 +127,29 @@ def test_one_warning_names_the_layers_that_start_at_random(
 # ---- our own checkpoints
 
 
-@pytest.mark.parametrize("fusion", ["score", "feature"])
+@pytest.mark.parametrize("decoder", [{}, {"fusion": "feature"}, {"deep_skips": True}])
 @pytest.mark.parametrize(
     ("coarse", "fine", "pools"),
     [(32, 16, ["pool4"]), (16, 8, ["pool3"]), (32, 8, ["pool4", "pool3"]), (16, 16, [])],
 )
 def test_coarser_checkpoint_starts_finer(
-    fusion: str, coarse: int, fine: int, pools: list[str], tmp_path: Path
+    decoder: dict[str, Any], coarse: int, fine: int, pools: list[str], tmp_path: Path
 ) -> None:
-    old = small(stride=coarse, fusion=fusion).state_dict()
+    old = small(stride=coarse, **decoder).state_dict()
     for value in old.values():
         value.normal_(std=0.1)
     path = save(tmp_path, {"state_dict": {f"network.{name}": value for name, value in old.items()}})
-    network, fresh = loaded(path, stride=fine, fusion=fusion)
-    new = [f"skips.{pool}" for pool in pools] if fusion == "score" else []
+    network, fresh = loaded(path, stride=fine, **decoder)
+    scored = "fusion" not in decoder
+    new = [f"skips.{pool}" for pool in pools] if scored else []
     new += [f"upsample.to_{pool}" for pool in pools]
     new += [f"upsample.to_image_{fine}"] if pools else []
     assert fresh == new
-    untouched = small(stride=fine, fusion=fusion).state_dict()
+    untouched = small(stride=fine, **decoder).state_dict()
     for name, value in network.state_dict().items():
         if name.rpartition(".")[0] not in new:
             assert value.equal(old[name]), name
-        elif fusion == "score":  # these starts draw nothing at random
+        elif scored:  # these starts draw nothing at random
             assert value.equal(untouched[name]), name
 
 
@@ -185,6 +186,7 @@ def test_a_checkpoint_of_another_alignment(tmp_path: Path) -> None:
 # ---- misfits
 
 VGG = vgg_state() | classifier(kernel=1)
+DEEP = {"deep_skips": True}
 FCN_32S, FCN_16S, FCN_8S = (small(stride=stride).state_dict() for stride in (32, 16, 8))
 ONE, INF = torch.zeros(1), torch.full((8,), torch.inf)
 
@@ -200,6 +202,11 @@ ONE, INF = torch.zeros(1), torch.full((8,), torch.inf)
             FCN_16S,
             {"stride": 16, "fusion": "feature"},
             "unexpected: skips.pool4.*shape: .*to_pool4",
+        ),
+        (
+            FCN_16S,
+            {"stride": 16} | DEEP,
+            r"skips.pool4.weight \(5, 16, 1, 1\), not \(5, 32, 1, 1\)",
         ),
         # A coarser one in a finer one, but with a layer too few, half a layer, or an odd one.
         (without(FCN_16S, "upsample.to_pool4"), {"stride": 8}, "missing: upsample.to_pool4.weight"),
