@@ -49,6 +49,7 @@ BUDGET = {
         "experiment=camvid_fcn8s",
         # All rows are compared with these settings of the recipe's first form, but for their own.
         "model.class_weights=null",
+        "model.deep_skips=false",
         "model.dropout=0.5",
         "optimizer.lr=3e-5",
         "trainer.max_steps=600",
@@ -65,6 +66,7 @@ VOC_ROWS: dict[str, tuple[str, ...]] = {
     "staged 8s": ("trainer.max_steps=200", "model.weights=staged 16s"),
     "fast skips": ("model.pool_scales=[0.4,0.0125,0.0025]",),
     "16s, fast skips": ("model=fcn16s", "model.pool_scales=[0.4,0.0125,0.0025]"),
+    "deep skips": ("model.deep_skips=true",),
     "fixed upsampling": ("model.learn_upsampling=false",),
     "fixed last upsampling": ("model.learn_last_upsampling=false",),
     "feature fusion": ("model.fusion=feature",),
@@ -117,6 +119,12 @@ CAMVID_ROWS: dict[str, tuple[str, ...]] = {
         POLE_AND_SIGN,
         "optimizer.lr=6e-5",
         "model.dropout=0.1",
+    ),
+    "pole and sign, twice the rate, less dropout, deep skips": (
+        POLE_AND_SIGN,
+        "optimizer.lr=6e-5",
+        "model.dropout=0.1",
+        "model.deep_skips=true",
     ),
     "pole and sign, less dropout, 2 crops a step": (
         POLE_AND_SIGN,
@@ -209,7 +217,8 @@ def keep_frozen_stages() -> None:
 
     def init(self: fcn.network.FCN, *args: Any, **options: Any) -> None:
         build(self, *args, **options)
-        if options.get("freeze_stages") == 4:
+        # Deep skips read the fourth stage before its pool, which is not kept.
+        if options.get("freeze_stages") == 4 and not options.get("deep_skips"):
             for number, stage in enumerate(self.stages[:4], start=1):
                 stage.__class__, stage.number = KeptStage, number
 

@@ -37,12 +37,14 @@ class FCN(nn.Module):
         fusion: "score" adds 1x1 class scores of the pools (the paper); "feature" upsamples the
             scores to the pools' own channels, adds the pools themselves and predicts last.
         pool_scales: factors on (pool5, pool4, pool3), applied before the head and the skips read
-            them. The authors' "at once" training, which adds both skips from the first step, uses
-            (1, 0.01, 0.0001): in an ImageNet VGG, the values of a pool are larger the nearer it is
-            to the image, and without the factors the skip from pool3 would learn fastest.
-        deep_skips: whether each skip also reads what the next stage's convolutions make of the
-            pool. That has the pool's height and width: conv5 beside pool4, and conv4 beside pool3.
-            A feature pyramid (FPN, Lin et al. 2017) takes these too. Needs fusion="score".
+            them; with `deep_skips`, on the convolutions before these pools as well. The authors'
+            "at once" training, which adds both skips from the first step, uses (1, 0.01, 0.0001):
+            in an ImageNet VGG, the values of a pool are larger the nearer it is to the image, and
+            without the factors the skip from pool3 would learn fastest.
+        deep_skips: whether each skip also reads what the next stage's convolutions make of its
+            pool, in the same height and width: conv5_3 of a VGG-16 with pool4, and conv4_3 with
+            pool3. The paper does not do this. A feature pyramid network (Lin et al. 2017) reads
+            these convolutions. Needs fusion="score".
         learn_upsampling: False leaves every upsampling layer untrained. It keeps its first values,
             which are bilinear interpolation, or those that were loaded.
         learn_last_upsampling: False leaves only the last of them, which goes to the size of the
@@ -192,7 +194,8 @@ class FCN(nn.Module):
         for number, stage in enumerate(self.stages, start=1):
             pool_before = f"pool{number - 1}"
             if self.deep_skips and pool_before in self.skips:
-                x = self._run(stage[:-1], number, x)  # (N, C, ...), the size of the pool before
+                # Until its own pool, a stage has the size of the pool before it.
+                x = self._run(stage[:-1], number, x)  # (N, C, H'/2^(number-1), W'/2^(number-1))
                 deeper[pool_before] = self.pool_scales[f"pool{number}"] * x
                 x = stage[-1](x)
             else:
