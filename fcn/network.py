@@ -192,6 +192,7 @@ class FCN(nn.Module):
 
         pools, deeper = {}, {}
         for number, stage in enumerate(self.stages, start=1):
+            assert isinstance(stage, nn.Sequential)
             pool_before = f"pool{number - 1}"
             if self.deep_skips and pool_before in self.skips:
                 # Until its own pool, a stage has the size of the pool before it.
