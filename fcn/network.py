@@ -50,8 +50,8 @@ class FCN(nn.Module):
         learn_last_upsampling: False leaves only the last of them, which goes to the size of the
             image, untrained, as in the paper.
         freeze_stages: how many VGG stages, counted from the image, are not trained.
-        checkpoint_stages: how many VGG stages, counted from the image, keep no activations. They
-            are computed again in the backward pass (Chen et al. 2016).
+        checkpoint_stages: how many VGG stages, counted from the image, keep no activations except
+            what a skip reads. All else is computed again in the backward pass (Chen et al. 2016).
         channels_last: whether the VGG's activations are stored as (N, H, W, C), which is faster on
             some devices (fcn.precision.best_layout). "auto" is True until `set_layout` is called
             with what suits the device.
@@ -91,9 +91,9 @@ class FCN(nn.Module):
     ) -> None:
         _check_arguments(locals())  # no other local variable exists yet
         super().__init__()
-        self.backbone, self.stride, self.fusion = backbone, stride, fusion
+        self.backbone, self.stride = backbone, stride
+        self.fusion, self.deep_skips = fusion, deep_skips
         self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
-        self.deep_skips = deep_skips
         caffe = alignment == "caffe"
         # Pixels added around the image (conv1_1 adds one more itself), and the number that the
         # padded sides are multiples of.
@@ -108,12 +108,12 @@ class FCN(nn.Module):
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
         self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
-        self.skips = nn.ModuleDict()  # from a pool to what is added: its scores, or the pool itself
+        self.skips = nn.ModuleDict()  # from what a skip reads to what is added: scores, or itself
         self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:
-            width, deeper = {"pool3": (pool3, pool4), "pool4": (pool4, pool5)}[pool]
-            width += deeper if deep_skips else 0
+            widths = {"pool3": (pool3, pool4), "pool4": (pool4, pool5)}[pool]
+            width = sum(widths) if deep_skips else widths[0]
             scored = fusion == "score"
             self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
             out_channels = channels if scored else width
@@ -190,18 +190,20 @@ class FCN(nn.Module):
         margin, right, bottom = self.margin, -width % self.cell, -height % self.cell
         x = F.pad(x, (margin, margin + right, margin, margin + bottom))  # (N, 3, H', W')
 
-        pools, deeper = {}, {}
+        features: dict[str, Tensor] = {}  # what the skips read
         for number, stage in enumerate(self.stages, start=1):
             assert isinstance(stage, nn.Sequential)
-            pool_before = f"pool{number - 1}"
+            pool, pool_before = f"pool{number}", f"pool{number - 1}"
             if self.deep_skips and pool_before in self.skips:
                 # Until its own pool, a stage has the size of the pool before it.
                 x = self._run(stage[:-1], number, x)  # (N, C, H'/2^(number-1), W'/2^(number-1))
-                deeper[pool_before] = self.pool_scales[f"pool{number}"] * x
+                deep = self.pool_scales[pool] * x
+                features[pool_before] = torch.cat([features[pool_before], deep], dim=1)
                 x = stage[-1](x)
             else:
-                x = self._run(stage, number, x)
-            pools[f"pool{number}"] = x  # (N, C, H'/2^number, W'/2^number)
+                x = self._run(stage, number, x)  # (N, C, H'/2^number, W'/2^number)
+            if pool in self.skips:
+                features[pool] = self.pool_scales[pool] * x
 
         # The layout goes back from channels_last to the default one. Otherwise conv6 would convert
         # its 103 M weights to channels_last in every step.
@@ -212,10 +214,7 @@ class FCN(nn.Module):
 
         for pool, skip in self.skips.items():
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
-            features = self.pool_scales[pool] * pools[pool]
-            if self.deep_skips:
-                features = torch.cat([features, deeper[pool]], dim=1)
-            x = x + skip(_crop(features, self.offsets[pool], x.shape[-2:]))
+            x = x + skip(_crop(features.pop(pool), self.offsets[pool], x.shape[-2:]))
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); "caffe": at least H, W
         return _crop(x, self.offsets["image"], (height, width))
 

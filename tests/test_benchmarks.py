@@ -164,6 +164,8 @@ def test_frozen_stages_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(kept(image), plain(image))
     assert len(KeptStage.kept) == 2
     assert all(stage.number == n for n, stage in enumerate(kept.stages[:4], start=1))
+    deep = FCN(num_classes=3, freeze_stages=4, deep_skips=True, **small)  # reads inside of a stage
+    assert not any(isinstance(stage, KeptStage) for stage in deep.stages)
 
 
 def test_races_are_not_mixed(
