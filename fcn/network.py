@@ -108,7 +108,7 @@ class FCN(nn.Module):
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
         self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
-        self.skips = nn.ModuleDict()  # from what a skip reads to what is added: scores, or itself
+        self.skips = nn.ModuleDict()  # what each adds: scores of what it reads, or just that
         self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:

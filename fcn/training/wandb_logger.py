@@ -27,8 +27,8 @@ STEP = "trainer/global_step"  # the x-axis, under the name that Lightning gives 
 class TolerantWandbLogger(WandbLogger):
     """Logs online if there is a key that the server accepts, else offline. WANDB_MODE is obeyed.
 
-    The first failure of W&B causes one warning. After a failed `log_metrics`, or if
-    the axes of the charts cannot be set, no more metrics are sent.
+    The first failure of W&B causes one warning. After a failed `log_metrics`, or if the
+    axes of the charts cannot be set, no more metrics are sent.
 
     Args:
         save_dir: the folder for W&B's own files.
