@@ -81,9 +81,8 @@ def evaluate(cfg: DictConfig, *, command: str = "(called from Python)") -> dict[
     first = candidates[0]
     datamodule, settings = chosen_data(cfg, first.path, first.checkpoint)
     check_classes(candidates, datamodule.classes)
-    datamodule.prepare_data()
-    split_name = cfg.split or datamodule.val_split
-    split, images = datamodule.open(split_name), cfg.report.images
+    split_name, images = cfg.split or datamodule.val_split, cfg.report.images
+    split = datamodule.open(split_name, download=datamodule.download)  # no other need be there
     expected = image_type(first.checkpoint)
     if expected and "_target_" not in cfg.data and isinstance(split, Pairs):
         split.image_type = expected  # by default, all images must have the type of the first one

@@ -115,6 +115,14 @@ def test_evaluation_elsewhere(tmp_path: Path, finished_run: Path) -> None:
     assert list(written["boundary_miou"]) == [str(w) for w in WIDTHS]
 
 
+def test_evaluation_needs_no_other_split(tmp_path: Path, finished_run: Path) -> None:
+    """As where only CamVid's test frames are, and the run was validated on val."""
+    ckpt, output = best_checkpoint(finished_run), f"output={tmp_path / 'output'}"
+    absent = ["split=train", "data.val_split=absent", "data.limit=1"]
+    metrics = evaluate_checkpoint(ckpt, *absent, output)
+    assert (metrics["split"], metrics["images"]) == ("train", 1)
+
+
 @pytest.fixture(scope="module")
 def unlike(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints with another label of void pixels, and with other names of classes."""
