@@ -145,6 +145,7 @@ def advice(config: DictConfig, size: int, largest: tuple[int, int] | None = None
     one_by_one = f"data.batch_size=1 trainer.accumulate_grad_batches={images}"
     suggestions = {
         "trainer.precision=bf16-mixed": "if the device has bfloat16",
+        "trainer.precision=16-mixed": "on other NVIDIA GPUs, but not on a GTX 16xx",
         one_by_one: "as many images a step",
         IN_BACKWARD: "the same results",
         "model.checkpoint_stages=2": "the same results, but slower",

@@ -173,6 +173,8 @@ def test_advice_on_gradients_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) 
     in_backward = "optimizer=sgd_in_backward"
     plain, already = advised(), advised(in_backward)
     assert f"\n  {in_backward}    0.5 GB" in plain
+    for precision in ("bf16-mixed", "16-mixed"):  # a GTX 10xx has only the second
+        assert f"\n  trainer.precision={precision}    0.5 GB" in plain
     assert "accumulate_grad_batches" in plain
     assert "accumulate_grad_batches" not in already
     accumulated, other = advised("trainer.accumulate_grad_batches=2"), advised("optimizer=adamw")
