@@ -72,7 +72,8 @@ def export(cfg: DictConfig) -> Path:
         raise ConfigError("argmax=true: format=safetensors writes weights, which give no mask")
     path = export_path(cfg.output, ckpt, cfg.format, int8=cfg.int8)
     written = [path]
-    module, checkpoint = SegmentationModule.load_from_checkpoint(ckpt), read_checkpoint(ckpt)
+    checkpoint = read_checkpoint(ckpt)
+    module = SegmentationModule.load_from_checkpoint(ckpt, checkpoint=checkpoint)
     if cfg.format == "safetensors":
         card = model_card(checkpoint, ckpt)
         write_model_folder(checkpoint, module.state_dict(), path, card)

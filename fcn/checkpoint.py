@@ -1,4 +1,5 @@
-"""The only place that reads or writes a checkpoint, or any other file of weights.
+"""Reads and writes checkpoints and other files of weights. Nothing else does, except that Lightning
+opens a checkpoint again when it resumes a run, and torchvision reads its own downloads.
 
     read_checkpoint(find_checkpoint("runs/fcn8s/2026-01-31_12-00-00"))      # best.ckpt of that run
     read_checkpoint(find_checkpoint("export/best"))                  # what export.py made of one
@@ -257,9 +258,10 @@ def check_sizes(path: Path, checkpoint: Mapping[str, Any]) -> None:
     held["num_classes"] = score.shape[0]
     given = {**HEAD, "num_classes": score.shape[0], **settings}
     wrong = [f"{k}={given[k]}" for k, size in held.items() if given[k] != size]
-    if wrong or claimed > path.stat().st_size:
-        what = ", ".join(wrong) or f"of {claimed:,} bytes in a smaller file"
-        raise WeightsError(f"{path}: its weights are not what its settings say: {what}")
+    if wrong:
+        raise WeightsError(f"{path}: its weights are not what its settings say: {', '.join(wrong)}")
+    if claimed > path.stat().st_size:
+        raise WeightsError(f"{path}: its weights claim {claimed:,} bytes, more than the file has")
 
 
 def data_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -288,6 +288,8 @@ def compose(overrides: Sequence[str], config: str = "train") -> DictConfig:
         overrides: as on the command line.
         config: the script's name: train, evaluate, predict or export.
     """
+    if config in ("evaluate", "export"):
+        accept_data_changes()  # as these scripts do
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(config, list(map(quoted, overrides)))
 

@@ -185,7 +185,8 @@ class SegmentationModule(pl.LightningModule):
         logits = self.network.forward(batch["image"])
         prediction = logits.max(1).indices  # (N, K, H, W) -> (N, H, W); argmax takes twice as long
         self.confusion.update(prediction, mask)
-        # (1,): torchmetrics gathers one scalar from a process as another shape than several.
+        # Its shape is (1,), not (): else torchmetrics could not gather the values of a process that
+        # has one batch together with those of one that has several.
         self.val_losses.update(self.loss(logits, mask, pixels=1).reshape(1))
         return {"prediction": prediction.to(torch.uint8)}
 
@@ -319,6 +320,7 @@ class SegmentationModule(pl.LightningModule):
         cls,
         checkpoint_path: str | Path,
         map_location: str | torch.device | None = None,
+        checkpoint: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Self:
         """Build the module of a .ckpt or .safetensors, or of a published net.
@@ -329,13 +331,15 @@ class SegmentationModule(pl.LightningModule):
         Args:
             checkpoint_path: the file.
             map_location: the device that the module is moved to; None leaves it on the CPU.
+            checkpoint: what the file holds, if it has been read already. A run that still trains
+                replaces its last.ckpt, so that a second reading may find another.
             changes: arguments of `SegmentationModule` that replace those in the checkpoint.
 
         Raises:
             WeightsError: the file is missing, broken, not ours, or hostile.
         """
         path = Path(checkpoint_path)
-        checkpoint = read_checkpoint(path)
+        checkpoint = checkpoint or read_checkpoint(path)
         check_sizes(path, checkpoint)
         settings = {**checkpoint["hyper_parameters"], "weights": None}
         try:

@@ -208,9 +208,10 @@ def read_weights(
     weights = find_weights(backbone, source)
     if isinstance(weights, Path):
         state, settings = read_tensors_and_settings(weights)
-        if weights.name != Path(CAFFE_SCALE.url).name:
+        # torchvision fills the classifier of that weight set with NaN, whatever the file is called.
+        classifier = state.get("classifier.0.weight")
+        if classifier is None or not classifier.isnan().all():
             return state, MEAN, STD, settings
-        # It is the file of that weight set, fetched by hand.
         return state, CAFFE_SCALE.transforms().mean, CAFFE_SCALE.transforms().std, settings
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     timeout_before = socket.getdefaulttimeout()
@@ -325,7 +326,7 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _listed(names: Sequence[str], most: int = 40) -> str:
-    """The first `most` names in one line, and how many there are beyond these."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    """The first 40 names in one line, and how many there are beyond these."""
+    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+    return ", ".join(names[:40]) + more

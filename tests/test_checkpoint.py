@@ -242,7 +242,7 @@ def test_sizes(tmp_path: Path) -> None:
         "head_width=99": {"hyper_parameters": hyper | {"head_width": 99}},
         "num_classes=4": {"hyper_parameters": hyper | {"num_classes": 4}},
         "head_width=4096, head_kernel=7": {"hyper_parameters": {}},  # nothing said: the widest
-        r"of 4,000,.* bytes in a smaller file": {"state_dict": state | huge},
+        r"its weights claim 4,000,.* bytes, more than": {"state_dict": state | huge},
         "holds no weights of an FCN": {"state_dict": {}},
     }
     for message, change in wrong.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT
+from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -377,3 +378,11 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     assert "hydra" in modules.split()  # so the list is there
     assert not slow & set(modules.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["evaluate", "export"])
+def test_compose_without_the_script(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python, evaluate.py and export.py may not have been imported."""
+    store = ConfigStore.instance().repo
+    monkeypatch.setitem(store, "data", {})
+    assert compose(["ckpt=a.ckpt", "data.root=/data"], script).data == {"root": "/data"}

@@ -14,7 +14,7 @@ from conftest import PROJECT, TINY, compose_config, write_onnx
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from evaluate import evaluate
-from fcn.checkpoint import best_checkpoint, last_checkpoint
+from fcn.checkpoint import best_checkpoint, last_checkpoint, read_checkpoint
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import FCNError
@@ -121,6 +121,25 @@ def test_evaluation_needs_no_other_split(tmp_path: Path, finished_run: Path) -> 
     absent = ["split=train", "data.val_split=absent", "data.limit=1"]
     metrics = evaluate_checkpoint(ckpt, *absent, output)
     assert (metrics["split"], metrics["images"]) == ("train", 1)
+
+
+def test_a_checkpoint_replaced_while_it_is_opened(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a run that still trains: weights and settings must be of the same one."""
+    ckpt = changed_checkpoint(finished_run, tmp_path / "last.ckpt", global_step=1)
+    old = read_checkpoint(ckpt)["state_dict"]["network.score.bias"]
+
+    def replace(path: Path) -> str:
+        new = {"network.score.bias": old + 1}
+        other = changed_checkpoint(finished_run, tmp_path / "new", global_step=2, state_dict=new)
+        other.replace(path)
+        return "its checksum"
+
+    monkeypatch.setattr("fcn.evaluation.candidate.sha256", replace)
+    candidate = open_candidate(ckpt, accelerator="cpu", precision="32-true")
+    assert candidate.checkpoint["global_step"] == 1
+    assert torch.equal(candidate.module.network.score.bias, old)
 
 
 @pytest.fixture(scope="module")

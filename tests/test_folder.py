@@ -179,10 +179,17 @@ def test_lists(root: Path) -> None:
     (root / "masks" / "photo 09.png").unlink()  # it is in no list, so that nobody misses it
     assert opened(root, "train", **settings).ids == NAMES[:2]
     (lists / "train.txt").write_text("photo 00\nphoto 99\n")
-    refused(root, r"train\.txt: no file of 'photo 99' \(1 of 2 ids\)", "train", **settings)
+    refused(
+        root,
+        r"train\.txt: 'photo 99' has neither .* mask \(the first of 1 such ids, of 2\)",
+        "train",
+        **settings,
+    )
     with missing_allowed():  # as the check opens it
         errors = Survey("train", opened(root, "train", **settings), images=True).errors
-    assert [str(error) for error in errors] == [f"{lists / 'train.txt'}: no file of 'photo 99'"]
+    assert [str(error) for error in errors] == [
+        f"{lists / 'train.txt'}: 'photo 99' has neither an image nor a mask"
+    ]
     refused(root, r"none\.txt.*No such file", "train", train="none.txt")
     # An id that itself ends like a picture, by its id, by its file, and beside one without that.
     write_pair(root, "photo 03.jpg")

@@ -66,6 +66,7 @@ IMAGES: dict[str, tuple[bytes, str]] = {
     "four.tif": (tiff(noise(4), tags={262: 1, 338: [0] * 3}), "a TIFF of 4 bands of 8 bits"),
     "signed.tif": (tiff(noise(1, "int8")), "its values are signed"),
     "float colours.tif": (tiff(noise(3, "float32")), "it is a TIFF of 3 bands of 32 bits"),
+    "big.tif": (tiff(noise(3, "float32"), big=True), "it is a TIFF of 3 bands of 32 bits"),
     "negative.tif": (tiff(noise(1, "uint16"), tags={262: 0}), "its value 0 is white"),
     "alpha.png": (deep_png(noise(2, "uint16")), "Pillow reads only 8 of its 16 bits"),
     "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(200), "HEIC needs pip install -r requirements/"),

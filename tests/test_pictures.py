@@ -55,12 +55,19 @@ def save(path: Path, picture: Image.Image, orientation: int = 1) -> None:
     picture.save(path, **options, **({} if orientation == 1 else {"exif": exif}))
 
 
-def tiff(values: np.ndarray, *, tags: dict[int, Any] | None = None, planar: bool = False) -> bytes:
+def tiff(
+    values: np.ndarray,
+    *,
+    tags: dict[int, Any] | None = None,
+    planar: bool = False,
+    big: bool = False,
+) -> bytes:
     """A TIFF of values (H, W, bands) of any type, as programs for research write it.
 
     Args:
         tags: further tags, or other values for these.
         planar: the bands lie one after the other, and are compressed.
+        big: a BigTIFF, with 64-bit offsets.
     """
     height, width, bands = values.shape
     little = values.astype(values.dtype.newbyteorder("<"))
@@ -72,7 +79,9 @@ def tiff(values: np.ndarray, *, tags: dict[int, Any] | None = None, planar: bool
     all_tags |= {258: [8 * values.itemsize] * bands, 259: 8 if planar else 1}
     all_tags |= {262: 2 if bands >= 3 else 1, 339: [" uif".index(values.dtype.kind)] * bands}
     all_tags |= {273: [sum(sizes[:k]) for k in range(len(sizes))], 279: sizes}  # of the strips
-    directory, file = ImageFileDirectory_v2(prefix=b"II"), io.BytesIO()
+    head = b"II\x2b\0\x08\0\0\0" + (16).to_bytes(8, "little")  # of a BigTIFF
+    directory = ImageFileDirectory_v2(head) if big else ImageFileDirectory_v2(prefix=b"II")
+    file = io.BytesIO()
     for tag, value in (all_tags | (tags or {})).items():
         directory[tag] = value
     directory.save(file)

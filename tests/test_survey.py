@@ -85,7 +85,7 @@ def test_a_class_taken_for_void(tmp_path: Path, mask: Any, settings: Any, missin
     text = problem(tmp_path, [mask] * 3, **settings)
     assert f"no pixel of {missing} in the 2 training masks" in text
     assert 'data.dataset.void=null "data.dataset.palette=[[0,0,0],[255,255,255]]"' in text
-    assert "data.limit=2 trains" in text
+    assert "add data.limit=2 (all images)" in text
     assert len(text.splitlines()) == 1
 
 

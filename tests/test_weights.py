@@ -405,7 +405,8 @@ def test_normalisation_of_the_features_weights(
     state = vgg_state("vgg16")
     state["features.0.weight"] /= 100
     nan = {name: torch.full_like(v, torch.nan) for name, v in classifier(kernel=1).items()}
-    file = cached.with_name("vgg16_features-amdegroot-88682ab5.pth")
+    name = "vgg16_features-amdegroot-88682ab5.pth" if by_name else "renamed.pth"
+    file = cached.with_name(name)
     torch.save(state | nan, file)
     network, _ = loaded("IMAGENET1K_FEATURES" if by_name else file, backbone="vgg16")
     assert "conv6 and conv7 start at random" in caplog.text

@@ -169,8 +169,9 @@ class Folder(reading.Pairs):
         self._list = files.get(split, base)
         self._nowhere = [name for name in ids if name not in of_images and name not in of_masks]
         if self._nowhere:
-            count = f"{len(self._nowhere)} of {len(ids)} ids"
-            reading.refuse_missing(f"{self._list}: no file of '{self._nowhere[0]}' ({count})")
+            count = f"the first of {len(self._nowhere)} such ids, of {len(ids)}"
+            text = f"'{self._nowhere[0]}' has neither an image nor a mask"
+            reading.refuse_missing(f"{self._list}: {text} ({count})")
         pairs = {name: (of_images.path(name), of_masks.path(name)) for name in ids}
         super().__init__(pairs, value_range=value_range, max_pixels=max_pixels)
 
@@ -209,7 +210,8 @@ class Folder(reading.Pairs):
             DataError: it is such an id.
         """
         if self.ids[index] in self._nowhere:
-            raise DataError(f"{self._list}: no file of '{self.ids[index]}'")
+            text = f"'{self.ids[index]}' has neither an image nor a mask"
+            raise DataError(f"{self._list}: {text}")
 
     def _holds_labels(self, picture: Image.Image) -> bool:
         """Whether the values in a mask are labels, and not colours of data.dataset.palette."""

@@ -59,7 +59,8 @@ class Files(dict[str, Path]):
             if {"train/", "val/"} <= parts.keys():
                 if any(map(is_picture, self.folder.glob("[!.]*"))):
                     raise DataError(
-                        f"{self.folder}: there are pictures outside of train and val too"
+                        f"{self.folder}: there are pictures outside of train and val too; move "
+                        "them into one of these folders, or elsewhere"
                     )
                 self.parts, self._places = parts, places | parts
                 break

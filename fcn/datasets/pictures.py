@@ -132,8 +132,8 @@ def _why_not_opened(path: Path, error: Exception) -> str:
     """Why Pillow cannot open a file, in words; for a TIFF, which bands and type it has."""
     with suppress(Exception), path.open("rb") as file:
         head = file.read(8)
-        if 43 in head[2:4]:
-            raise ValueError("a BigTIFF, which has another header")
+        if 43 in head[2:4]:  # a BigTIFF, whose header is longer
+            head += file.read(8)
         directory = ImageFileDirectory_v2(head)
         file.seek(directory.next)
         directory.load(file)

@@ -200,7 +200,12 @@ def void_problem(train: Survey) -> str | None:
         message += (
             "Put images of it into the training list, or remove it from data.dataset.classes. "
         )
-    return f"{message}If the class is missing on purpose, data.limit={len(train.data)} trains"
+    return message + not_checked("the class is missing on purpose", train.data)
+
+
+def not_checked(meant: str, data: SegmentationDataset) -> str:
+    """How to train all the same."""
+    return f"If {meant}, add data.limit={len(data)} (all images): then this is not checked"
 
 
 def mixed_with_void(train: Survey, val: Survey) -> str | None:
@@ -224,7 +229,7 @@ def mixed_with_void(train: Survey, val: Survey) -> str | None:
         f"{in_place} of {len(present)} masks hold only {data.classes[0]} and void, which is "
         "ignored, while nearly all masks of the other classes hold no void. If void is a class "
         "there, as in masks of the values 0 and 255 among masks of labels, save all masks with the "
-        f"same labels. If it is meant, data.limit={len(data)} trains"
+        f"same labels. {not_checked('it is meant', data)}"
     )
 
 

@@ -100,7 +100,7 @@ def open_candidate(
         precision = best_precision(device)
         trainer = _trainer(accelerator, precision)
     if network is None:
-        module = SegmentationModule.load_from_checkpoint(path)
+        module = SegmentationModule.load_from_checkpoint(path, checkpoint=checkpoint)
         if precision == "64-true":  # it was built in float32, which has rounded the weights
             module.double().load_state_dict(checkpoint["state_dict"])
         module.network.set_layout(best_layout(device, precision, backward=False))

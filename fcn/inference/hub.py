@@ -35,6 +35,7 @@ from fcn.files import expanded
 from fcn.inference.model_card import model_card
 from fcn.module import SegmentationModule
 from fcn.network import FCN as Network
+from fcn.precision import best_layout
 
 need_packages("huggingface_hub", extra="hub")
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download  # noqa: E402
@@ -131,13 +132,14 @@ class FCN(Network, PyTorchModelHubMixin):
             name = str(pretrained_model_name_or_path)
             place = Path(snapshot_download(name, allow_patterns=list(MODEL_FOLDER), **download))
         path = find_checkpoint(place)
-        module = SegmentationModule.load_from_checkpoint(path, **options)
+        checkpoint = read_checkpoint(path)
+        module = SegmentationModule.load_from_checkpoint(path, checkpoint=checkpoint, **options)
         arguments = {k: v for k, v in module.hparams.items() if k in signature(Network).parameters}
         network = cls(**arguments)
         network.load_state_dict(module.network.state_dict())
         if "channels_last" not in options:
-            network.set_layout(True)  # the fastest here, on the CPU, wherever it was trained
-        checkpoint = read_checkpoint(path)
+            layout = best_layout(torch.device(map_location), "32-true", backward=False)
+            network.set_layout(layout)  # of this device, wherever it was trained
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
         network.source = path.absolute()  # the working directory may change
         return network.to(map_location).eval()

@@ -157,8 +157,8 @@ def load_predictor(path: Path, device: str = "auto", precision: str | None = Non
         return Predictor(onnx, names, palette, checkpoint["value_range"], kind, root)
     place = find_device(device)
     check_card(place)
-    module = SegmentationModule.load_from_checkpoint(path)
     checkpoint = read_checkpoint(path)
+    module = SegmentationModule.load_from_checkpoint(path, checkpoint=checkpoint)
     trained = str(checkpoint["precision"])
     # A network that was trained in float16, on a GPU without bfloat16, runs in float16 on any GPU
     # with tensor cores. Apple's mps has no float64.
@@ -297,7 +297,7 @@ def read_ahead(
     """
     begun = ((path, reader.submit(read, path)) for path in paths)
     for current, _ in pairwise(chain(begun, [None])):  # `pairwise` has begun the next one by now
-        if current:
+        if current:  # for the type checker: only the last second one is None
             yield current
 
 

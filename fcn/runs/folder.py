@@ -1,7 +1,6 @@
 """The run folder `runs/<name>/<date_time>/`: a new one, the lock on it, and the settings in it.
 
-    run = create_run_folder(Path("runs/fcn8s/2026-01-31_12-00-00"))
-    with lock_run(run):
+    with new_run(Path("runs/fcn8s/2026-01-31_12-00-00")) as run:  # which is locked now
         write_settings(run, cfg, overrides)
 
 What a finished run leaves there is a contract with users and scripts: config.yaml, overrides.yaml,

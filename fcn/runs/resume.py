@@ -197,9 +197,9 @@ def check_steps_left(run: Path, cfg: DictConfig, step: int) -> None:
     assert isinstance(before, DictConfig)
     _convert_old_settings(before)
     before.resume = literal(str(run))
-    # These two change no result, and may be needed for a last validation that is still due, for
+    # These change no weights, and may be needed for a last validation that is still due, for
     # example because memory ran out in it.
-    for key in ("data.num_workers", "data.eval_batch_size"):
+    for key in ("data.num_workers", "data.eval_batch_size", "trainer.precision"):
         OmegaConf.update(before, key, OmegaConf.select(cfg, key), force_add=True)
     if plain(before) == plain(cfg):
         return

@@ -44,11 +44,13 @@ def largest_batch(
     Args:
         module: takes the steps. Afterwards its weights are what they were before.
         size: height and width of the largest images, in pixels.
-        most: the largest number to try.
+        most: the largest number that is of use; the tuner may try more.
         trainer: the arguments of Lightning's Trainer that memory depends on, such as precision.
     """
     logging.getLogger("pytorch_lightning.tuner").setLevel(logging.ERROR)
-    noise = Noise(most, size)
+    # The tuner does not end where it cannot double or raise the size any more, because the images
+    # are used up. So there are more of them than fit into any memory; none exists before its turn.
+    noise = Noise(2**20, size)
     with tempfile.TemporaryDirectory() as folder:  # the tuner keeps the weights here
         quiet = pl.Trainer(
             default_root_dir=folder,
@@ -63,4 +65,4 @@ def largest_batch(
         Tuner(quiet).scale_batch_size(
             module, datamodule=noise, mode="binsearch", steps_per_trial=2, init_val=1, margin=0
         )
-    return noise.batch_size
+    return min(noise.batch_size, most)

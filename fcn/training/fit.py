@@ -116,11 +116,12 @@ def _explained(
     if ran_out_of_memory(error):
         device = trainer.strategy.root_device
         if interruption_of(trainer).in_validation:
+            batch = getattr(trainer.datamodule, "eval_batch_size", 1)  # type: ignore[attr-defined]
+            smaller = ["data.eval_batch_size=1"] if batch > 1 else []
             return TrainingError(
                 f"{device} ran out of memory in a validation, whose images are not cropped. Less "
                 "is needed by smaller images, and by 16 bits where the device has them "
-                "(trainer.precision=bf16-mixed or 16-mixed); "
-                + _go_on(trainer, "data.eval_batch_size=1")
+                "(trainer.precision=bf16-mixed or 16-mixed); " + _go_on(trainer, *smaller)
             )
         return TrainingError(f"{device} ran out of memory: {advice(memory_size(device))}")
     if loader_died(error):

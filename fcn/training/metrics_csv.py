@@ -34,7 +34,7 @@ class MetricsCSV(Logger):
 
     While another program has the file open, Windows may let nobody write it. All rows then go to a
     second file, `stand_in(path)`, which takes its place as soon as that is possible. If that is
-    open too, rows are kept in memory until the next one.
+    open too, rows are kept in memory until the next row is written.
 
     Args:
         path: the file. Rows that are there already are kept up to `resume_step`.

@@ -180,7 +180,9 @@ def check_trainer(settings: Settings) -> None:
     share = settings.get("limit_val_batches")
     if share is not None:
         valid = is_number(share) and share > 0 and (share <= 1 or isinstance(share, int))
-        wanted = "null, a whole number from 1 up, or a part of 1.0: best.ckpt needs a validation"
+        wanted = (
+            "null, a whole number from 1 up, or a share up to 1.0: best.ckpt needs a validation"
+        )
         if not valid:
             refuse("trainer.limit_val_batches", share, wanted)
 

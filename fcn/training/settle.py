@@ -93,7 +93,7 @@ def settle_length(
         steps = math.ceil(settings["max_epochs"] * images / step)
         if is_main_process():
             given = f"trainer.max_epochs={settings['max_epochs']}"
-            print(f"{given}: trainer.max_steps={steps}, not {settings['max_steps']}", flush=True)
+            print(f"{given}: these are {steps} steps, as trainer.max_steps={steps}", flush=True)
         settings["max_steps"], settings["max_epochs"] = steps, None
     least, most = settings.get("min_steps") or 0, settings["max_steps"]
     if least > most != -1:
@@ -102,7 +102,7 @@ def settle_length(
     here = len(datamodule.val_data) // trainer.world_size  # Lightning rounds down, too
     batches = math.ceil(here / data["eval_batch_size"])
     if isinstance(share, float) and batches and int(share * batches) == 0:
-        wanted = f"null, a whole number, or a part of 1.0 that is at least one of {batches} batches"
+        wanted = f"null, a whole number, or a share up to 1.0, of at least one of {batches} batches"
         refuse("trainer.limit_val_batches", share, wanted)
 
 
