@@ -138,7 +138,7 @@ class FCN(Network, PyTorchModelHubMixin):
         network = cls(**arguments)
         network.load_state_dict(module.network.state_dict())
         if "channels_last" not in options:
-            layout = best_layout(torch.device(map_location), "32-true", backward=False)
+            layout = best_layout(torch.device(map_location or "cpu"), "32-true", backward=False)
             network.set_layout(layout)  # of this device, wherever it was trained
         network.settings = settings_of({**checkpoint, "hyper_parameters": dict(module.hparams)})
         network.source = path.absolute()  # the working directory may change
