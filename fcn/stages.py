@@ -25,7 +25,7 @@ from fcn.checkpoint import best_checkpoint
 from fcn.cli import CONF, command_line, path_in, quoted, read_settings, short_messages
 from fcn.errors import ConfigError
 from fcn.files import expanded
-from fcn.runs.folder import setting_name
+from fcn.runs.folder import newest_first, setting_name
 from fcn.runs.sweep import find_job, finished_before, resumable, several_processes
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -116,7 +116,7 @@ def find_folder(first: list[str]) -> Path:
         first: the settings of the first stage.
     """
     root = Path("runs") / "stages"
-    before = (f for f in sorted(root.glob("*"), reverse=True) if find_stage(f, first))
+    before = (folder for folder in newest_first(root) if find_stage(folder, first))
     return next(before, root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 

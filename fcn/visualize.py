@@ -22,7 +22,7 @@ from fcn.figures.comparison import compare_runs
 from fcn.figures.curves import DRAWN, Columns, draw_curves, series
 from fcn.figures.legend import one_line
 from fcn.files import expanded
-from fcn.runs.folder import read_changes
+from fcn.runs.folder import name_parts, read_changes
 from fcn.runs.metrics import read_numbers
 
 LONGEST_CHANGES = 80  # characters of a run's settings in the legend
@@ -77,8 +77,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, Columns]:
     for folder in folders:
         is_run = (folder / "metrics.csv").is_file()
         jobs = [path.parent for path in folder.glob("*/metrics.csv")]
-        # Job 2 of a sweep comes before job 10.
-        found = [folder] if is_run else sorted(jobs, key=lambda job: (len(job.name), job.name))
+        found = [folder] if is_run else sorted(jobs, key=name_parts)
         if not found:
             raise ConfigError(f"{folder}: no run folder (it has no metrics.csv)")
         for run in found:

@@ -14,8 +14,24 @@ from fcn import files
 from fcn.errors import ConfigError, WriteError
 from fcn.runs import folder as folders
 from fcn.runs import versions
-from fcn.runs.folder import create_run_folder, is_training, lock_run, read_overrides, started_with
+from fcn.runs.folder import (
+    create_run_folder,
+    is_training,
+    lock_run,
+    name_parts,
+    newest_first,
+    read_overrides,
+    started_with,
+)
 from fcn.runs.versions import git_revision
+
+
+def test_order_of_runs(tmp_path: Path) -> None:
+    jobs = ["0", "0_2", "1", "2", "10"]  # of a sweep
+    for name in reversed(jobs):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in sorted(tmp_path.glob("*"), key=name_parts)] == jobs
+    assert [path.name for path in newest_first(tmp_path)] == jobs[::-1]
 
 
 def test_folders_of_two_runs_differ(tmp_path: Path) -> None:

@@ -84,14 +84,17 @@ def _first_free(folder: Path, create: Callable[[Path], None]) -> Path:
     return candidate
 
 
+def name_parts(path: Path) -> list[str | int]:
+    """A file's name as text, number, text and so on, such as ["run_", 10, ""].
+
+    As a key for sorting, it brings 2 before 10, and 0_2 between 0 and 1.
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
 def newest_first(root: Path) -> list[Path]:
-    """What is in a folder, by name, the last one first. Of numbered names, _10 is after _9."""
-
-    def parts(path: Path) -> list[str | int]:
-        """The name as text, number, text and so on, such as ["run_", 10, ""]."""
-        return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)]
-
-    return sorted(root.glob("*"), key=parts, reverse=True)
+    """What is in a folder of runs, whose names are times: the last one first."""
+    return sorted(root.glob("*"), key=name_parts, reverse=True)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from fcn.runs.folder import (
     create_run_folder,
     create_sweep_folder,
     lock_run,
+    name_parts,
     newest_first,
     read_changes,
     started_with,
@@ -236,4 +237,4 @@ def _row(run: Path) -> Row:
 def _runs(sweep: Path) -> list[Path]:
     """The runs in a folder, in the order of their numbers."""
     runs = [path.parent for path in sweep.glob("*/overrides.yaml")]
-    return sorted(runs, key=lambda run: (len(run.name), run.name))
+    return sorted(runs, key=name_parts)
