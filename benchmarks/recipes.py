@@ -122,7 +122,7 @@ CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "narrower head": ("model.head_width=256",),
     "wider head": ("model.head_width=1024",),
     "head of 3x3": ("model.head_kernel=3",),
-    "first form": (
+    "first form": (  # what the recipe had before 2026-11-28, but for its class weights
         "model.class_weights=null",
         "model.deep_skips=false",
         "model.dropout=0.5",
