@@ -8,8 +8,8 @@ Each network trains for that long on the same cores, as its authors do, or for a
 fast GPU, minutes would compare how soon Python starts each operation, and not the networks. Ours
 trains as the recipe, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
 as it is, those of segmentation-models-pytorch (smp) on our crops, and once more with the recipe's
-loss, optimizer and frozen stages. `--rate 6e-5` changes the rate of these, and of ours. The
-features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
+loss, optimizer and frozen stages. `--rate 1.2e-4` changes the rate of these, and of ours; with
+`--only` and one `--output`, each network can have the rate that suits it in one figure. The features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
 device has bfloat16, all compute in it, although their authors use float32. On tensor cores without
 it, such as Turing's, only ours computes in 16 bits.
 
@@ -185,7 +185,8 @@ def count(text: str) -> int:
 
 
 def named(run: dict[str, Any]) -> str:
-    return f"{run['name']}, {run['seed']}"
+    rate = f", rate {run['rate']:g}" if run["rate"] else ""
+    return f"{run['name']}, {run['seed']}{rate}"
 
 
 def runs_of(output: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,7 +226,10 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """What each had reached in the end, on all images, in Markdown."""
-    lines = ["| network, seed | minutes | steps | mean IoU |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| network, seed, rate if not the recipe's | minutes | steps | mean IoU |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for run in sorted(runs, key=lambda run: -run["miou"]):
         minutes, steps = run["minutes_taken"], run["steps_taken"]
         lines.append(f"| {named(run)} | {minutes:.1f} | {steps:,} | {100 * run['miou']:.1f} |")
@@ -265,7 +269,7 @@ def main() -> None:
     args.output = args.output or Path("runs", "race", args.recipe)
     args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
     args.minutes = None if args.steps else args.minutes or 10.0
-    told = ("recipe", "minutes", "steps", "device", "workers", "settings", "rate", "first")
+    told = ("recipe", "minutes", "steps", "device", "workers", "settings", "first")
     conditions = {name: getattr(args, name) for name in told}
     conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work
@@ -274,8 +278,8 @@ def main() -> None:
     if unknown := set(args.only or ()) - set(names):
         parser.error(f"--only: there is no {unknown}, but {', '.join(names)}")
     for name in args.only or names:
-        run = {**race(name, args), "seed": args.seed, **conditions}
-        file = re.sub(r"[ /]", "_", f"{name}_{args.seed}") + ".json"
+        run = {**race(name, args), "seed": args.seed, "rate": args.rate, **conditions}
+        file = re.sub(r"[ /,]+", "_", named(run)) + ".json"
         (args.output / file).write_text(json.dumps(run), encoding="utf-8")
     runs = runs_of(args.output, conditions)
     draw(runs, args.output / "race.png", args.first)

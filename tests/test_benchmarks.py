@@ -186,8 +186,12 @@ def test_races_are_not_mixed(
     start = partial(run_script, monkeypatch, race, *given)
     start()
     start("--seed", "1")
-    rows = ["| ours, 1 | 4.0 | 1,200 | 35.0 |", "| ours, 0 | 4.0 | 1,200 | 25.0 |"]
+    start("--seed", "2", "--rate", "1.2e-4")  # each network may have its own rate
+    rows = ["| ours, 2, rate 0.00012 | 4.0 | 1,200 | 45.0 |"]
+    rows += ["| ours, 1 | 4.0 | 1,200 | 35.0 |", "| ours, 0 | 4.0 | 1,200 | 25.0 |"]
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == rows
+    rates = [json.loads(file.read_text())["rate"] for file in sorted(tmp_path.glob("*.json"))]
+    assert rates == [None, None, 1.2e-4]
     for changed, had in (
         (["--minutes", "5"], r"minutes=10\.0"),
         (["--steps", "5"], r"minutes=10\.0, steps=None"),
