@@ -9,7 +9,8 @@ fast GPU, minutes would compare how soon Python starts each operation, and not t
 trains as the recipe, the others as benchmarks/peers.py says: torchfcn on one whole image at a time,
 as it is, those of segmentation-models-pytorch (smp) on our crops, and once more with the recipe's
 loss, optimizer and frozen stages. `--rate 1.2e-4` changes the rate of these, and of ours; with
-`--only` and one `--output`, each network can have the rate that suits it in one figure. The features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
+`--only` and one `--output`, each network can have the rate that suits it, in one figure. The
+features of smp's are evened out (peers.even_out), as ours are by model.pool_scales. Where the
 device has bfloat16, all compute in it, although their authors use float32. On tensor cores without
 it, such as Turing's, only ours computes in 16 bits.
 
@@ -226,10 +227,8 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """What each had reached in the end, on all images, in Markdown."""
-    lines = [
-        "| network, seed, rate if not the recipe's | minutes | steps | mean IoU |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    lines = ["| network, seed, rate (if not the recipe's) | minutes | steps | mean IoU |"]
+    lines.append("| --- | ---: | ---: | ---: |")
     for run in sorted(runs, key=lambda run: -run["miou"]):
         minutes, steps = run["minutes_taken"], run["steps_taken"]
         lines.append(f"| {named(run)} | {minutes:.1f} | {steps:,} | {100 * run['miou']:.1f} |")
