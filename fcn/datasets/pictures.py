@@ -273,10 +273,8 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, 
 
 def palette_of(picture: Image.Image) -> np.ndarray:
     """The colours (256, 3) of a picture of mode P. What its palette lacks is shown as black."""
-    table = np.zeros((256, 3), int)
-    palette = np.reshape(picture.getpalette() or [], (-1, 3))
-    table[: len(palette)] = palette
-    return table
+    channels = (picture.getpalette() or []) + [0] * 768
+    return np.reshape(channels[:768], (256, 3))
 
 
 def _low_bytes(args: Any) -> Any:
