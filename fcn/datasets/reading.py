@@ -127,10 +127,9 @@ def check_exist(paths: Iterable[Path], *, what: str) -> None:
         DataError: a file is missing.
     """
     wanted = list(paths)
-    found: dict[Path, set[str]] = {}
-    for folder in {path.parent for path in wanted}:
-        found[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [path for path in wanted if path.name not in found[path.parent]]
+    folders = {path.parent for path in wanted}
+    found = {folder: set(os.listdir(folder)) for folder in folders if folder.is_dir()}
+    missing = [path for path in wanted if path.name not in found.get(path.parent, ())]
     if missing:
         message = f"{len(missing)} of {len(wanted)} {what} missing, the first {missing[0]}"
         refuse_missing(message + others_of_stem(missing[0]))
