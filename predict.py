@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from fcn import cli
-from fcn.errors import ConfigError, DataError, check_choice, check_whole
+from fcn.errors import ConfigError, DataError, check_choice, check_text, check_whole
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="predict")
@@ -53,17 +53,19 @@ def predict(cfg: DictConfig) -> Path:
     from fcn.checkpoint import find_checkpoint
     from fcn.datasets.pictures import MAX_PIXELS
     from fcn.datasets.voc2012 import VOC2012
-    from fcn.files import create_folder
+    from fcn.files import create_folder, expanded
     from fcn.inference import photos
     from fcn.inference.predictor import load_predictor, predict_files
     from fcn.inference.tta import TestTime, view_settings
     from fcn.inference.video import predict_videos
     from fcn.precision import keep_freed_memory
+    from fcn.runs.folder import output_folder
 
     keep_freed_memory()
     check_whole("max_pixels", cfg.max_pixels, 1, 2**40, optional=True)
     ckpt = find_checkpoint(cfg.ckpt)
-    output = photos.results_folder(cfg.output, ckpt)
+    check_text("output", cfg.output, wanted="a folder", optional=True)
+    output = expanded(cfg.output or output_folder(ckpt, "predictions"))
     predictor = load_predictor(ckpt, cfg.device, cfg.precision)
     if voc:
         if list(predictor.class_names) != list(VOC2012.classes):

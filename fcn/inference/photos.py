@@ -20,7 +20,6 @@ from fcn.datasets.reading import check_exist, read_ids
 from fcn.datasets.voc2012 import ARCHIVE, list_path
 from fcn.errors import ConfigError, DataError, check_choice, check_text, need_packages, refuse
 from fcn.files import expanded
-from fcn.runs.folder import output_folder
 
 Jobs = dict[Path, Path]  # photographs or videos, and the target of each
 LeftOut = dict[Path, str]  # files, and why they are no photographs to segment
@@ -32,12 +31,6 @@ FORMATS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo"}
 MASK, OVERLAY, OVERLAY_VIDEO, LEGEND = ".png", "_overlay.jpg", "_overlay.mp4", "_legend.png"
 MARK = "fcn predict.py"  # in each result: PNG's text "Software", or a JPEG's or video's comment
 OWN_RESULT = "it is a result of an earlier run"
-
-
-def results_folder(output: str | None, checkpoint: Path) -> Path:
-    """The folder for results: `output`, or predictions/ in the run that a checkpoint is of."""
-    check_text("output", output, wanted="a folder", optional=True)
-    return expanded(output) if output else output_folder(checkpoint, "predictions")
 
 
 def result_path(target: Path, ending: str) -> Path:
