@@ -136,21 +136,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = _load(path)
     if is_published(checkpoint):
         return published_checkpoint(checkpoint)
+    foreign = f"{path} is no checkpoint of this codebase"
     names = {"state_dict", *SETTINGS}
     missing = names.difference(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
-        raise WeightsError(
-            f"{path} is no checkpoint of this codebase: it has no {', '.join(sorted(missing))}"
-        )
+        raise WeightsError(f"{foreign}: it has no {', '.join(sorted(missing))}")
     settings = checkpoint["hyper_parameters"]
     if not is_state_dict(checkpoint["state_dict"]) or not isinstance(settings, dict):
         wanted = "its state_dict must be a table of tensors, and its hyper_parameters a dict"
-        raise WeightsError(f"{path} is no checkpoint of this codebase: {wanted}")
+        raise WeightsError(f"{foreign}: {wanted}")
     if not _are_plain([*map(checkpoint.get, SETTINGS), checkpoint.get("fresh_layers")]):
         limit = f"plain values, in at most {DEEPEST} levels of at most {MOST_VALUES:,}"
-        raise WeightsError(
-            f"{path} is no checkpoint of this codebase: its settings are not {limit}"
-        )
+        raise WeightsError(f"{foreign}: its settings are not {limit}")
     return checkpoint | {"config": without_targets(checkpoint["config"])}
 
 
