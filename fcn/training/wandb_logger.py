@@ -85,14 +85,13 @@ class TolerantWandbLogger(WandbLogger):
         """Start a W&B run, offline if it cannot be online."""
         # W&B itself reads WANDB_MODE once in a process, and not after a first run in a notebook.
         mode = os.environ.get("WANDB_MODE") or None
-        if mode is None:
-            try:
-                if not wandb.login(prompt=False):
-                    mode = "offline"
-                    print(f"W&B: not logged in, so offline; {self._how_to_upload()}")
-            except Exception as error:
+        try:
+            if mode is None and not wandb.login(prompt=False):
                 mode = "offline"
-                self._warn(error)
+                print(f"W&B: not logged in, so offline; {self._how_to_upload()}")
+        except Exception as error:
+            mode = "offline"
+            self._warn(error)
         try:
             return wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except Exception as error:
