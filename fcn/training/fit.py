@@ -12,12 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from fcn import cli
-from fcn.checkpoint import (
-    best_checkpoint,
-    last_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from fcn.checkpoint import best_checkpoint, last_checkpoint, newest_checkpoint, read_checkpoint
 from fcn.datamodule import SegmentationDataModule
 from fcn.errors import ConfigError, Stopped, TrainingError, WriteError
 from fcn.files import write_json

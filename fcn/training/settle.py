@@ -22,13 +22,7 @@ from fcn.datasets.reading import Pairs
 from fcn.datasets.survey import Survey, balanced_weights
 from fcn.errors import ConfigError, refuse
 from fcn.module import SegmentationModule
-from fcn.precision import (
-    best_layout,
-    best_precision,
-    keep_freed_memory,
-    main_device,
-    precisions_of,
-)
+from fcn.precision import best_layout, best_precision, keep_freed_memory, main_device, precisions_of
 from fcn.runs.process import is_main_process
 from fcn.training.batch_size import largest_batch
 
