@@ -24,13 +24,7 @@ from fcn.datasets import VOID
 from fcn.errors import ConfigError, WeightsError, check_choice, check_text, refuse
 from fcn.files import sha256
 from fcn.module import SegmentationModule
-from fcn.precision import (
-    PRECISIONS,
-    best_layout,
-    best_precision,
-    cast_weights,
-    precisions_of,
-)
+from fcn.precision import PRECISIONS, best_layout, best_precision, cast_weights, precisions_of
 
 
 @dataclass

@@ -85,11 +85,7 @@ def export_path(output: str | None, checkpoint: Path, format: str, *, int8: bool
 
 
 def export_program(
-    module: SegmentationModule,
-    path: Path,
-    *,
-    checkpoint: Mapping[str, Any],
-    argmax: bool = False,
+    module: SegmentationModule, path: Path, *, checkpoint: Mapping[str, Any], argmax: bool = False
 ) -> tuple[float, float]:
     """Write the network as an ONNX file or a torch.export program, if that agrees with it.
 

@@ -31,15 +31,7 @@ from fcn.datasets import pictures
 from fcn.datasets.pictures import MAX_PIXELS, image_facts, read_image
 from fcn.datasets.value_range import SMALL_SHARE, Range, check_range, measure, range_problem
 from fcn.datasets.voc2012 import voc_palette
-from fcn.errors import (
-    ConfigError,
-    DataError,
-    WriteError,
-    check_choice,
-    check_whole,
-    reason,
-    refuse,
-)
+from fcn.errors import ConfigError, DataError, WriteError, check_choice, check_whole, reason, refuse
 from fcn.figures.legend import draw_legend, legend_entries
 from fcn.figures.masks import labels_in, overlay, to_palette_image, to_pil
 from fcn.files import atomic_write
