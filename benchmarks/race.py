@@ -213,7 +213,7 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     for run in runs:
         when, mious = zip(*run["points"], strict=True)
         axes.plot(when, [100 * miou for miou in mious], marker="o", label=named(run))
@@ -221,7 +221,7 @@ def draw(runs: list[dict[str, Any]], path: Path, images: int) -> None:
     axes.set(xlabel=unit, ylabel=f"mean IoU in %, {images} images")
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center")  # inside, it could hide a line
     figure.savefig(path, dpi=120)
 
 
