@@ -93,12 +93,17 @@ def compute_as_ours(network: nn.Module, device: str) -> None:
     network.forward = forward
 
 
+def trains_as_recipe(name: str) -> bool:
+    """Whether a network has the recipe's optimizer, rate and schedule, and not its authors'."""
+    return name.startswith("ours") or name in SMP_OUR_RECIPE
+
+
 def schedule(
     name: str, contestant: Contestant, progress: Callable[[], float]
 ) -> LRScheduler | None:
     """How its authors lower the rate; `progress` goes from 0 to 1."""
     limits: dict[str, Any] = {"total_steps": math.inf, "time_used": progress}
-    if name.startswith("ours") or name in SMP_OUR_RECIPE:
+    if trains_as_recipe(name):
         return poly(contestant.optimizer, **limits, warmup_steps=50)  # the recipes'
     if name in SMP:  # of its multiclass example: from 2e-4 to 1e-5
         return cosine(contestant.optimizer, **limits, final=1e-5 / 2e-4)
@@ -186,6 +191,7 @@ def count(text: str) -> int:
 
 
 def named(run: dict[str, Any]) -> str:
+    """How figure, table and file name a run: network, seed, and a rate that is not the recipe's."""
     rate = f", rate {run['rate']:g}" if run["rate"] else ""
     return f"{run['name']}, {run['seed']}{rate}"
 
@@ -268,8 +274,8 @@ def main() -> None:
     args.output = args.output or Path("runs", "race", args.recipe)
     args.weights = args.weights or composed("train", f"experiment={args.recipe}").model.weights
     args.minutes = None if args.steps else args.minutes or 10.0
-    told = ("recipe", "minutes", "steps", "device", "workers", "settings", "first")
-    conditions = {name: getattr(args, name) for name in told}
+    same = ("recipe", "minutes", "steps", "device", "workers", "settings", "first")
+    conditions = {name: getattr(args, name) for name in same}
     conditions["weights"] = Path(args.weights).name
     runs_of(args.output, conditions)  # before the work
     args.output.mkdir(parents=True, exist_ok=True)
@@ -277,7 +283,8 @@ def main() -> None:
     if unknown := set(args.only or ()) - set(names):
         parser.error(f"--only: there is no {unknown}, but {', '.join(names)}")
     for name in args.only or names:
-        run = {**race(name, args), "seed": args.seed, "rate": args.rate, **conditions}
+        rate = args.rate if trains_as_recipe(name) else None
+        run = {**race(name, args), "seed": args.seed, "rate": rate, **conditions}
         file = re.sub(r"[ /,]+", "_", named(run)) + ".json"
         (args.output / file).write_text(json.dumps(run), encoding="utf-8")
     runs = runs_of(args.output, conditions)

@@ -218,6 +218,10 @@ def test_races_are_not_mixed(
     run_script(monkeypatch, race, *other)
     run = json.loads((tmp_path / "without" / "ours_0.json").read_text())
     assert run["weights"] == "IMAGENET1K_FEATURES"  # what the recipe names
+    # torchfcn keeps its authors' rate, so its run is not named after another one.
+    monkeypatch.setattr(race, "contestants", lambda recipe, device: ["torchfcn FCN8s vgg16"])
+    run_script(monkeypatch, race, *other, "--rate", "1.2e-4")
+    assert (tmp_path / "without" / "torchfcn_FCN8s_vgg16_0.json").is_file()
 
 
 def test_a_race_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
