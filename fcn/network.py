@@ -1,4 +1,4 @@
-"""FCN-32s, FCN-16s and FCN-8s on a torchvision VGG, as one class.
+"""FCN-32s, FCN-16s, FCN-8s and FCN-4s on a torchvision VGG, as one class.
 
 Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
 
@@ -18,8 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fcn.vgg import CAFFE_MEAN, MEAN, STD, backbones, stage_widths, vgg_stages
 
-# The pools whose features each variant adds to its coarse scores, coarse to fine.
-SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}
+# The pools whose features each variant adds to its coarse scores, coarse to fine. The paper ends
+# at 8.
+SKIPS: dict[int, tuple[str, ...]] = {
+    32: (),
+    16: ("pool4",),
+    8: ("pool4", "pool3"),
+    4: ("pool4", "pool3", "pool2"),
+}
 
 
 class FCN(nn.Module):
@@ -28,7 +34,8 @@ class FCN(nn.Module):
     Args:
         num_classes: K, background included. Void is not a class.
         stride: pixels between two predictions of the finest map that is upsampled to the image:
-            32, 16 or 8 (FCN-32s, FCN-16s, FCN-8s).
+            32, 16 or 8 (FCN-32s, FCN-16s, FCN-8s), or 4, which goes on as the paper does from 16
+            to 8 and which it does not have.
         backbone: a torchvision VGG without batch norm: "vgg11", "vgg13", "vgg16" or "vgg19".
         head_width: channels of conv6 and conv7. Only 4096 can take VGG's own classifier.
         head_kernel: size of conv6, odd. Only 7 can take VGG's own classifier.
@@ -40,11 +47,13 @@ class FCN(nn.Module):
             them; with `deep_skips`, on the convolutions before these pools as well. The authors'
             "at once" training, which adds both skips from the first step, uses (1, 0.01, 0.0001):
             in an ImageNet VGG, the values of a pool are larger the nearer it is to the image, and
-            without the factors the skip from pool3 would learn fastest.
+            without the factors the skip from pool3 would learn fastest. The factor of pool3 is that
+            of pool2 as well, whose values are about as large (in CamVid's images, their standard
+            deviation is 400 with Caffe's VGG-16, and that of pool3 is 460).
         deep_skips: whether each skip also reads what the next stage's convolutions make of its
-            pool, in the same height and width: conv5_3 of a VGG-16 with pool4, and conv4_3 with
-            pool3. The paper does not do this. A feature pyramid network (Lin et al. 2017) reads
-            these convolutions. Needs fusion="score".
+            pool, in the same height and width: conv5_3 of a VGG-16 with pool4, conv4_3 with pool3,
+            and conv3_3 with pool2. The paper does not do this. A feature pyramid network (Lin et
+            al. 2017) reads these convolutions. Needs fusion="score".
         learn_upsampling: False leaves every upsampling layer untrained. It keeps its first values,
             which are bilinear interpolation, or those that were loaded.
         learn_last_upsampling: False leaves only the last of them, which goes to the size of the
@@ -100,20 +109,21 @@ class FCN(nn.Module):
         self.margin, self.cell = (99, 1) if caffe else (0, 32)
 
         self.stages = vgg_stages(backbone, pooling, ceil_mode=caffe)
-        *_, pool3, pool4, pool5 = stage_widths(self.stages)  # 256, 512 and 512 in VGG-16 and 19
+        widths = stage_widths(self.stages)  # [64, 128, 256, 512, 512] in VGG-16 and 19
         padding = 0 if caffe else head_kernel // 2
-        self.conv6 = nn.Conv2d(pool5, head_width, head_kernel, padding=padding)
+        self.conv6 = nn.Conv2d(widths[4], head_width, head_kernel, padding=padding)
         self.conv7 = nn.Conv2d(head_width, head_width, 1)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
         self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
+        self.pool_scales["pool2"] = self.pool_scales["pool3"]
         self.skips = nn.ModuleDict()  # what each adds: scores of what it reads, or just that
         self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:
-            widths = {"pool3": (pool3, pool4), "pool4": (pool4, pool5)}[pool]
-            width = sum(widths) if deep_skips else widths[0]
+            stage = int(pool[-1])
+            width = widths[stage - 1] + (widths[stage] if deep_skips else 0)
             scored = fusion == "score"
             self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
             out_channels = channels if scored else width
@@ -213,7 +223,7 @@ class FCN(nn.Module):
         x = self.score(x)  # (N, K, H'/32, W'/32)
 
         for pool, skip in self.skips.items():
-            x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), then H'/8
+            x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), H'/8, H'/4
             x = x + skip(_crop(features.pop(pool), self.offsets[pool], x.shape[-2:]))
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); "caffe": at least H, W
         return _crop(x, self.offsets["image"], (height, width))
@@ -316,7 +326,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
     """Refuse arguments of `FCN` that cannot work, before any layer is built.
 
     Raises:
-        ValueError: for example "stride=7: must be 32, 16 or 8".
+        ValueError: for example "stride=7: must be 32, 16, 8 or 4".
     """
     limits = [("num_classes", 1, 255), ("head_width", 1, 2**14)]
     limits += [("freeze_stages", 0, 5), ("checkpoint_stages", 0, 5)]
@@ -334,7 +344,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
     _check("channels_last", layout, valid, "auto, true or false")
 
     stride, kernel, dropout = given["stride"], given["head_kernel"], given["dropout"]
-    _check("stride", stride, _is_integer(stride, 8, 32) and stride in SKIPS, "32, 16 or 8")
+    _check("stride", stride, _is_integer(stride, 4, 32) and stride in SKIPS, "32, 16, 8 or 4")
     odd = _is_integer(kernel, 1, 63) and kernel % 2 == 1
     _check("head_kernel", kernel, odd, "an odd number from 1 to 63")
     valid = _is_number(dropout) and 0 <= dropout < 1

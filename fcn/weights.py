@@ -120,11 +120,11 @@ def _compare_settings(
     if settings.get("pooling", pooling) != pooling:
         others.append(f"model.pooling={settings['pooling']}")
     scales = settings.get("pool_scales")
-    if isinstance(scales, list | tuple) and len(scales) == len(network.pool_scales):
+    if isinstance(scales, list | tuple) and len(scales) == 3:
         strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
         pools = ["pool5", *(SKIPS[strides[0]] if len(strides) == 1 else ())]  # that it has read
-        theirs = dict(zip(network.pool_scales, scales, strict=True))
-        if any(theirs[pool] != network.pool_scales[pool] for pool in pools):
+        theirs = dict(zip(pools, scales, strict=False))  # pool2 has the factor of pool3
+        if any(theirs[pool] != network.pool_scales[pool] for pool in theirs):
             others.append(f"model.pool_scales={list(scales)}")
     return f"trained with {' '.join(others)}, unlike this network" if others else ""
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fcn.network import FCN, SKIPS
 from fcn.weights import from_torchvision
 
-VARIANTS = list(itertools.product((32, 16, 8), ("score", "feature")))
+VARIANTS = list(itertools.product(SKIPS, ("score", "feature")))
 CAFFE = {"alignment": "caffe", "head_kernel": 7}
 DEEP = {"deep_skips": True}
 
@@ -59,10 +59,11 @@ def test_contract_of_the_constructor() -> None:
     assert all(p.kind == p.KEYWORD_ONLY for p in parameters[3:])
 
 
+@pytest.mark.parametrize("stride", [8, 4])
 @pytest.mark.parametrize("options", [{"fusion": "score"}, {"fusion": "feature"}, DEEP])
-def test_decoder_adds_what_it_should(options: dict[str, Any]) -> None:
+def test_decoder_adds_what_it_should(options: dict[str, Any], stride: int) -> None:
     """The loop, spelt out by hand. The image is padded at the bottom and at the right."""
-    network = randomised(**options, pool_scales=(2.0, 0.5, 0.25))
+    network = randomised(**options, stride=stride, pool_scales=(2.0, 0.5, 0.25))
     image = torch.rand(1, 3, 60, 90)
     x, pools, convolved = F.pad(network.normalize(image), (0, 6, 0, 4)), [], []
     for stage in network.stages:
@@ -74,13 +75,16 @@ def test_decoder_adds_what_it_should(options: dict[str, Any]) -> None:
         pools.append(x)
     x = network.score(network.conv7(network.conv6(2.0 * x).relu()).relu())
     up, skips = network.upsample, network.skips
-    pool4, pool3 = 0.5 * pools[3], 0.25 * pools[2]
+    pool4, pool3, pool2 = 0.5 * pools[3], 0.25 * pools[2], 0.25 * pools[1]
     if options == DEEP:  # conv5 has the size of pool4 and the scale of pool5
         pool4 = torch.cat([pool4, 2.0 * convolved[4]], 1)
         pool3 = torch.cat([pool3, 0.5 * convolved[3]], 1)
+        pool2 = torch.cat([pool2, 0.25 * convolved[2]], 1)
     x = up["to_pool4"](x) + skips["pool4"](pool4)
     x = up["to_pool3"](x) + skips["pool3"](pool3)
-    x = up["to_image_8"](x)[..., :60, :90]
+    if stride == 4:
+        x = up["to_pool2"](x) + skips["pool2"](pool2)
+    x = up[f"to_image_{stride}"](x)[..., :60, :90]
     assert x.abs().mean() > 1e-3
     torch.testing.assert_close(network(image), x)
 

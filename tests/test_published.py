@@ -286,9 +286,9 @@ def test_at_once(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_checkpoint(ckpt)["hyper_parameters"]["weights"] is None
     module = SegmentationModule.load_from_checkpoint(ckpt)
     assert module.fresh_layers == []
-    assert module.network.pool_scales == {"pool5": 1, "pool4": 0.01, "pool3": 0.0001}
+    assert module.network.pool_scales == {"pool5": 1, "pool4": 0.01, "pool3": 1e-4, "pool2": 1e-4}
     staged = network_of(published)
-    assert staged.pool_scales == {"pool5": 1, "pool4": 1, "pool3": 1}
+    assert staged.pool_scales == {"pool5": 1, "pool4": 1, "pool3": 1, "pool2": 1}
     assert module.network.conv7.weight.equal(staged.conv7.weight)
 
 

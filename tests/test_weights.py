@@ -130,7 +130,7 @@ def test_one_warning_names_the_layers_that_start_at_random(
 @pytest.mark.parametrize("decoder", [{}, {"fusion": "feature"}, {"deep_skips": True}])
 @pytest.mark.parametrize(
     ("coarse", "fine", "pools"),
-    [(32, 16, ["pool4"]), (16, 8, ["pool3"]), (32, 8, ["pool4", "pool3"]), (16, 16, [])],
+    [(32, 16, ["pool4"]), (16, 8, ["pool3"]), (32, 8, ["pool4", "pool3"]), (8, 4, ["pool2"]), (16, 16, [])],
 )
 def test_coarser_checkpoint_starts_finer(
     decoder: dict[str, Any], coarse: int, fine: int, pools: list[str], tmp_path: Path
@@ -174,6 +174,18 @@ def test_a_checkpoint_of_a_network_that_computes_otherwise(
     loaded(path, stride=8)
     wanted = [f"{path}: trained with {warning}, unlike this network"] if warning else []
     assert caplog.messages == wanted
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.1, True), (1.0, False)])
+def test_a_checkpoint_of_an_fcn4s_with_another_scale_of_pool3(
+    scale: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {f"network.{name}": value for name, value in small(stride=4).state_dict().items()}
+    settings = {"pool_scales": [1.0, 1.0, scale]}
+    loaded(save(tmp_path, {"state_dict": state, "hyper_parameters": settings}), stride=4)
+    assert [f"model.pool_scales=[1.0, 1.0, {scale}]" in text for text in caplog.messages] == (
+        [True] if warned else []
+    )
 
 
 def test_a_checkpoint_of_another_alignment(tmp_path: Path) -> None:
