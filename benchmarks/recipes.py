@@ -89,6 +89,7 @@ THIN_CLASSES = "model.class_weights=[1,1,3,1,1,1,3,2,1,3,3]"
 CAMVID_ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
     "4s": ("model=fcn4s",),
+    "4s, skips of 3x3": ("model=fcn4s", "model.skip_kernel=3"),
     "16s": ("model=fcn16s",),
     "32s": ("model=fcn32s",),
     "skips of the paper": ("model.deep_skips=false",),

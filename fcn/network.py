@@ -54,6 +54,8 @@ class FCN(nn.Module):
             pool, in the same height and width: conv5_3 of a VGG-16 with pool4, conv4_3 with pool3,
             and conv3_3 with pool2. The paper does not do this. A feature pyramid network (Lin et
             al. 2017) reads these convolutions. Needs fusion="score".
+        skip_kernel: size of the convolutions that score what the skips read, odd; 1 in the paper.
+            The decoder of an FPN has convolutions of 3x3. More than 1 needs fusion="score".
         learn_upsampling: False leaves every upsampling layer untrained. It keeps its first values,
             which are bilinear interpolation, or those that were loaded.
         learn_last_upsampling: False leaves only the last of them, which goes to the size of the
@@ -91,6 +93,7 @@ class FCN(nn.Module):
         fusion: str = "score",
         pool_scales: Sequence[float] = (1.0, 1.0, 1.0),
         deep_skips: bool = False,
+        skip_kernel: int = 1,
         learn_upsampling: bool = True,
         learn_last_upsampling: bool = True,
         freeze_stages: int = 0,
@@ -124,9 +127,12 @@ class FCN(nn.Module):
         for pool in SKIPS[stride]:
             stage = int(pool[-1])
             width = widths[stage - 1] + (widths[stage] if deep_skips else 0)
-            scored = fusion == "score"
-            self.skips[pool] = nn.Conv2d(width, num_classes, 1) if scored else nn.Identity()
-            out_channels = channels if scored else width
+            skip: nn.Module = nn.Identity()
+            out_channels = width
+            if fusion == "score":
+                skip = nn.Conv2d(width, num_classes, skip_kernel, padding=skip_kernel // 2)
+                out_channels = channels
+            self.skips[pool] = skip
             self.upsample[f"to_{pool}"] = _upsampling(channels, out_channels, 2, caffe)
             channels = out_channels
         self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride, caffe)
@@ -345,8 +351,9 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
     stride, kernel, dropout = given["stride"], given["head_kernel"], given["dropout"]
     _check("stride", stride, _is_integer(stride, 4, 32) and stride in SKIPS, "32, 16, 8 or 4")
-    odd = _is_integer(kernel, 1, 63) and kernel % 2 == 1
-    _check("head_kernel", kernel, odd, "an odd number from 1 to 63")
+    for name in ("head_kernel", "skip_kernel"):
+        odd = _is_integer(given[name], 1, 63) and given[name] % 2 == 1
+        _check(name, given[name], odd, "an odd number from 1 to 63")
     valid = _is_number(dropout) and 0 <= dropout < 1
     _check("dropout", dropout, valid, "a number of at least 0 and below 1")
     scales = given["pool_scales"]
@@ -358,6 +365,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
     _check("head_kernel", kernel, fits, "7 with alignment=caffe")
     fits = not given["deep_skips"] or given["fusion"] == "score"
     _check("deep_skips", given["deep_skips"], fits, "false with fusion=feature")
+    fits = given["skip_kernel"] == 1 or given["fusion"] == "score"
+    _check("skip_kernel", given["skip_kernel"], fits, "1 with fusion=feature")
     for name in ("learn_upsampling", "learn_last_upsampling"):
         fits = given[name] or given["fusion"] != "feature"
         _check(name, given[name], fits, "true with fusion=feature, which must learn to upsample")

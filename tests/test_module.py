@@ -216,6 +216,7 @@ REFUSED: dict[str, list[Any]] = {
     "dropout": [1, float("nan")],
     "pool_scales": [(1.0, 2.0), (1.0, 0.0, 1.0)],
     "deep_skips": ["yes", 1],
+    "skip_kernel": [2, 0, 1.0],
     "channels_last": [1],
     "learn_upsampling": ["no"],
     "alignment": ["left"],

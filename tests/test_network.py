@@ -46,7 +46,7 @@ def test_logits_have_the_size_of_the_image(
     network = small(stride=stride, fusion=fusion, **options)
     networks = [network]
     if fusion == "score":
-        networks.append(small(stride=stride, **options, **DEEP))
+        networks.append(small(stride=stride, **options, **DEEP, skip_kernel=3))
     for size in ((1, 1), (26, 27), (59, 3), (64, 96)):  # caffe: 26 + 6 are the last in a cell
         for each in networks:
             assert each(torch.zeros(2, 3, *size, dtype=torch.uint8)).shape == (2, 5, *size)
@@ -159,7 +159,8 @@ def test_network_starts_bilinear_and_at_zero(stride: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [*({"stride": s, "fusion": f} for s, f in VARIANTS), CAFFE, DEEP]
+    "options",
+    [*({"stride": s, "fusion": f} for s, f in VARIANTS), CAFFE, DEEP, DEEP | {"skip_kernel": 3}],
 )
 def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     network = randomised(**options, dropout=0.0).train()
@@ -231,6 +232,8 @@ def test_settings_that_do_not_go_together() -> None:
         small(alignment="caffe")
     with pytest.raises(ValueError, match=r"^deep_skips=true: must be false with fusion=feature"):
         small(fusion="feature", **DEEP)
+    with pytest.raises(ValueError, match=r"^skip_kernel=3: must be 1 with fusion=feature"):
+        small(fusion="feature", skip_kernel=3)
     for name in ("learn_upsampling", "learn_last_upsampling"):
         with pytest.raises(ValueError, match=f"^{name}=false: .* must learn"):
             small(fusion="feature", **{name: False})
