@@ -244,7 +244,9 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Train each network for the same minutes or steps, and write marks and figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--recipe", choices=("voc_mini", "camvid_fcn8s", "camvid_fcn4s"), required=True)
+    parser.add_argument(
+        "--recipe", choices=("voc_mini", "camvid_fcn8s", "camvid_fcn4s"), required=True
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", help="a file; without it, what the recipe names")
     parser.add_argument("--rate", type=positive, help="in place of the recipe's optimizer.lr")

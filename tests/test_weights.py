@@ -130,7 +130,13 @@ def test_one_warning_names_the_layers_that_start_at_random(
 @pytest.mark.parametrize("decoder", [{}, {"fusion": "feature"}, {"deep_skips": True}])
 @pytest.mark.parametrize(
     ("coarse", "fine", "pools"),
-    [(32, 16, ["pool4"]), (16, 8, ["pool3"]), (32, 8, ["pool4", "pool3"]), (8, 4, ["pool2"]), (16, 16, [])],
+    [
+        (32, 16, ["pool4"]),
+        (16, 8, ["pool3"]),
+        (32, 8, ["pool4", "pool3"]),
+        (8, 4, ["pool2"]),
+        (16, 16, []),
+    ],
 )
 def test_coarser_checkpoint_starts_finer(
     decoder: dict[str, Any], coarse: int, fine: int, pools: list[str], tmp_path: Path
