@@ -112,7 +112,7 @@ def check_number(
 def check_choice(name: str, value: Any, choices: Sequence[Any], *, optional: bool = False) -> None:
     """Refuse what is not equal to one of the choices; None passes if `optional`."""
     valid = any(type(value) is type(choice) and value == choice for choice in choices)
-    _check(name, value, valid, f"one of {', '.join(map(_shown, choices))}", optional)
+    _check(name, value, valid, f"one of {', '.join(map(shown, choices))}", optional)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -135,7 +135,7 @@ def refuse(name: str, value: Any, wanted: str) -> None:
     quoted_number = isinstance(value, str) and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value)
     if quoted_number and "number" in wanted:
         wanted += ", but is a text; remove the quotes"
-    raise ConfigError(f"{name}={_shown(value)}: must be {wanted}")
+    raise ConfigError(f"{name}={shown(value)}: must be {wanted}")
 
 
 def is_number(value: Any) -> bool:
@@ -150,7 +150,7 @@ def _check(name: str, value: Any, valid: bool, wanted: str, optional: bool) -> N
         refuse(name, value, f"null or {wanted}" if optional else wanted)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it is written in YAML and on the command line."""
     if value is None:
         return "null"

@@ -119,6 +119,8 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
         ("data.batch_size=1", "data.batch_size=1: a resumed run keeps"),
         ("data.val_split=train", "data.val_split=train: a resumed run keeps"),
         ("trainer.limit_val_batches=1", "trainer.limit_val_batches=1: a resumed run keeps"),
+        ("model.deep_skips=true", r"model\.deep_skips=true: .*, which was false\."),
+        ("data.limit=3", r", which was null\."),
     ],
 )
 def test_changes_that_are_not_possible(run: Path, change: str, message: str) -> None:

@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from fcn.checkpoint import last_checkpoint
 from fcn.cli import CONF, PATHS, RENAMED, literal, plain, quoted, resolved
-from fcn.errors import ConfigError, reason
+from fcn.errors import ConfigError, reason, shown
 from fcn.runs.folder import is_training, newest_first, read_overrides, started_with
 
 # To import a module of these packages runs none of the code that a run folder could hold.
@@ -238,8 +238,9 @@ def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
         old, new = (OmegaConf.select(cfg, key) for cfg in (before, after))
         if old != new:
             raise ConfigError(
-                f"{key}={new}: a resumed run keeps this setting, which was {old}. To change it, "
-                f"start a new run from these weights: model.weights={last_checkpoint(run)}"
+                f"{key}={shown(new)}: a resumed run keeps this setting, which was {shown(old)}. To "
+                "change it, start a new run from these weights: "
+                f"model.weights={last_checkpoint(run)}"
             )
 
 
