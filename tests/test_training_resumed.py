@@ -241,7 +241,7 @@ def test_settings_that_only_the_run_has(
         ("optimizer.lr=1e-4", r"^no steps are left: set trainer\.max_steps above 2$"),
         ("trainer.max_steps=1", r"^trainer\.max_steps=1: the run is at step 2 already$"),
         ("optimizer._target_=torch.optim.AdamW", r"optimizer\._target_=torch\.optim\.AdamW: a res"),
-        ("+optimizer.amsgrad=true", r"optimizer\.amsgrad=True: a resumed run keeps"),
+        ("+optimizer.amsgrad=true", r"optimizer\.amsgrad=true: a resumed run keeps"),
         ("model.freeze_stages=2", r"model\.freeze_stages=2: .* which was 0\. .*model\.weights="),
         ("model.weights=other.pth", r"model\.weights=other\.pth: a resumed run keeps"),
         ("trainer.accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches=2: .* was 1"),
