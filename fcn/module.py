@@ -82,19 +82,16 @@ class SegmentationModule(pl.LightningModule):
         if class_names is None:
             class_names = [str(k) for k in range(num_classes or 21)]
         check_labels(class_names, palette, void)
-        if num_classes is None:
-            num_classes = len(class_names)
+        num_classes = num_classes or len(class_names)
         if len(class_names) != num_classes:
             wanted = f"null or {len(class_names)}, the number of class names"
             refuse("num_classes", num_classes, f"{wanted} (background is a class, void is not)")
         _check_class_weights(class_weights, num_classes)
         self.save_hyperparameters(ignore=["optimizer", "scheduler"], logger=False)
         self.hparams.update(num_classes=num_classes, class_names=list(class_names))
-        self.class_names = list(class_names)
-        self.void = void
+        self.class_names, self.void = list(class_names), void
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.head_lr_multiplier = head_lr_multiplier
-        self.bias_lr_multiplier = bias_lr_multiplier
+        self.head_lr_multiplier, self.bias_lr_multiplier = head_lr_multiplier, bias_lr_multiplier
 
         self.network = FCN(num_classes, **network)
         # The layers of head and decoder that were not loaded; `head_lr_multiplier` applies to them.

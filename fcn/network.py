@@ -20,12 +20,7 @@ from fcn.vgg import CAFFE_MEAN, MEAN, STD, backbones, stage_widths, vgg_stages
 
 # The pools whose features each variant adds to its coarse scores, coarse to fine. The paper ends
 # at 8.
-SKIPS: dict[int, tuple[str, ...]] = {
-    32: (),
-    16: ("pool4",),
-    8: ("pool4", "pool3"),
-    4: ("pool4", "pool3", "pool2"),
-}
+SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3"), 4: ("pool4", "pool3", "pool2")}
 
 
 class FCN(nn.Module):
@@ -103,9 +98,8 @@ class FCN(nn.Module):
     ) -> None:
         _check_arguments(locals())  # no other local variable exists yet
         super().__init__()
-        self.backbone, self.stride = backbone, stride
-        self.fusion, self.deep_skips = fusion, deep_skips
-        self.alignment, self.checkpoint_stages = alignment, checkpoint_stages
+        self.backbone, self.stride, self.deep_skips = backbone, stride, deep_skips
+        self.fusion, self.alignment, self.checkpoint_stages = fusion, alignment, checkpoint_stages
         caffe = alignment == "caffe"
         # Pixels added around the image (conv1_1 adds one more itself), and the number that the
         # padded sides are multiples of.
@@ -119,20 +113,18 @@ class FCN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
 
-        self.pool_scales = dict(zip(("pool5", "pool4", "pool3"), pool_scales, strict=True))
-        self.pool_scales["pool2"] = self.pool_scales["pool3"]
+        pools = ("pool5", "pool4", "pool3", "pool2")
+        self.pool_scales = dict(zip(pools, (*pool_scales, pool_scales[2]), strict=True))
         self.skips = nn.ModuleDict()  # what each adds: scores of what it reads, or just that
         self.upsample = nn.ModuleDict()  # by 2 to the size of each pool, then to that of the image
         channels = num_classes
         for pool in SKIPS[stride]:
-            stage = int(pool[-1])
-            width = widths[stage - 1] + (widths[stage] if deep_skips else 0)
-            skip: nn.Module = nn.Identity()
-            out_channels = width
+            before = int(pool[-1]) - 1  # the stages before that of this pool
+            width = sum(widths[before : before + (2 if deep_skips else 1)])
+            out_channels = num_classes if fusion == "score" else width
+            self.skips[pool] = nn.Identity()
             if fusion == "score":
-                skip = nn.Conv2d(width, num_classes, skip_kernel, padding=skip_kernel // 2)
-                out_channels = channels
-            self.skips[pool] = skip
+                self.skips[pool] = nn.Conv2d(width, num_classes, skip_kernel, 1, skip_kernel // 2)
             self.upsample[f"to_{pool}"] = _upsampling(channels, out_channels, 2, caffe)
             channels = out_channels
         self.upsample[f"to_image_{stride}"] = _upsampling(channels, num_classes, stride, caffe)
@@ -378,8 +370,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 def _check(name: str, value: object, valid: bool, wanted: str) -> None:
     if not valid:
-        shown = "null" if value is None else value
-        shown = str(value).lower() if isinstance(value, bool) else shown
+        shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
         raise ValueError(f"{name}={shown}: must be {wanted}")
 
 

@@ -123,8 +123,8 @@ def _compare_settings(
     if isinstance(scales, list | tuple) and len(scales) == 3:
         strides = [s for s in SKIPS if f"upsample.to_image_{s}.weight" in state]
         pools = ["pool5", *(SKIPS[strides[0]] if len(strides) == 1 else ())]  # that it has read
-        theirs = dict(zip(pools, scales, strict=False))  # pool2 has the factor of pool3
-        if any(theirs[pool] != network.pool_scales[pool] for pool in theirs):
+        # There are three factors, and pool2 has that of pool3.
+        if any(network.pool_scales[p] != scale for p, scale in zip(pools, scales, strict=False)):
             others.append(f"model.pool_scales={list(scales)}")
     return f"trained with {' '.join(others)}, unlike this network" if others else ""
 
