@@ -370,8 +370,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 def _check(name: str, value: object, valid: bool, wanted: str) -> None:
     if not valid:
-        shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
-        raise ValueError(f"{name}={shown}: must be {wanted}")
+        text = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
+        raise ValueError(f"{name}={text}: must be {wanted}")
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:

@@ -215,7 +215,7 @@ REFUSED: dict[str, list[Any]] = {
     "head_kernel": [4, 3.0],
     "dropout": [1, float("nan")],
     "pool_scales": [(1.0, 2.0), (1.0, 0.0, 1.0)],
-    "deep_skips": ["yes", 1],
+    "deep_skips": ["yes", 1, "True"],  # the text "True" is not shown as true
     "skip_kernel": [2, 0, 1.0],
     "channels_last": [1],
     "learn_upsampling": ["no"],
