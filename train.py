@@ -91,7 +91,9 @@ def train(cfg: DictConfig, run: Path, overrides: list[str] | None = None) -> dic
         if is_main_process():
             write_settings(run, cfg, overrides or [])
             device = f"{trainer.world_size} x {trainer.strategy.root_device}, {trainer.precision}"
-            print(f"run folder: {run}\n{datamodule.sizes()}; {device}", flush=True)
+            images = f"{len(datamodule.train_data)} images to train on, "
+            images += f"{len(datamodule.val_data)} to validate on"
+            print(f"run folder: {run}\n{images}; {device}", flush=True)
         return fit(
             trainer, module, datamodule, checkpoint, lambda size: advice(cfg, datamodule, size)
         )

@@ -8,9 +8,6 @@ stream. A run that was killed and resumed therefore sees the images that it woul
 the interruption, and the number of loader processes makes no difference.
 """
 
-import math
-import multiprocessing
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,10 +23,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fcn.datasets import SegmentationDataset, find_dataset
 from fcn.datasets.reading import check_disjoint
 from fcn.errors import ConfigError, DataError, check_flag, check_text, check_whole, reason, refuse
-from fcn.loader_process import Transformed, leave_interrupts, random_generator
+from fcn.loader_process import (
+    Transformed,
+    leave_interrupts,
+    loaders_are_spawned,
+    random_generator,
+    system_workers,
+)
 from fcn.transforms import MAX_SIZE, collate, eval_transform, is_size, train_transform
-
-SPAWNED_BYTES = 400e6  # of memory that a loader process takes where it is spawned, not forked
 
 
 class SegmentationDataModule(pl.LightningDataModule):
@@ -45,7 +46,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             placeholder, to be replaced by a number before the loaders are made.
         eval_batch_size: images in an evaluation batch. 1 evaluates every image at its own size. A
             larger number pads images to a common size, which changes scores in the last digits.
-        num_workers: loader processes; None: as many as `default_workers` says. With forked
+        num_workers: loader processes; None: as many as `system_workers` says. With forked
             processes, validation has as many of its own, which take little memory. With spawned
             ones it has one at most.
         limit: use only the first so many images of each split; None: all.
@@ -163,10 +164,6 @@ class SegmentationDataModule(pl.LightningDataModule):
             if data is not None
         }
 
-    def sizes(self) -> str:
-        """How many images there are to train on and to validate on, as a phrase."""
-        return f"{len(self.train_data)} images to train on, {len(self.val_data)} to validate on"
-
     def open(self, split: str, *, download: bool = False) -> SegmentationDataset:
         """One split as it is on disk, or its first `limit` images."""
         try:
@@ -266,33 +263,3 @@ class ShuffledStream(Sampler[tuple[int, int]]):
                 current, order = epoch, random_generator(self.seed, epoch).permutation(self.size)
             yield epoch, int(order[place])
             position += self.world
-
-
-def default_workers(cores: int, memory: float = math.inf) -> int:
-    """The number of loader processes where none is asked for: one less than cores, at most 8.
-
-    Args:
-        cores: that this process may use.
-        memory: bytes of free memory, which limit the number where processes are spawned. All
-            loaders together get a quarter of it at most. If there is a second core, there is
-            always one loader.
-    """
-    return int(min(8, cores - 1, max(1, memory / 4 / SPAWNED_BYTES)))
-
-
-def system_workers() -> int:
-    """`default_workers` for this machine."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
-        cores = len(os.sched_getaffinity(0))
-    if not loaders_are_spawned():
-        return default_workers(cores)
-    import psutil
-
-    return default_workers(cores, psutil.virtual_memory().available)
-
-
-def loaders_are_spawned() -> bool:
-    """Whether loader processes are new interpreters, which must import torch, and no forks."""
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    return (chosen or multiprocessing.get_all_start_methods()[0]) != "fork"  # the default is first

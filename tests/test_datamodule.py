@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 
-import fcn.datamodule
-from fcn.datamodule import SegmentationDataModule, ShuffledStream, default_workers
+from fcn.datamodule import SegmentationDataModule, ShuffledStream
 from fcn.datasets.shapes import Shapes
 from fcn.datasets.voc2012 import VOC2012
 from fcn.errors import ConfigError, DataError
+from fcn.loader_process import default_workers, loaders_are_spawned
 
 
 def shapes(**options: Any) -> SegmentationDataModule:
@@ -113,7 +113,7 @@ def test_classes_are_known_before_the_data_is_there() -> None:
 
 
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcn.datamodule, "loaders_are_spawned", lambda: False)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "fork")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     assert shapes(num_workers=None).num_workers == 3
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
@@ -126,7 +126,7 @@ def test_number_of_spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """By cores and gigabytes of free memory."""
     table = {(1, 64): 0, (2, 0.1): 1, (8, 2): 1, (8, 4): 2, (8, 64): 7, (64, 64): 8}
     assert {key: default_workers(key[0], key[1] * 1e9) for key in table} == table
-    monkeypatch.setattr(fcn.datamodule, "loaders_are_spawned", lambda: True)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "spawn")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     memory = SimpleNamespace(available=4 * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -140,7 +140,7 @@ def test_number_of_spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_start_methods(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
-    assert fcn.datamodule.loaders_are_spawned() == (method != "fork")
+    assert loaders_are_spawned() == (method != "fork")
     assert shapes(num_workers=2).val_dataloader().num_workers == (2 if method == "fork" else 1)
 
 
