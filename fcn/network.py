@@ -29,8 +29,8 @@ class FCN(nn.Module):
     Args:
         num_classes: K, background included. Void is not a class.
         stride: pixels between two predictions of the finest map that is upsampled to the image:
-            32, 16 or 8 (FCN-32s, FCN-16s, FCN-8s), or 4, which goes on as the paper does from 16
-            to 8 and which it does not have.
+            32, 16 or 8 (FCN-32s, FCN-16s, FCN-8s); or 4 (FCN-4s), which is not in the paper: it
+            adds pool2 to an FCN-8s, as the paper adds pool3 to an FCN-16s.
         backbone: a torchvision VGG without batch norm: "vgg11", "vgg13", "vgg16" or "vgg19".
         head_width: channels of conv6 and conv7. Only 4096 can take VGG's own classifier.
         head_kernel: size of conv6, odd. Only 7 can take VGG's own classifier.
@@ -43,8 +43,7 @@ class FCN(nn.Module):
             "at once" training, which adds both skips from the first step, uses (1, 0.01, 0.0001):
             in an ImageNet VGG, the values of a pool are larger the nearer it is to the image, and
             without the factors the skip from pool3 would learn fastest. The factor of pool3 is that
-            of pool2 as well, whose values are about as large (in CamVid's images, their standard
-            deviation is 400 with Caffe's VGG-16, and that of pool3 is 460).
+            of pool2 as well, whose values are about as large.
         deep_skips: whether each skip also reads what the next stage's convolutions make of its
             pool, in the same height and width: conv5_3 of a VGG-16 with pool4, conv4_3 with pool3,
             and conv3_3 with pool2. The paper does not do this. A feature pyramid network (Lin et
@@ -100,6 +99,7 @@ class FCN(nn.Module):
         super().__init__()
         self.backbone, self.stride, self.deep_skips = backbone, stride, deep_skips
         self.fusion, self.alignment, self.checkpoint_stages = fusion, alignment, checkpoint_stages
+        self.skip_kernel = skip_kernel
         caffe = alignment == "caffe"
         # Pixels added around the image (conv1_1 adds one more itself), and the number that the
         # padded sides are multiples of.
@@ -222,7 +222,7 @@ class FCN(nn.Module):
 
         for pool, skip in self.skips.items():
             x = self.upsample[f"to_{pool}"](x)  # (N, K or C of the pool, H'/16, ..), H'/8, H'/4
-            x = x + skip(_crop(features.pop(pool), self.offsets[pool], x.shape[-2:]))
+            x = x + _crop(skip(features.pop(pool)), self.offsets[pool], x.shape[-2:])
         x = self.upsample[f"to_image_{self.stride}"](x)  # (N, K, H', W'); "caffe": at least H, W
         return _crop(x, self.offsets["image"], (height, width))
 
@@ -370,6 +370,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 def _check(name: str, value: object, valid: bool, wanted: str) -> None:
     if not valid:
+        if isinstance(value, str) and value[:1].isdigit():
+            wanted += ", but is a text; remove the quotes"
         text = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
         raise ValueError(f"{name}={text}: must be {wanted}")
 

@@ -161,7 +161,8 @@ def _refuse_what_does_not_fit(
         listed = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
         raise WeightsError(
             f"{source} does not fit a {network.backbone} FCN-{network.stride}s with "
-            f"fusion={network.fusion} deep_skips={str(network.deep_skips).lower()}. {listed}. "
+            f"fusion={network.fusion} deep_skips={str(network.deep_skips).lower()} "
+            f"skip_kernel={network.skip_kernel}. {listed}. "
             "Backbone, fusion, deep_skips, skip_kernel, number of classes and widths must be those "
             "of the file, whose network must have the same stride or a coarser one"
         )

@@ -89,6 +89,21 @@ def test_decoder_adds_what_it_should(options: dict[str, Any], stride: int) -> No
     torch.testing.assert_close(network(image), x)
 
 
+def test_caffe_scores_a_pool_before_it_is_cropped() -> None:
+    """As the authors' nets do. A skip of 3x3 then sees what lies beyond the crop."""
+    network = randomised(**CAFFE, stride=16, skip_kernel=3)
+    maps: dict[str, Tensor] = {}
+    for name, layer in (("pool4", network.stages[3]), ("up", network.upsample["to_pool4"])):
+        layer.register_forward_hook(lambda *args, name=name: maps.__setitem__(name, args[2]))
+    logits = network(torch.rand(1, 3, 50, 50))
+    offset, size = network.offsets["pool4"], maps["up"].shape[-1]
+    assert 0 < offset < maps["pool4"].shape[-1] - size
+    added = network.skips["pool4"](maps["pool4"])[..., offset:, offset:][..., :size, :size]
+    offset = network.offsets["image"]
+    expected = network.upsample["to_image_16"](maps["up"] + added)[..., offset:, offset:]
+    torch.testing.assert_close(logits, expected[..., :50, :50])
+
+
 def test_images() -> None:
     network = randomised()
     image = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8)

@@ -226,6 +226,7 @@ ONE, INF = torch.zeros(1), torch.full((8,), torch.inf)
             {"stride": 16} | DEEP,
             r"skips.pool4.weight \(5, 16, 1, 1\), not \(5, 32, 1, 1\)",
         ),
+        (FCN_16S, {"stride": 8, "skip_kernel": 3}, r" skip_kernel=3\. .*not \(5, 16, 3, 3\)"),
         # A coarser one in a finer one, but with a layer too few, half a layer, or an odd one.
         (without(FCN_16S, "upsample.to_pool4"), {"stride": 8}, "missing: upsample.to_pool4.weight"),
         (FCN_32S | {"skips.pool4.weight": ONE}, {"stride": 16}, "missing: skips.pool4.bias"),
