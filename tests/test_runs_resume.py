@@ -121,6 +121,11 @@ def test_changes_of_a_resumed_run(run: Path) -> None:
         ("trainer.limit_val_batches=1", "trainer.limit_val_batches=1: a resumed run keeps"),
         ("model.deep_skips=true", r"model\.deep_skips=true: .*, which was false\."),
         ("data.limit=3", r", which was null\."),
+        # A run with larger kernels could not begin with these weights.
+        (
+            "model.skip_kernel=3",
+            r"a new run\. If its layers have the same sh.*: model\.weights=",
+        ),
     ],
 )
 def test_changes_that_are_not_possible(run: Path, change: str, message: str) -> None:

@@ -239,8 +239,8 @@ def _check_kept(run: Path, before: DictConfig, after: DictConfig) -> None:
         if old != new:
             raise ConfigError(
                 f"{key}={shown(new)}: a resumed run keeps this setting, which was {shown(old)}. To "
-                "change it, start a new run from these weights: "
-                f"model.weights={last_checkpoint(run)}"
+                "change it, start a new run. If its layers have the same shapes or its stride is "
+                f"finer, it can begin with these weights: model.weights={last_checkpoint(run)}"
             )
 
 
