@@ -1,9 +1,11 @@
 """Train FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that of FCN-16s.
 
-This is how Long, Shelhamer, Darrell (CVPR 2015, section 4.2) train these networks.
+This is how Long, Shelhamer, Darrell (CVPR 2015, section 4.2) train these networks. FCN-4s, which
+the paper has not, comes last if the name of the recipe ends with it.
 
     python -m fcn.stages experiment=paper               # recipes paper_fcn32s, paper_fcn16s, ...
     python -m fcn.stages experiment=quickstart seed=1   # one recipe, with model=fcn32s, fcn16s, ...
+    python -m fcn.stages experiment=camvid_fcn4s        # FCN-32s, 16s, 8s and 4s
     python -m fcn.stages data.root=/data optimizer.lr=1e-3
 
 The settings are those of train.py. Each stage gets all of them, except model.weights, which only
@@ -30,6 +32,7 @@ from fcn.runs.sweep import find_job, finished_before, resumable, several_process
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STAGES = ("fcn32s", "fcn16s", "fcn8s")
+OWN = ("model", "model.stride", "resume")  # settings that differ from stage to stage
 
 
 def settings_of(stage: str, given: Sequence[str], weights: Path | None) -> list[str]:
@@ -44,7 +47,7 @@ def settings_of(stage: str, given: Sequence[str], weights: Path | None) -> list[
         ConfigError: an argument is not a setting, or is one that differs from stage to stage.
     """
     for argument in given:
-        if argument.startswith("-") or argument.partition("=")[0] in ("model", "resume"):
+        if argument.startswith("-") or argument.partition("=")[0] in OWN:
             raise ConfigError(f"{argument}: this cannot be given for all stages")
     recipes = [o.removeprefix("experiment=") for o in given if o.startswith("experiment=")]
     recipe = recipes[0] if recipes else None
@@ -81,7 +84,8 @@ def train_stages(given: Sequence[str]) -> int:
     chosen = path_in(f"hydra.run.dir={folders[-1]}") if folders else None
     folder = expanded(chosen) if chosen else find_folder(settings_of(STAGES[0], given, None))
     weights = None
-    for stage in STAGES:
+    to_4s = any(o.startswith("experiment=") and o.endswith("fcn4s") for o in given)
+    for stage in (*STAGES, "fcn4s") if to_4s else STAGES:
         settings = settings_of(stage, given, weights)
         run = find_stage(folder, settings)
         if run is None or not finished_before(run):

@@ -37,7 +37,7 @@ def test_settings_of_the_stages() -> None:
     model = ["model=fcn8s", "name=quickstart_fcn8s", "experiment=quickstart"]
     assert settings_of("fcn8s", ["experiment=quickstart"], None) == model
     assert settings_of("fcn8s", [], None) == ["model=fcn8s", "name=fcn8s"]
-    for wrong in ("model=fcn8s", "resume=x", "-m"):
+    for wrong in ("model=fcn8s", "model.stride=8", "resume=x", "-m"):
         with pytest.raises(ConfigError, match=wrong):
             settings_of("fcn32s", [wrong], None)
 
@@ -74,6 +74,24 @@ def test_stages_that_fail_and_begin_again(
     settings = ["model=fcn8s", "name=fcn8s", weights, "seed=1"]
     assert calls[3] == [*settings, f"hydra.run.dir={folder}/fcn8s"]
     assert "fcn8s: finished before" in capsys.readouterr().out
+
+
+def test_fcn_4s_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the recipe is one of FCN-4s. The paper's stages end at FCN-8s."""
+    calls: list[list[str]] = []
+
+    def run_train(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return without_training(arguments, 0)
+
+    monkeypatch.setattr(stages, "run_train", run_train)
+    folder = tmp_path / "out"
+    assert train_stages(["experiment=camvid_fcn4s", f"hydra.run.dir={folder}"]) == 0
+    models = [f"model={name}" for name in ("fcn32s", "fcn16s", "fcn8s", "fcn4s")]
+    assert [call[0] for call in calls] == models
+    assert f"model.weights={folder}/fcn8s/checkpoints/best.ckpt" in calls[3]
+    cfg = compose_config("train", *calls[2][:-1])
+    assert (cfg.model.stride, cfg.model.skip_kernel) == (8, 3)  # as in the FCN-4s that follows
 
 
 def test_settings_of_hydra_itself(
