@@ -35,6 +35,7 @@ EXTRA = (  # in the last one, activations are the largest part
     ["model.freeze_stages=2"],
     ["model.checkpoint_stages=2"],
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"],
+    ["model=fcn4s", "model.deep_skips=true", "model.skip_kernel=3"],
     ["model.head_width=512", "model.head_kernel=3"],
 )
 TINY = ["data.crop_size=32", "data.batch_size=1", "model.head_width=8", "model.head_kernel=1"]

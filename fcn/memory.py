@@ -29,6 +29,7 @@ The columns of the table, in GB of 2**30 bytes, for one device and without train
     settings     the size of the images, and what differs between the rows
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
@@ -183,6 +184,8 @@ def trace(config: DictConfig, images: int, largest: tuple[int, int] | None = Non
     batches before it stay.
     """
     module, low = build(config), LOW.get(config.trainer.precision)
+    # With deep skips, a stage without its pool is a module that ends before the backward pass.
+    warnings.filterwarnings("ignore", "Module is None")
     with FakeTensorMode(allow_non_fake_inputs=True):  # the module's tensors are not fake ones yet
         # They claim to be on the CPU, because autocast and fused optimizers refuse the meta device.
         module.to_empty(device="cpu")

@@ -52,6 +52,12 @@ def test_weights_and_optimizer_state_are_exact() -> None:
     assert averaged.total == sgd.total + exact
 
 
+def test_deep_skips_need_more_and_bring_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    deep = planned("model=fcn8s", "model.deep_skips=true")
+    assert deep.total > planned("model=fcn8s").total
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.slow
 def test_gradients_that_are_kept_longer_or_not_at_all() -> None:
     plain = planned(*HEAD)
