@@ -62,6 +62,8 @@ VOC_ROWS: dict[str, tuple[str, ...]] = {
     "fast skips": ("model.pool_scales=[0.4,0.0125,0.0025]",),
     "16s, fast skips": ("model=fcn16s", "model.pool_scales=[0.4,0.0125,0.0025]"),
     "deep skips": ("model.deep_skips=true",),
+    "less dropout": ("model.dropout=0.1",),
+    "16s, less dropout": ("model=fcn16s", "model.dropout=0.1"),
     "fixed upsampling": ("model.learn_upsampling=false",),
     "fixed last upsampling": ("model.learn_last_upsampling=false",),
     "feature fusion": ("model.fusion=feature",),
