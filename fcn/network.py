@@ -108,7 +108,7 @@ class FCN(nn.Module):
         self.stages = vgg_stages(backbone, pooling, ceil_mode=caffe)
         widths = stage_widths(self.stages)  # [64, 128, 256, 512, 512] in VGG-16 and 19
         padding = 0 if caffe else head_kernel // 2
-        self.conv6 = nn.Conv2d(widths[4], head_width, head_kernel, padding=padding)
+        self.conv6 = TrimmedConv2d(widths[4], head_width, head_kernel, padding=padding)
         self.conv7 = nn.Conv2d(head_width, head_width, 1)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(head_width, num_classes, 1)
@@ -245,6 +245,25 @@ class FCN(nn.Module):
         elif not image.is_floating_point():
             raise ValueError(f"expected images of uint8, or float in [0, 1]; got {image.dtype}")
         return (image.to(self.mean.dtype) - self.mean) / self.std
+
+
+class TrimmedConv2d(nn.Conv2d):
+    """A convolution that trains only those weights that meet a pixel of the map.
+
+    On a map of n rows, weights n or more rows from the kernel's centre meet nothing but padding. A
+    7x7 kernel has such rows where an image has 64 pixels or less. Their gradient is 0, but in
+    bfloat16 on a CPU torch 2.14 does not write it (a fault of oneDNN): it has whatever numbers were
+    in memory before, and sometimes NaN. So the kernel is trimmed first. The result is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H, W), or less without padding."""
+        padding, size = int(self.padding[0]), self.kernel_size[0]  # the kernel is square
+        if torch.is_grad_enabled() and min(x.shape[-2:]) <= padding:
+            rows, columns = (max(padding + 1 - side, 0) for side in x.shape[-2:])
+            weight = self.weight[..., rows : size - rows, columns : size - columns]
+            return F.conv2d(x, weight, self.bias, padding=(padding - rows, padding - columns))
+        return super().forward(x)
 
 
 def head_layers(network: FCN) -> list[str]:

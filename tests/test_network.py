@@ -2,6 +2,9 @@
 
 import inspect
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fcn.network import FCN, SKIPS
+from fcn.network import FCN, SKIPS, TrimmedConv2d
 from fcn.weights import from_torchvision
 
 VARIANTS = list(itertools.product(SKIPS, ("score", "feature")))
@@ -87,6 +90,39 @@ def test_decoder_adds_what_it_should(options: dict[str, Any], stride: int) -> No
     x = up[f"to_image_{stride}"](x)[..., :60, :90]
     assert x.abs().mean() > 1e-3
     torch.testing.assert_close(network(image), x)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 13), (3, 2), (4, 9)])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_trimmed_convolution_is_the_plain_one(size: tuple[int, int], kernel: int) -> None:
+    trimmed = TrimmedConv2d(8, 4, kernel, padding=kernel // 2).double()
+    plain = nn.Conv2d(8, 4, kernel, padding=kernel // 2).double()
+    plain.load_state_dict(trimmed.state_dict())
+    image, gradients = torch.randn(2, 8, *size).double(), []
+    torch.testing.assert_close(trimmed(image), plain(image))
+    for layer in (trimmed, plain):
+        x = image.clone().requires_grad_()
+        loss = layer(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_small_images_have_gradients_in_bfloat16() -> None:
+    """torch does not write some weights' gradients; glibc fills all memory with large numbers."""
+    code = (
+        "import torch; from fcn.network import FCN\n"
+        "net = FCN(5, 32, 'vgg11', head_width=16); net.score.weight.data.normal_()\n"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "    net(torch.rand(2, 3, 64, 32)).float().sum().backward()\n"
+        "print(net.conv6.weight.grad.abs().max().item())"
+    )
+    environment = os.environ | {"MALLOC_PERTURB_": "128"}  # 0x7f7f is 3e38 in bfloat16
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert 0 < float(done.stdout) < 1e6
 
 
 def test_caffe_scores_a_pool_before_it_is_cropped() -> None:
