@@ -251,9 +251,10 @@ class TrimmedConv2d(nn.Conv2d):
     """A convolution that trains only those weights that meet a pixel of the map.
 
     On a map of n rows, weights n or more rows from the kernel's centre meet nothing but padding. A
-    7x7 kernel has such rows where an image has 64 pixels or less. Their gradient is 0, but in
-    bfloat16 on a CPU torch 2.14 does not write it (a fault of oneDNN): it has whatever numbers were
-    in memory before, and sometimes NaN. So the kernel is trimmed first. The result is the same.
+    conv6 of 7x7 has such weights for images of up to 96 pixels. Their gradient is 0. But in
+    bfloat16 on a CPU, torch 2.14 does not write it where there are one or two rows (a fault of
+    oneDNN): it is whatever was in memory before, and sometimes NaN. So the kernel is trimmed first.
+    The result is the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Train FCN-32s, then FCN-16s from its best checkpoint, then FCN-8s from that of FCN-16s.
 
-This is how Long, Shelhamer, Darrell (CVPR 2015, section 4.2) train these networks. FCN-4s, which
-the paper has not, comes last if the name of the recipe ends with it.
+This is how Long, Shelhamer, Darrell (CVPR 2015, section 4.2) train these networks. The paper has
+no FCN-4s. It comes last if the name of the recipe ends with fcn4s.
 
     python -m fcn.stages experiment=paper               # recipes paper_fcn32s, paper_fcn16s, ...
     python -m fcn.stages experiment=quickstart seed=1   # one recipe, with model=fcn32s, fcn16s, ...
